@@ -1,0 +1,20 @@
+"""bagel_opt: BAGEL on static shapes, eagerly, compiled and from bundles. Start with `load`."""
+
+from bagel_opt.api import Model, load
+from bagel_opt.errors import BundleError, CheckpointError, ProfileError, UnknownOptionError
+from bagel_opt.profile import Profile
+from bagel_opt.request import Options, Request, StepEvent
+
+__version__ = "0.1.0"
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "Model",
+    "Options",
+    "Profile",
+    "ProfileError",
+    "Request",
+    "StepEvent",
+    "UnknownOptionError",
+    "load",
+]

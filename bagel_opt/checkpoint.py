@@ -1,0 +1,253 @@
+"""Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bagel_opt.config import BagelConfig, read_config
+from bagel_opt.errors import CheckpointError
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.tokenizer import Tokenizer
+
+FILES = ("*.json", "*.safetensors", "merges.txt")
+READ_AT_ONCE = 256 * 2**20  # bytes mapped before the file is closed, so that read pages leave memory
+DTYPES = ("F32", "F16", "BF16", "F64")
+
+# SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along.
+UNUSED = r"vit_model\.vision_model\.(head\.|encoder\.layers\.{last}\.)"
+
+LAYER_PARTS = {
+    "norm1": ("input_layernorm{gen}",),
+    "qkv": ("self_attn.q_proj{gen}", "self_attn.k_proj{gen}", "self_attn.v_proj{gen}"),
+    "q_norm": ("self_attn.q_norm{gen}",),
+    "k_norm": ("self_attn.k_norm{gen}",),
+    "o": ("self_attn.o_proj{gen}",),
+    "norm2": ("post_attention_layernorm{gen}",),
+    "gate_up": ("mlp{gen}.gate_proj", "mlp{gen}.up_proj"),
+    "down": ("mlp{gen}.down_proj",),
+}
+VIT_PARTS = {
+    "norm1": ("layer_norm1",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "fc1": ("mlp.fc1",),
+    "fc2": ("mlp.fc2",),
+}
+VIT = "vit_model.vision_model."
+OTHERS = {
+    "llm.embed.weight": "language_model.model.embed_tokens.weight",
+    "llm.norm_und.weight": "language_model.model.norm.weight",
+    "llm.norm_gen.weight": "language_model.model.norm_moe_gen.weight",
+    "llm.lm_head.weight": "language_model.lm_head.weight",
+    "vit_encoder.patch.weight": VIT + "embeddings.patch_embedding.weight",
+    "vit_encoder.patch.bias": VIT + "embeddings.patch_embedding.bias",
+    "vit_encoder.position.weight": VIT + "embeddings.position_embedding.weight",
+    "vit_encoder.norm.weight": VIT + "post_layernorm.weight",
+    "vit_encoder.norm.bias": VIT + "post_layernorm.bias",
+    "vit_position.weight": "vit_pos_embed.pos_embed",
+    "latent_position.weight": "latent_pos_embed.pos_embed",
+    "time.fc1.weight": "time_embedder.mlp.0.weight",
+    "time.fc1.bias": "time_embedder.mlp.0.bias",
+    "time.fc2.weight": "time_embedder.mlp.2.weight",
+    "time.fc2.bias": "time_embedder.mlp.2.bias",
+    **{f"latent_in.{kind}": f"vae2llm.{kind}" for kind in ("weight", "bias")},
+    **{f"latent_out.{kind}": f"llm2vae.{kind}" for kind in ("weight", "bias")},
+}
+
+
+def published_names(name: str) -> tuple[str, ...]:
+    """The published tensors that one of our parameters is made of, stacked along the first dimension."""
+    if match := re.fullmatch(r"llm\.layers\.(\d+)\.(und|gen)\.(\w+)\.(weight|bias)", name):
+        layer, expert, part, kind = match.groups()
+        gen = "_moe_gen" if expert == "gen" else ""
+        prefix = f"language_model.model.layers.{layer}."
+        return tuple(f"{prefix}{source.format(gen=gen)}.{kind}" for source in LAYER_PARTS[part])
+    if match := re.fullmatch(r"vit_encoder\.layers\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
+        return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
+    # The VAE's file names its tensors without a prefix; the connector's names are the same here and there.
+    return (OTHERS.get(name, name),)
+
+
+class Checkpoint:
+    """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
+
+    Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read.
+    """
+
+    def __init__(self, source: str | Path):
+        self.folder = find_folder(source)
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in weight_files(self.folder):
+            self._read_header(path)
+        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
+        self.config: BagelConfig = read_config(self.folder, self.shapes, self.tokenizer.special)
+        rows = self.config.llm.vocab_size
+        if (top := max(vars(self.tokenizer.special).values())) >= rows:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer has special token {top}, but the embedding table only {rows} rows"
+            )
+
+    def _read_header(self, path: Path) -> None:
+        prefix = "vae." if path.name == "ae.safetensors" else ""
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  the file is no mapping
+                part = file.get_slice(name)
+                self.where[prefix + name] = path
+                self.shapes[prefix + name] = tuple(part.get_shape())
+                self.dtypes[prefix + name] = part.get_dtype()
+
+    def check(self, model: Bagel) -> None:
+        """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
+        want: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters():
+            sources = published_names(name)
+            shape = tuple(parameter.shape)
+            for source in sources:
+                part = self.shapes.get(source, shape)
+                # of several stacked tensors each may have its own first dimension, the sum must be right
+                want[source] = shape if len(sources) == 1 else (part[0], *shape[1:])
+            have = [self.shapes[source] for source in sources if source in self.shapes]
+            if len(sources) > 1 and len(have) == len(sources) and sum(s[0] for s in have) != shape[0]:
+                want[sources[0]] = (shape[0] - sum(s[0] for s in have[1:]), *shape[1:])
+        patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
+        c = self.config.vit
+        if len(self.shapes.get(patch, ())) == 4:
+            want[patch] = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
+        last = self.config.vit.num_hidden_layers
+        unused = re.compile(UNUSED.replace("{last}", str(last)))
+        wrong = {
+            "missing": [name for name in want if name not in self.shapes],
+            "surplus": [name for name in self.shapes if name not in want and not unused.match(name)],
+            "mis-shaped": [
+                f"{name} is {list(self.shapes[name])}, not {list(shape)}"
+                for name, shape in want.items()
+                if name in self.shapes and self.shapes[name] != shape
+            ],
+            "of unknown dtype": [
+                f"{name} is {self.dtypes[name]}" for name in want if self.dtypes.get(name, "F32") not in DTYPES
+            ],
+        }
+        if any(wrong.values()):
+            raise CheckpointError(
+                f"{self.folder}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names)
+            )
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Bagel:
+        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place.
+
+        progress(done, total) is called in parameters read. Raises CheckpointError before anything is allocated.
+        """
+        with torch.device("meta"):
+            model = Bagel(self.config)
+        self.check(model)
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        reader = Reader(self)
+        parameters = list(model.named_parameters())
+        for done, (name, parameter) in enumerate(parameters):
+            parts = published_names(name)
+            start = 0
+            for part in parts:
+                tensor = reader.read(part)
+                if tensor.ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
+                    tensor = tensor.permute(0, 2, 3, 1).reshape(parameter.shape)
+                parameter.data[start : start + tensor.shape[0]].copy_(tensor)
+                start += tensor.shape[0]
+            progress(done + 1, len(parameters))
+        reader.close()
+        return model
+
+
+class Reader:
+    """Reads tensors from memory-mapped files, mapping each file anew after some bytes: pages that were read would
+    otherwise count as this process's memory until the file is closed."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.path: Path | None = None
+        self.stack = contextlib.ExitStack()
+        self.bytes = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        path = self.checkpoint.where[name]
+        if path != self.path or self.bytes > READ_AT_ONCE:
+            self.close()
+            self.file, self.path = self.stack.enter_context(opened(path)), path
+        tensor = self.file.get_tensor(name.removeprefix("vae.") if path.name == "ae.safetensors" else name)
+        self.bytes += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self.stack.close()
+        self.path, self.bytes = None, 0
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no complete safetensors file ({error}); copy or download it again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The transformer's files (shards named in an index, or one file) and the VAE's."""
+    index, vae = folder / "model.safetensors.index.json", folder / "ae.safetensors"
+    files = [path for path in (folder / "ema.safetensors", folder / "model.safetensors") if path.is_file()][:1]
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is not a valid index of shards") from None
+        if any(Path(name).name != name for name in shards):
+            raise CheckpointError(f"{index} names files outside its folder")
+        paths = [folder / name for name in shards]
+        # An index may be stale where the whole model lies there as one file, which the official code reads.
+        if not files or all(path.is_file() for path in paths):
+            files = [path for path in paths if path != vae]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights: ema.safetensors, model.safetensors or an index of shards")
+    for path in (*files, vae):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
+    return [*files, vae]
+
+
+def find_folder(source: str | Path) -> Path:
+    """A local folder as it is, or a Hugging Face repo id downloaded to the cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+        raise FileNotFoundError(
+            f"{source} is no folder; give a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a repo that can be downloaded: {reason}"
+        ) from None
+
+
+def _listed(kind: str, names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensors {kind}: {', '.join(names[:limit])}{more}"

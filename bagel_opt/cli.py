@@ -1,0 +1,201 @@
+"""The command line: `bagel-opt`, or `python -m bagel_opt`."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bagel_opt import __version__
+from bagel_opt.api import BACKENDS, Model, load
+from bagel_opt.request import RENORM_TYPES, Options
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except UnidentifiedImageError as error:
+        return _fail(f"{error}; give a PNG, JPEG or WebP picture")
+    except (ValueError, TypeError, OSError, ImportError, Image.DecompressionBombError) as error:
+        return _fail(" ".join(str(error).split()))
+    return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"bagel-opt: {message}", file=sys.stderr)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("bagel-opt", description="BAGEL on static shapes: draw, edit, understand, export.")
+    top.add_argument("--version", action="version", version=f"bagel-opt {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable, *positional: tuple[str, str]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        for field, meaning in positional:
+            sub.add_argument(field, help=meaning)
+        return sub
+
+    image, out = ("image", "picture file"), "where to write the picture (default: %(default)s)"
+    draw = command("generate", "Draw a picture from a text.", generate, ("prompt", "what to draw"))
+    edit_ = command("edit", "Change a picture.", edit, image, ("prompt", "what to change"))
+    ask = command("understand", "Answer a question about a picture.", understand, image, ("prompt", "the question"))
+    talk = command("chat", "Answer a text.", chat, ("prompt", "the text"))
+    for sub in (draw, edit_):
+        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=out)
+        _picture_options(sub, sized=sub is draw)
+    for sub in (draw, edit_, ask, talk):
+        _model_options(sub)
+        _text_options(sub)
+
+    export_ = command("export", "Write a bundle that another runtime loads.", export)
+    export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
+    export_.add_argument("--format", default="onnx", help="onnx (default)")
+    export_.add_argument("--profile", required=True, help="profile file, or a name from profiles/")
+    export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
+    export_.add_argument("--dtype", default="float32", help="float32 (default) or float16")
+
+    show = command("inspect", "Show what a checkpoint or a bundle holds.", inspect)
+    show.add_argument(
+        "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
+    )
+    return top
+
+
+def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
+    """An option under its official name, with dashes or underscores."""
+    spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    sub.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, **settings)
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("model")
+    group.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
+    group.add_argument("--backend", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
+    group.add_argument("--device", help="cpu, cuda or cuda:N")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16")
+    group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+    group.add_argument("--profile", help="profile file or name; default: shapes fitted to the request")
+
+
+def _text_options(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("text")
+    _flag(group, "think", action="store_true", help="think before answering or drawing")
+    _flag(group, "max_think_tokens", type=int, metavar="N", help="longest text to generate (1000)")
+    _flag(group, "do_sample", action="store_true", help="sample the text instead of taking the likeliest token")
+    _flag(group, "text_temperature", type=float, metavar="T", help="temperature of sampling (0.3)")
+    _flag(group, "seed", type=int, metavar="N", help="same seed, same answer")
+
+
+def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
+    group = sub.add_argument_group("picture")
+    if sized:
+        _flag(group, "height", type=int, metavar="PIXELS", help="a multiple of 16 (1024)")
+        _flag(group, "width", type=int, metavar="PIXELS", help="a multiple of 16 (1024)")
+    _flag(group, "num_timesteps", type=int, metavar="N", help="points of the flow schedule (50)")
+    _flag(group, "timestep_shift", type=float, metavar="S", help="above 1: more steps at high noise (3)")
+    _flag(group, "cfg_text_scale", type=float, metavar="S", help="how strongly to follow the text (4)")
+    _flag(group, "cfg_img_scale", type=float, metavar="S", help="how strongly to keep the input image (1.5)")
+    _flag(group, "cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times with guidance (0.4 1)")
+    _flag(group, "cfg_renorm_min", type=float, metavar="R", help="smallest rescaling of the guided velocity (0)")
+    _flag(group, "cfg_renorm_type", help=f"{', '.join(RENORM_TYPES)} (global)")
+    _flag(group, "negative_prompt", metavar="TEXT", help="what not to draw")
+    _flag(group, "step_cache", help="taylorseer: fewer evaluations, nearly the same picture")
+
+
+# ---- commands
+
+
+def generate(a: argparse.Namespace) -> None:
+    _save(a, _run(a, [a.prompt], "image"))
+
+
+def edit(a: argparse.Namespace) -> None:
+    _save(a, _run(a, [_open(a.image), a.prompt], "image"))
+
+
+def understand(a: argparse.Namespace) -> None:
+    print(_run(a, [_open(a.image), a.prompt], "text")[0])
+
+
+def chat(a: argparse.Namespace) -> None:
+    print(_run(a, [a.prompt], "text")[0])
+
+
+def export(a: argparse.Namespace) -> None:
+    from bagel_opt.export import export as write_bundle
+
+    with _bar("exporting") as update:
+        folder = write_bundle(a.checkpoint, a.out, a.profile, format=a.format, dtype=a.dtype, progress=update)
+    print(folder)
+
+
+def inspect(a: argparse.Namespace) -> None:
+    from bagel_opt.inspect import describe
+
+    output = Console(highlight=False)
+    for table in describe(a.checkpoint):
+        output.print(table)
+
+
+def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
+    options = {name: getattr(a, name) for name in Options.__dataclass_fields__ if hasattr(a, name)}
+    if "cfg_interval" in options:
+        options["cfg_interval"] = tuple(options["cfg_interval"])
+    Options.make(options)  # a typing slip should not cost the loading of 29 GB
+    model = _load(a)
+    with _bar("denoising" if output == "image" else "writing") as update:
+
+        def on_step(event: object) -> None:
+            update("denoising", event.index + 1, event.total)
+
+        written = []
+
+        def on_token(token: int) -> None:
+            written.append(token)
+            update("writing", len(written), options.get("max_think_tokens", Options.max_think_tokens))
+
+        return model.run(inputs, output=output, on_step=on_step, on_token=on_token, **options)
+
+
+def _load(a: argparse.Namespace) -> Model:
+    with _bar("loading") as update:
+        settings = {"backend": a.backend, "device": a.device, "dtype": a.dtype, "attention": a.attention}
+        return load(
+            a.checkpoint, profile=a.profile, progress=lambda done, total: update("loading", done, total), **settings
+        )
+
+
+def _open(path: str) -> Image.Image:
+    image = Image.open(path)
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def _save(a: argparse.Namespace, outputs: list) -> None:
+    *thoughts, picture = outputs
+    for thought in thoughts:
+        print(thought)
+    picture.save(a.out)
+    print(a.out)
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; yields update(what, done, total)."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

@@ -1,0 +1,80 @@
+"""Writing bundles."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from bagel_opt.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, list_files, locate_weights
+from bagel_opt.profile import Profile, load_profile
+
+FORMATS = ("onnx",)
+DTYPES = ("float32", "float16")
+LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+
+
+def export(
+    checkpoint: str | Path | None,
+    out: str | Path,
+    profile: Profile | str | Path,
+    *,
+    format: str = "onnx",
+    dtype: str = "float32",
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Path:
+    """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
+
+    It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
+    which is then replaced. progress(what, done, total). Raises ValueError for a bad argument, FileExistsError where
+    `out` holds something else, and what `load` raises for the checkpoint.
+    """
+    for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
+    out, profile = Path(out), load_profile(profile)
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
+
+    import torch
+    from safetensors.torch import save_file
+
+    from bagel_opt.api import shipped_model
+    from bagel_opt.checkpoint import Checkpoint
+    from bagel_opt.export.onnx import export_onnx
+
+    source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
+    kind = getattr(torch, dtype)
+    model = source.load(torch.device("cpu"), kind, lambda done, total: progress("loading", done, total))
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(dict(model.named_parameters()), partial / WEIGHTS)
+        (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
+        shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
+        weights = locate_weights(partial / WEIGHTS)
+        programs = export_onnx(model, profile, partial, weights, kind, progress)
+        manifest = Manifest(
+            kind=format,
+            dtype=dtype,
+            profile=profile,
+            config=source.config,
+            programs=programs,
+            versions={name: _version(name) for name in LIBRARIES},
+            files=list_files(partial),
+        )
+        manifest.write(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

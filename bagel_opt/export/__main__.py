@@ -1,0 +1,6 @@
+import sys
+
+from bagel_opt.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,129 @@
+"""Programs as ONNX graphs of opset 24 whose weights lie outside, in the bundle's one safetensors file."""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnxscript.onnx_opset import opset24 as op
+from torch import nn
+
+from bagel_opt.bundle import WEIGHTS, Location
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.profile import Profile
+from bagel_opt.runtime.programs import Signature, cache_names, cache_shape, programs, signatures
+
+OPSET = 24
+
+
+class Program(nn.Module):
+    """A program as a module that owns the model, so that its weights keep their names."""
+
+    def __init__(self, model: Bagel, call: Callable):
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *inputs: torch.Tensor) -> tuple:
+        return self.call(*inputs)
+
+
+def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
+    """Linear layers as Gemm, which takes the weight as it is stored. The exporter's own translation transposes it,
+    and the transposed copy would be a second one on disk."""
+    *rows, channels = x.shape
+    product = op.Gemm(x if len(rows) == 1 else op.Reshape(x, [-1, channels]), weight, bias, transB=1)
+    return product if len(rows) == 1 else op.Reshape(product, [*rows, weight.shape[0]])
+
+
+def export_program(
+    model: Bagel, name: str, call: Callable, signature: Signature, profile: Profile, dtype: torch.dtype
+) -> ir.Model:
+    """Traces one program with torch.export and translates it. Weights are still in memory."""
+    kinds = {"model": dtype, "int64": torch.int64, "float32": torch.float32}
+    example = {"height": 64, "width": 96, "latent_height": 8, "latent_width": 12}
+    inputs = [
+        torch.zeros([example.get(side, side) for side in shape], dtype=kinds[kind])
+        for shape, kind in signature.inputs.values()
+    ]
+    free = [
+        {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(shape) if isinstance(side, str)} or None
+        for shape, _ in signature.inputs.values()
+    ]
+    input_names, output_names = list(signature.inputs), list(signature.outputs)
+    if signature.cache_rows:
+        shape = cache_shape(model.config, signature.cache_rows, profile.slots)
+        caches = cache_names(model.config)
+        inputs += [torch.zeros(shape, dtype=dtype) for _ in caches]
+        free += [None for _ in caches]
+        input_names += caches
+        output_names += [f"{cache}.out" for cache in caches]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
+        program = torch.onnx.export(
+            Program(model, call).eval(),
+            tuple(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes={"inputs": tuple(free)} if any(free) else None,
+            custom_translation_table={torch.ops.aten.linear.default: linear},
+            verbose=False,
+        )
+    program.model.graph.name = name
+    return program.model
+
+
+def point_outside(graph: ir.Graph, weights: dict[str, Location]) -> list[str]:
+    """Replaces each weight in the graph by its place in the safetensors file; the names of those in use."""
+    used = []
+    for value in list(graph.initializers.values()):
+        name = value.name.removeprefix("call.").removeprefix("model.")
+        if (place := weights.get(name)) is not None:
+            tensor = value.const_value
+            where = WEIGHTS, place.offset, place.length
+            value.const_value = ir.ExternalTensor(*where, dtype=tensor.dtype, shape=tensor.shape, name=name)
+            value.name = name
+            used.append(name)
+    return used
+
+
+def strip(program: ir.Model) -> None:
+    """Drops the exporter's notes on where nodes came from, which outweigh a small graph several times."""
+    graph = program.graph
+    for noted in (program, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
+        noted.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.type = value.shape = None
+
+
+def export_onnx(
+    model: Bagel,
+    profile: Profile,
+    folder: Path,
+    weights: dict[str, Location],
+    dtype: torch.dtype,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict]:
+    """Writes every program to folder/NAME.onnx; the manifest's entries of the programs. progress(program, done, total)."""
+    model.set_backend("onnx")
+    calls, all_signatures, entries = programs(model), signatures(model.config, profile), {}
+    for done, (name, signature) in enumerate(all_signatures.items()):
+        progress(f"exporting {name}", done, len(all_signatures))
+        exported = export_program(model, name, calls[name], signature, profile, dtype)
+        used = point_outside(exported.graph, weights)
+        strip(exported)
+        ir.save(exported, folder / f"{name}.onnx")
+        entries[name] = {"file": f"{name}.onnx", "weights": used, **dataclasses.asdict(signature)}
+    progress("exported", len(all_signatures), len(all_signatures))
+    return entries

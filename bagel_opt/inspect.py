@@ -1,0 +1,103 @@
+"""Tables of what a checkpoint or a bundle holds."""
+
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from rich.table import Table
+
+from bagel_opt.api import shipped_model
+from bagel_opt.bundle import MANIFEST, check_files, read_manifest
+from bagel_opt.config import BagelConfig
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PARTS = {
+    "_moe_gen": "generation expert",
+    "language_model": "understanding expert, embeddings",
+    "vit_model": "ViT",
+    "vae.": "VAE",
+    "": "connectors, positions, time",
+}
+
+
+def describe(source: str | Path | None) -> list[Table]:
+    """Tables on a checkpoint folder, a repo id or a bundle. A bundle's files are checked. Raises what `load` raises."""
+    folder = shipped_model() if source is None else Path(source)
+    return _bundle(folder) if (folder / MANIFEST).is_file() else _checkpoint(folder if source is None else source)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _bundle(folder: Path) -> list[Table]:
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    total = sum(entry["size"] for entry in manifest.files.values())
+    about = _table(f"bundle {folder}", "", "")
+    for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
+        about.add_row(*row)
+    for name, value in vars(manifest.profile).items():
+        about.add_row(f"profile {name}", str(value))
+    for name, value in manifest.versions.items():
+        about.add_row(name, value)
+    programs = _table("programs", "program", "size", "inputs", "outputs")
+    for name, entry in manifest.programs.items():
+        inputs = [f"{key} {_shape(shape)} {kind}" for key, (shape, kind) in entry["inputs"].items()]
+        outputs = list(entry["outputs"])
+        if entry["cache_rows"]:
+            layers = manifest.config.llm.num_hidden_layers
+            note = f"caches of {entry['cache_rows']} rows, {layers} layers"
+            inputs.append(note)
+            outputs.append(note)
+        programs.add_row(name, _size(manifest.files[entry["file"]]["size"]), "\n".join(inputs), "\n".join(outputs))
+    return [about, programs, _config(manifest.config)]
+
+
+def _checkpoint(source: str | Path) -> list[Table]:
+    from bagel_opt.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(source)
+    parameters, dtypes, size = Counter(), defaultdict(set), Counter()
+    for name, shape in checkpoint.shapes.items():
+        part = next(label for key, label in PARTS.items() if key in name)
+        parameters[part] += math.prod(shape)
+        dtypes[part].add(checkpoint.dtypes[name])
+        size[part] += math.prod(shape) * BYTES.get(checkpoint.dtypes[name], 1)
+    weights = _table(f"checkpoint {checkpoint.folder}", "part", "parameters", "dtype", "size")
+    for part in PARTS.values():
+        weights.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
+    weights.add_section()
+    weights.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
+    return [weights, _config(checkpoint.config)]
+
+
+def _config(c: BagelConfig) -> Table:
+    table = _table("model", "", "")
+    heads = f"{c.llm.num_attention_heads} heads on {c.llm.num_key_value_heads} of {c.llm.head_dim} channels"
+    rows = {
+        "transformer": f"{c.llm.num_hidden_layers} layers of {c.llm.hidden_size}, MLP {c.llm.intermediate_size}, {heads}",
+        "vocabulary": f"{c.llm.vocab_size}",
+        "ViT": f"{c.vit.num_hidden_layers} layers of {c.vit.hidden_size}, patches of {c.vit.patch_size} pixels",
+        "VAE": f"{c.vae.z_channels} channels, 1/{c.vae.downsample} of the side, widths {c.vae.ch} x {list(c.vae.ch_mult)}",
+        "largest picture": f"{c.latent_side * c.token_pixels} x {c.latent_side * c.token_pixels} pixels",
+        "cache per slot": f"{2 * c.llm.num_hidden_layers * c.llm.num_key_value_heads * c.llm.head_dim:,} numbers",
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def _shape(shape: list) -> str:
+    return "x".join(str(side) for side in shape)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

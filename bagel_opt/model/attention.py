@@ -1,0 +1,147 @@
+"""The one attention op, and the only place that knows a backend.
+
+    attention(q_BQHD, k_BSGD, v_BSGD, kv_len_B, causal) -> out_BQHD
+
+B rows, Q queries, S slots, H query heads, G key-value heads, D channels per head. Key j is visible to query i iff
+j < kv_len and, if causal, j <= i + kv_len - Q: the last query sees all valid keys. These are the semantics of ONNX
+Attention (opset 24) with `nonpad_kv_seqlen`. Grouped queries are never expanded.
+"""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+BACKENDS = ("sdpa", "cudnn", "flex", "flash")
+
+
+class Visible(NamedTuple):
+    """Which keys each query sees, in the form that a backend wants; made once per program and shared by its layers."""
+
+    kv_len_B: Tensor
+    causal: bool
+    mask: "Tensor | BlockMask | None"
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use for "auto" or a name of BACKENDS.
+
+    Raises ValueError for an unknown name or one that cannot run on this device and dtype, and ImportError where
+    its package is missing.
+    """
+    half, cuda = dtype in (torch.float16, torch.bfloat16), device.type == "cuda"
+    if name == "auto":
+        return "flash" if cuda and half and _flash_package() else "sdpa"
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
+    if name in ("cudnn", "flash") and not (cuda and half):
+        raise ValueError(
+            f"attention={name!r} runs on CUDA in bfloat16 or float16, not on {device.type} in {dtype}; use attention='sdpa'"
+        )
+    if name == "flash" and not _flash_package():
+        raise ImportError("attention='flash' needs flash-attn: pip install 'bagel-opt[flash]', or use attention='sdpa'")
+    return name
+
+
+def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
+    """Prepares a backend's mask for `queries` queries over `slots` slots."""
+    if backend == "flex":
+
+        def sees(b, h, i, j):  # noqa: ANN001, ANN202  FlexAttention's own signature
+            inside = j < kv_len_B[b]
+            return inside & (j <= i + kv_len_B[b] - queries) if causal else inside
+
+        rows = kv_len_B.shape[0]
+        return Visible(kv_len_B, causal, create_block_mask(sees, rows, None, queries, slots, device=kv_len_B.device))
+    if backend in ("flash", "onnx"):
+        return Visible(kv_len_B, causal, None)
+    key_S = torch.arange(slots, device=kv_len_B.device)
+    last_BQ = kv_len_B[:, None] - 1
+    if causal:
+        last_BQ = last_BQ + torch.arange(1 - queries, 1, device=kv_len_B.device)
+    return Visible(kv_len_B, causal, key_S <= last_BQ[:, None, :, None])  # [B, 1, Q or 1, S]
+
+
+def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
+    """Attention of prepared visibility: [B, Q, H, D]."""
+    if backend == "flash":
+        return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B.int(), seen.causal)
+    if backend == "onnx":
+        return _onnx(q_BQHD, k_BSGD, v_BSGD, seen)
+    q_BHQD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BQHD, k_BSGD, v_BSGD))
+    grouped = q_BHQD.shape[1] != k_BGSD.shape[1]
+    if backend == "flex":
+        return _compiled_flex()(q_BHQD, k_BGSD, v_BGSD, block_mask=seen.mask, enable_gqa=grouped).transpose(1, 2)
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGSD, v_BGSD, seen.mask, enable_gqa=grouped)
+    else:
+        out_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGSD, v_BGSD, seen.mask, enable_gqa=grouped)
+    return out_BHQD.transpose(1, 2)
+
+
+def attention(
+    q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool, backend: str = "sdpa"
+) -> Tensor:
+    """The op as the design states it: `visible` and `attend` in one. Shapes and semantics above."""
+    seen = visible(backend, kv_len_B, q_BQHD.shape[1], k_BSGD.shape[1], causal)
+    return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
+
+
+@functools.cache
+def _compiled_flex():  # noqa: ANN202  torch.compile's return type is the function's
+    return torch.compile(flex_attention)  # uncompiled, it materialises all scores
+
+
+@functools.cache
+def _flash_package() -> str | None:
+    """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn)."""
+    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+        try:
+            if importlib.util.find_spec(module):
+                return module
+        except ModuleNotFoundError:  # the parent package is missing
+            continue
+    return None
+
+
+# A custom op, so that torch.compile neither traces into the package nor breaks the graph at it.
+@torch.library.custom_op("bagel_opt::flash_attention", mutates_args=())
+def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
+    package = _flash_package()
+    if package == "flash_attn.cute":
+        from flash_attn.cute import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(q_BQHD, k_BSGD, v_BSGD, seqused_k=kv_len_B, causal=causal)
+    elif package == "flash_attn_interface":
+        from flash_attn_interface import flash_attn_with_kvcache
+
+        out = flash_attn_with_kvcache(q_BQHD, k_BSGD, v_BSGD, cache_seqlens=kv_len_B, causal=causal)
+    else:
+        from flash_attn import flash_attn_with_kvcache
+
+        out = flash_attn_with_kvcache(q_BQHD, k_BSGD, v_BSGD, cache_seqlens=kv_len_B, causal=causal)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@_flash.register_fake
+def _(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(q_BQHD)
+
+
+def _onnx(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
+    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose."""
+    shape = q_BQHD.shape
+    return torch.onnx.ops.symbolic(
+        "Attention",
+        (q_BQHD.flatten(2), k_BSGD.flatten(2), v_BSGD.flatten(2), None, None, None, seen.kv_len_B),
+        {"q_num_heads": shape[2], "kv_num_heads": k_BSGD.shape[2], "is_causal": int(seen.causal)},
+        dtype=q_BQHD.dtype,
+        shape=(shape[0], shape[1], shape[2] * shape[3]),
+        version=24,
+    ).unflatten(-1, shape[2:])

@@ -1,0 +1,150 @@
+"""The whole model, and the static-shaped programs that every runtime runs.
+
+B rows, T text tokens, P patches, N latent tokens, L latent channels, C hidden channels, V vocabulary, S slots.
+Programs that fill the context take one row; decoding and denoising take all rows of a batch. Integers are int64.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_opt.config import BagelConfig
+from bagel_opt.model.transformer import Transformer
+from bagel_opt.model.vae import VAE
+from bagel_opt.model.vit import Connector, ViT
+
+
+class TimeEmbedder(nn.Module):
+    """A flow time in [0, 1], embedded as 128 cosines and 128 sines of t itself, through an MLP (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(256, channels)
+        self.fc2 = nn.Linear(channels, channels)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        frequency = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t_B.device))
+        angle = t_B[:, None] * frequency
+        wave = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(wave)))
+
+
+class Bagel(nn.Module):
+    def __init__(self, c: BagelConfig):
+        super().__init__()
+        self.config = c
+        hidden = c.llm.hidden_size
+        self.llm = Transformer(c.llm)
+        self.vit_encoder = ViT(c.vit)
+        self.connector = Connector(c.vit.hidden_size, hidden)
+        self.vit_position = nn.Embedding(c.vit_side**2, hidden)
+        self.latent_position = nn.Embedding(c.latent_side**2, hidden)
+        self.time = TimeEmbedder(hidden)
+        self.latent_in = nn.Linear(c.latent_dim, hidden)
+        self.latent_out = nn.Linear(hidden, c.latent_dim)
+        self.vae = VAE(c.vae)
+
+    def set_backend(self, backend: str) -> None:
+        """Chooses the attention of the transformer. The ViT's 72-channel heads stay with SDPA, but in ONNX."""
+        self.llm.backend = backend
+        self.vit_encoder.backend = "onnx" if backend == "onnx" else "sdpa"
+
+    # ---- programs of one row: they extend its context
+
+    def text(self, ids_BT: Tensor, position_B: Tensor, kv_len_B: Tensor, *caches: Tensor) -> tuple:
+        """Causal prefill of one chunk of text; padding follows the real ids. -> hidden_BTC, caches"""
+        length = ids_BT.shape[1]
+        position_BT = position_B[:, None] + torch.arange(length, device=ids_BT.device)
+        hidden, _, new = self.llm(
+            self.llm.embed(ids_BT), None, position_BT, kv_len_B, torch.full_like(kv_len_B, length), True, caches
+        )
+        return hidden, *new
+
+    def vit(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple:
+        """One image's patches to embeddings of the transformer. -> embeddings_BPC"""
+        features = self.vit_encoder(patches_BPK.to(self.vit_encoder.patch.weight.dtype), index_BP, n_B)
+        return (self.connector(features) + self.vit_position(index_BP),)
+
+    def vit_context(
+        self, embeddings_BPC: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, *caches: Tensor
+    ) -> tuple:
+        """Bidirectional prefill of one ViT block of n real patches. -> hidden_BTC, caches"""
+        x = torch.cat((self._markers(kv_len_B), embeddings_BPC), dim=1)
+        hidden, _, new = self.llm(x, None, position_B[:, None], kv_len_B, n_B + 2, False, caches)
+        return hidden, *new
+
+    def vae_context(
+        self, latents_BNL: Tensor, index_BN: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, *caches: Tensor
+    ) -> tuple:
+        """Bidirectional prefill of one clean latent image, that is, at time 0. -> hidden_BNC, caches"""
+        hidden, new = self._latents(
+            latents_BNL, torch.zeros_like(latents_BNL[:, 0, 0]), index_BN, position_B, n_B, kv_len_B, caches
+        )
+        return hidden, *new
+
+    # ---- programs of all rows
+
+    def decode(self, ids_B: Tensor, position_B: Tensor, kv_len_B: Tensor, *caches: Tensor) -> tuple:
+        """One token per row to the logits of the next. -> logits_BV in float32, caches"""
+        hidden, *new = self.text(ids_B[:, None], position_B, kv_len_B, *caches)
+        return self.llm.lm_head(self.llm.norm_und(hidden[:, 0])).float(), *new
+
+    def generate(
+        self,
+        x_BNL: Tensor,
+        t_B: Tensor,
+        index_BN: Tensor,
+        position_B: Tensor,
+        n_B: Tensor,
+        kv_len_B: Tensor,
+        *caches: Tensor,
+    ) -> tuple:
+        """One evaluation of the flow, each row at its own time t. -> velocity_BNL in float32, hidden_BNC, caches
+
+        The image's keys land after the row's context and are overwritten by the next step.
+        """
+        hidden, new = self._latents(x_BNL, t_B, index_BN, position_B, n_B, kv_len_B, caches)
+        return self.velocity(hidden), hidden, *new
+
+    # ---- programs of one picture of any size
+
+    def vae_encode(self, pixels_13HW: Tensor) -> tuple:
+        """-> moments_1ZHW: posterior mean and log-variance, stacked, in float32"""
+        return (self.vae.encode(pixels_13HW),)
+
+    def vae_decode(self, latent_1ZHW: Tensor) -> tuple:
+        """-> picture_HW3, bytes"""
+        return (self.vae.decode(latent_1ZHW),)
+
+    # ---- parts
+
+    def velocity(self, hidden_BNC: Tensor) -> Tensor:
+        """Final norm and projection: the last layer's output to a velocity [B, N, L] in float32."""
+        return self.latent_out(self.llm.norm_gen(hidden_BNC)).float()
+
+    def _markers(self, kv_len_B: Tensor) -> Tensor:
+        """Embeddings [B, 2, C] of the image block's start and end. Stored first, so that padding comes last:
+        an image block shares one position and attends both ways, so its order does not matter to attention."""
+        special = self.config.special
+        table_VC = self.llm.embed.weight
+        markers_2C = torch.stack((table_VC[special.start_of_image], table_VC[special.end_of_image]))
+        return markers_2C.expand(kv_len_B.shape[0], -1, -1)
+
+    def _latents(
+        self,
+        x_BNL: Tensor,
+        t_B: Tensor,
+        index_BN: Tensor,
+        position_B: Tensor,
+        n_B: Tensor,
+        kv_len_B: Tensor,
+        caches: tuple,
+    ) -> tuple[Tensor, list[Tensor]]:
+        x_BNC = self.latent_in(x_BNL.to(self.latent_in.weight.dtype)) + self.time(t_B)[:, None]
+        x_BNC = x_BNC + self.latent_position(index_BN)
+        _, hidden_BNC, new = self.llm(
+            self._markers(kv_len_B), x_BNC, position_B[:, None], kv_len_B, n_B + 2, False, caches
+        )
+        return hidden_BNC, new

@@ -1,0 +1,60 @@
+"""The SigLIP encoder (arXiv 2303.15343) over one padded image, and the connector into the transformer.
+
+B images, P patches, C hidden channels, H heads, D channels per head.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_opt.config import ViTConfig
+from bagel_opt.model import attention
+from bagel_opt.model.attention import Visible
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, c: ViTConfig):
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.out = nn.Linear(c.hidden_size, c.hidden_size)
+        self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x_BPC: Tensor, seen: Visible, backend: str) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x_BPC)).unflatten(-1, (3 * self.heads, -1)).chunk(3, dim=2)
+        x_BPC = x_BPC + self.out(attention.attend(backend, q, k, v, seen).flatten(2))
+        return x_BPC + self.fc2(F.gelu(self.fc1(self.norm2(x_BPC)), approximate="tanh"))
+
+
+class ViT(nn.Module):
+    """Patches [B, P, patch * patch * channels], flattened as (row, column, channel), to features [B, P, C]."""
+
+    def __init__(self, c: ViTConfig):
+        super().__init__()
+        self.backend = "sdpa"
+        self.patch = nn.Linear(c.patch_dim, c.hidden_size)
+        self.position = nn.Embedding(c.num_positions, c.hidden_size)
+        self.layers = nn.ModuleList(ViTLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> Tensor:
+        """index_BP: places in the position table; n_B: real patches, which see only each other."""
+        x_BPC = self.patch(patches_BPK) + self.position(index_BP)
+        seen = attention.visible(self.backend, n_B, x_BPC.shape[1], x_BPC.shape[1], causal=False)
+        for layer in self.layers:
+            x_BPC = layer(x_BPC, seen, self.backend)
+        return self.norm(x_BPC)
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from ViT channels to the transformer's."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(c_in, c_out)
+        self.fc2 = nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -1,0 +1,71 @@
+"""Shape profiles: the static sizes that programs are built for."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from bagel_opt.errors import ProfileError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Static sizes. A request that needs more is refused; one that needs less is padded.
+
+    rows: sequences in a batch; slots: KV slots per row, the image being drawn included; text: tokens per prefill chunk;
+    patches: ViT patches of one image; latents: latent tokens of one image.
+    """
+
+    name: str
+    rows: int
+    slots: int
+    text: int
+    patches: int
+    latents: int
+
+    def __post_init__(self):
+        for field in ("rows", "slots", "text", "patches", "latents"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ProfileError(
+                    f"profile {self.name!r}: {field} is {value!r}; it must be a whole number of at least 1"
+                )
+
+    @property
+    def batches(self) -> int:
+        """Batches of `rows` rows that together hold the three guidance branches of one request."""
+        return -(-3 // self.rows)
+
+
+def load_profile(source: "Profile | str | Path") -> Profile:
+    """Reads a profile from a TOML file, or by the name of one in profiles/, which is installed with the package.
+
+    Raises FileNotFoundError where there is neither and ProfileError where a field is missing, unknown or bad.
+    """
+    if isinstance(source, Profile):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        path = profiles_folder() / f"{source}.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"profile {str(source)!r} is neither a file nor one of: {', '.join(profile_names())}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} is not valid TOML: {error}") from None
+    fields = [field.name for field in dataclasses.fields(Profile)]
+    for what, names in (("unknown", set(data) - set(fields)), ("missing", set(fields) - set(data))):
+        if names:
+            raise ProfileError(f"{path}: {what} field {', '.join(sorted(names))}; a profile has {', '.join(fields)}")
+    return Profile(**data)
+
+
+def profiles_folder() -> Path:
+    """profiles/: inside the installed package, or beside it in a checkout."""
+    installed = Path(str(resources.files("bagel_opt"))) / "profiles"
+    return installed if installed.is_dir() else installed.parent.parent / "profiles"
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in profiles_folder().glob("*.toml"))

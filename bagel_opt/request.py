@@ -1,0 +1,123 @@
+"""What a user asks for: inputs and options, checked before anything runs."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from bagel_opt.errors import UnknownOptionError
+from bagel_opt.images import check_image
+
+RENORM_TYPES = ("global", "channel", "text_channel")
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What `on_step` receives after each flow step: x_t before the step and the guided velocity v_t that it took,
+    float32 [tokens, 64] on the host (torch tensors; NumPy arrays where torch is not installed)."""
+
+    index: int
+    total: int
+    t: float
+    x_t: Any
+    v_t: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A request's options in the official names. Values out of range raise ValueError.
+
+    noise: the initial latent tokens [tokens, 64]; vae_noise: the posterior noise [1, 16, H / 8, W / 8] of the input
+    image, or a list of one per image. Either overrides what `seed` would draw.
+    """
+
+    output: str = "image"
+    think: bool = False
+    max_think_tokens: int = 1000
+    do_sample: bool = False
+    text_temperature: float = 0.3
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.5
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: str = "global"
+    timestep_shift: float = 3.0
+    num_timesteps: int = 50
+    height: int | None = None  # None: the model's own, 1024 for the published one
+    width: int | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+    step_cache: str | None = None
+    noise: Any = None
+    vae_noise: Any = None
+    on_step: Callable[[StepEvent], Any] | None = None
+    on_token: Callable[[int], Any] | None = None
+
+    def __post_init__(self):
+        def check(name: str, good: bool, allowed: str) -> None:
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {allowed}")
+
+        def number(value: object) -> bool:
+            return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
+
+        def whole(value: object, low: int) -> bool:
+            return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
+
+        check("output", self.output in ("image", "text"), "'image' or 'text'")
+        for name in ("think", "do_sample"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
+        check("max_think_tokens", whole(self.max_think_tokens, 1), "a whole number of at least 1")
+        check("num_timesteps", whole(self.num_timesteps, 2), "a whole number of at least 2")
+        check("text_temperature", number(self.text_temperature) and self.text_temperature > 0, "a number above 0")
+        for name in ("cfg_text_scale", "cfg_img_scale"):
+            value = getattr(self, name)
+            check(name, number(value) and 0 <= value < float("inf"), "a number of at least 0; up to 1 is no guidance")
+        low_high = self.cfg_interval
+        pair = isinstance(low_high, Sequence) and len(low_high) == 2 and all(number(bound) for bound in low_high)
+        check("cfg_interval", pair and 0 <= low_high[0] <= low_high[1] <= 1, "(low, high) with 0 <= low <= high <= 1")
+        check("cfg_renorm_min", number(self.cfg_renorm_min) and 0 <= self.cfg_renorm_min <= 1, "a number from 0 to 1")
+        check("cfg_renorm_type", self.cfg_renorm_type in RENORM_TYPES, ", ".join(map(repr, RENORM_TYPES)))
+        shift = self.timestep_shift
+        check("timestep_shift", number(shift) and 0 < shift < float("inf"), "a number above 0")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            check(name, value is None or whole(value, 1), "a whole number of pixels")
+        check(
+            "seed",
+            self.seed is None or (whole(self.seed, 0) and self.seed < 2**63),
+            "None or a number from 0 to 2**63 - 1",
+        )
+        check("negative_prompt", isinstance(self.negative_prompt, str | None), "None or a text")
+        check("step_cache", self.step_cache in (None, "taylorseer"), "None or 'taylorseer'")
+        for name in ("on_step", "on_token"):
+            check(name, getattr(self, name) is None or callable(getattr(self, name)), "None or a function")
+
+    @classmethod
+    def make(cls, options: dict) -> "Options":
+        """Raises UnknownOptionError, a TypeError and a ValueError, for a name that is no option."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise UnknownOptionError(f"unknown option {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+        return cls(**options)
+
+
+class Request:
+    """Texts and PIL images in order, with options.
+
+    Raises ValueError for bad options, an empty list and too thin an image, TypeError for other inputs.
+    """
+
+    def __init__(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any):
+        self.inputs = [inputs] if isinstance(inputs, str | Image.Image) else list(inputs)
+        if not self.inputs:
+            raise ValueError("inputs is empty; give at least one text or PIL image")
+        for index, item in enumerate(self.inputs):
+            if isinstance(item, Image.Image):
+                check_image(item, f"inputs[{index}]")
+            elif not isinstance(item, str):
+                raise TypeError(f"inputs[{index}] is {type(item).__name__}; allowed are str and PIL.Image.Image")
+        self.options = Options.make(options)

@@ -1,0 +1,31 @@
+"""What a runtime offers the sampling loop. Tensors are opaque to the loop; NumPy arrays go in anywhere."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+Tensor = Any
+
+
+class Runtime(Protocol):
+    """Executes the programs of model/bagel.py and sampling/, all named in runtime/programs.py."""
+
+    def caches(self, rows: int, slots: int) -> list[Tensor]:
+        """New KV caches of one batch, finite everywhere."""
+
+    def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
+        """A tensor of zeros: float32, or the model's own dtype where it is to hold hidden states."""
+
+    def write_row(self, tensor: Tensor, row: int, values: np.ndarray) -> Tensor:
+        """The tensor with the start of one row replaced, in place where that is possible."""
+
+    def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
+        """Copies the first `length` slots of a row from one batch's caches to a row of another's, or of the same."""
+
+    def run(
+        self, program: str, inputs: list[Tensor | np.ndarray], caches: list[Tensor] = (), row: int | None = None
+    ) -> tuple:
+        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of one."""
+
+    def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
+        """A tensor, or one row of it, as a NumPy array: floats in float32, bytes and integers as they are."""

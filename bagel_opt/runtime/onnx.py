@@ -1,0 +1,84 @@
+"""The ONNX Runtime runtime on the CPU. Tensors are NumPy arrays; caches are updated in the memory they lie in."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
+from bagel_opt.errors import BundleError
+from bagel_opt.runtime.programs import cache_names, cache_shape
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
+
+
+class OnnxRuntime:
+    """Runs a bundle's programs. A program is loaded when it is first needed; all share one copy of the weights."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self.dtype = DTYPES[manifest.dtype]
+        self.cache_names = cache_names(manifest.config)
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        self.lock = threading.Lock()
+        mapped = np.memmap(folder / WEIGHTS, np.uint8, "r")
+        self.weights = {
+            name: ort.OrtValue.ortvalue_from_numpy(
+                mapped[at.offset : at.offset + at.length].view(self.dtype).reshape(at.shape)
+            )
+            for name, at in locate_weights(folder / WEIGHTS).items()
+        }
+
+    def session(self, program: str) -> ort.InferenceSession:
+        with self.lock:
+            if program not in self.sessions:
+                entry = self.manifest.programs[program]
+                options = ort.SessionOptions()
+                options.log_severity_level = 3
+                for name in entry["weights"]:
+                    options.add_initializer(name, self.weights[name])
+                path = self.folder / entry["file"]
+                try:
+                    self.sessions[program] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                except Exception as error:  # ORT's exceptions have no common base
+                    reason = str(error).splitlines()[0]
+                    raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+            return self.sessions[program]
+
+    def caches(self, rows: int, slots: int) -> list[np.ndarray]:
+        shape = cache_shape(self.manifest.config, rows, slots)
+        return [np.zeros(shape, self.dtype) for _ in self.cache_names]
+
+    def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> np.ndarray:
+        return np.zeros(shape, self.dtype if hidden else np.float32)
+
+    def write_row(self, tensor: np.ndarray, row: int, values: np.ndarray) -> np.ndarray:
+        tensor = tensor.copy()  # what a program returned may be ONNX Runtime's own memory
+        tensor[row, : len(values)] = values
+        return tensor
+
+    def copy_row(self, source: list, row: int, target: list, to: int, length: int) -> None:
+        for a, b in zip(source, target, strict=True):
+            b[to, :length] = a[row, :length]
+
+    def run(self, program: str, inputs: list, caches: list[np.ndarray] = (), row: int | None = None) -> tuple:
+        session, entry = self.session(program), self.manifest.programs[program]
+        binding = session.io_binding()
+        for (name, (_, kind)), value in zip(entry["inputs"].items(), inputs, strict=True):
+            dtype = self.dtype if kind == "model" else DTYPES[kind]
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype))
+            binding.bind_ortvalue_input(name, value)
+        for name in entry["outputs"]:
+            binding.bind_output(name, "cpu")
+        for name, cache in zip(self.cache_names, caches, strict=False):
+            # Input and output are the same memory, so that TensorScatter writes the new entries alone.
+            shared = ort.OrtValue.ortvalue_from_numpy(cache if row is None else cache[row : row + 1])
+            binding.bind_ortvalue_input(name, shared)
+            binding.bind_ortvalue_output(f"{name}.out", shared)
+        session.run_with_iobinding(binding)
+        return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
+
+    def host(self, tensor: np.ndarray, row: int | None = None) -> np.ndarray:
+        tensor = tensor if row is None else tensor[row]
+        return tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
