@@ -138,7 +138,9 @@ def load(
     model = checkpoint.load(where, kind, progress)
     model.set_backend(chosen)
     runtime = TorchRuntime(model, where, kind, compiled=backend == "compile")
-    return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=backend == "compile")
+    return Model(
+        runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=backend == "compile" or chosen == "flex"
+    )
 
 
 def shipped_model() -> Path:

@@ -117,7 +117,8 @@ def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, cau
     if package == "flash_attn.cute":
         from flash_attn.cute import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q_BQHD, k_BSGD, v_BSGD, seqused_k=kv_len_B, causal=causal)
+        # despite its name it takes padded batches; causal is aligned to the end of seqused_k
+        out = flash_attn_varlen_func(q=q_BQHD, k=k_BSGD, v=v_BSGD, seqused_k=kv_len_B, causal=causal)
     elif package == "flash_attn_interface":
         from flash_attn_interface import flash_attn_with_kvcache
 

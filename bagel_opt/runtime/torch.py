@@ -13,9 +13,10 @@ class TorchRuntime:
     def __init__(self, model: Bagel, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.model, self.device, self.dtype = model, device, dtype
         self.programs = programs(model)
-        if compiled:
-            # One layer is compiled and serves all of its kind; each shape of each program compiles once.
+        if compiled or model.llm.backend == "flex":
+            # Each shape of each program compiles once, which is more than torch takes for normal.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        if compiled:  # one layer is compiled and serves all of its kind
             for layer in (*model.llm.layers, *model.vit_encoder.layers):
                 layer.compile(dynamic=False)
 
@@ -39,7 +40,8 @@ class TorchRuntime:
         if row is not None:
             caches = [cache[row : row + 1] for cache in caches]
         tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
-        with torch.no_grad():
+        # torch lets convolutions round float32 to TF32 on CUDA; the VAE's would then be 1e-3 off
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             out = self.programs[program](*tensors, *caches)
         return out[: len(out) - len(caches)]
 

@@ -1,0 +1,104 @@
+"""The official answers, and how to compare with them."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bagel_opt import Request
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "checkpoint"
+OFFICIAL = {  # the official code's names where ours differ
+    "max_think_token_n": "max_think_tokens",
+    "understanding_output": None,
+    "enable_taylorseer": None,
+    "image_shapes": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def data(self) -> dict:
+        return json.loads((self.folder / "case.json").read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "tensors.safetensors")
+
+    @property
+    def inputs(self) -> list:
+        return [self._item(item) for item in self.data["input"]]
+
+    @property
+    def outputs(self) -> list:
+        return [self._item(item) for item in self.data["output"]]
+
+    def _item(self, item: dict):
+        return Image.open(self.folder / item["image"]) if "image" in item else item["text"]
+
+    @property
+    def options(self) -> dict:
+        args = self.data["args"]
+        options = {OFFICIAL.get(name, name): value for name, value in args.items()}
+        options.pop(None, None)
+        options["output"] = "text" if args.get("understanding_output") else "image"
+        if args.get("enable_taylorseer"):
+            options["step_cache"] = "taylorseer"
+        if "image_shapes" in args:
+            options["height"], options["width"] = args["image_shapes"]
+        if "noise" in self.tensors:
+            options["noise"] = self.tensors["noise"]
+        if noises := self.series("vae_noise.{}"):
+            options["vae_noise"] = noises
+        return options
+
+    def series(self, name: str) -> list[torch.Tensor]:
+        found = []
+        while name.format(len(found)) in self.tensors:
+            found.append(self.tensors[name.format(len(found))])
+        return found
+
+    def request(self, **changes) -> Request:
+        return Request(self.inputs, **{**self.options, **changes})
+
+    def velocity_error(self, events: list) -> float:
+        """The largest relative error of the guided velocities that were kept."""
+        kept = [(event, self.tensors[f"flow.{event.index}.v_t"]) for event in events if self._kept(event.index)]
+        for event, _ in kept:
+            assert event.t == self.tensors[f"flow.{event.index}.t"].item()
+        return max((relative(event.v_t, want) for event, want in kept), default=0.0)
+
+    def _kept(self, index: int) -> bool:
+        return f"flow.{index}.v_t" in self.tensors
+
+    def check_outputs(self, outputs: list, share: float = 1e-3) -> None:
+        """Texts equal; pictures equal but for single steps of 1/255 in a share of the values."""
+        assert len(outputs) == len(self.outputs)
+        for got, want in zip(outputs, self.outputs, strict=True):
+            if isinstance(want, str):
+                assert got == want
+            else:
+                difference = np.abs(np.asarray(got).astype(int) - np.asarray(want))
+                assert difference.max() <= 1
+                assert (difference > 0).mean() < share
+
+
+def cases(golden: Path = GOLDEN) -> list[Case]:
+    return [Case(golden / "cases" / name) for name in json.loads((golden / "index.json").read_text())["cases"]]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
