@@ -15,7 +15,7 @@ from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt")
-READ_AT_ONCE = 256 * 2**20  # bytes mapped before the file is closed, so that read pages leave memory
+READ_AT_ONCE = 32 * 2**20  # bytes mapped before the file is closed, so that read pages leave memory
 DTYPES = ("F32", "F16", "BF16", "F64")
 
 # SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along.
@@ -109,15 +109,9 @@ class Checkpoint:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
         want: dict[str, tuple[int, ...]] = {}
         for name, parameter in model.named_parameters():
-            sources = published_names(name)
-            shape = tuple(parameter.shape)
-            for source in sources:
-                part = self.shapes.get(source, shape)
-                # of several stacked tensors each may have its own first dimension, the sum must be right
-                want[source] = shape if len(sources) == 1 else (part[0], *shape[1:])
-            have = [self.shapes[source] for source in sources if source in self.shapes]
-            if len(sources) > 1 and len(have) == len(sources) and sum(s[0] for s in have) != shape[0]:
-                want[sources[0]] = (shape[0] - sum(s[0] for s in have[1:]), *shape[1:])
+            sources, shape = published_names(name), tuple(parameter.shape)
+            for source, rows in zip(sources, self._rows(name, len(sources), shape[0]), strict=True):
+                want[source] = (rows, *shape[1:])
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
         if len(self.shapes.get(patch, ())) == 4:
@@ -140,6 +134,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names)
             )
+
+    def _rows(self, name: str, parts: int, rows: int) -> tuple[int, ...]:
+        """How the rows of one of our parameters divide among the published tensors stacked in it."""
+        if parts == 3 and name.startswith("llm."):  # fewer heads of keys and values than of queries
+            keys = self.config.llm.num_key_value_heads * self.config.llm.head_dim
+            return rows - 2 * keys, keys, keys
+        return (rows // parts,) * parts
 
     def load(
         self,
@@ -213,11 +214,11 @@ def weight_files(folder: Path) -> list[Path]:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not a valid index of shards") from None
-        if any(Path(name).name != name for name in shards):
+        if any(not isinstance(name, str) or Path(name).name != name for name in shards):
             raise CheckpointError(f"{index} names files outside its folder")
         paths = [folder / name for name in shards]
         # An index may be stale where the whole model lies there as one file, which the official code reads.
-        if not files or all(path.is_file() for path in paths):
+        if not files or (paths and all(path.is_file() for path in paths)):
             files = [path for path in paths if path != vae]
     if not files:
         raise FileNotFoundError(f"{folder} has no weights: ema.safetensors, model.safetensors or an index of shards")
@@ -242,7 +243,7 @@ def find_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a repo that can be downloaded: {reason}"
         ) from None

@@ -119,10 +119,12 @@ def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
 
 
 def generate(a: argparse.Namespace) -> None:
+    _check_out(a.out)
     _save(a, _run(a, [a.prompt], "image"))
 
 
 def edit(a: argparse.Namespace) -> None:
+    _check_out(a.out)
     _save(a, _run(a, [_open(a.image), a.prompt], "image"))
 
 
@@ -179,9 +181,20 @@ def _load(a: argparse.Namespace) -> Model:
 
 
 def _open(path: str) -> Image.Image:
-    image = Image.open(path)
-    image.load()
-    return ImageOps.exif_transpose(image)
+    try:
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except SyntaxError as error:  # what PIL raises for damaged EXIF data
+        raise ValueError(f"{path} is a damaged picture: {error}") from None
+
+
+def _check_out(path: Path) -> None:
+    """A typing slip should not cost the drawing of a picture."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {path}: the name must end in .png, .jpg or .webp")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
 
 
 def _save(a: argparse.Namespace, outputs: list) -> None:
@@ -194,8 +207,8 @@ def _save(a: argparse.Namespace, outputs: list) -> None:
 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; yields update(what, done, total)."""
+    """A progress bar on stderr where that is a terminal; yields update(what, done, total)."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
         task = progress.add_task(what, total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

@@ -13,9 +13,9 @@ from bagel_opt.config import BagelConfig
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PARTS = {
     "_moe_gen": "generation expert",
-    "language_model": "understanding expert, embeddings",
-    "vit_model": "ViT",
-    "vae.": "VAE",
+    ".language_model.": "understanding expert, embeddings",
+    ".vit_model.": "ViT",
+    ".vae.": "VAE",
     "": "connectors, positions, time",
 }
 
@@ -63,7 +63,7 @@ def _checkpoint(source: str | Path) -> list[Table]:
     checkpoint = Checkpoint(source)
     parameters, dtypes, size = Counter(), defaultdict(set), Counter()
     for name, shape in checkpoint.shapes.items():
-        part = next(label for key, label in PARTS.items() if key in name)
+        part = next(label for key, label in PARTS.items() if key in f".{name}")
         parameters[part] += math.prod(shape)
         dtypes[part].add(checkpoint.dtypes[name])
         size[part] += math.prod(shape) * BYTES.get(checkpoint.dtypes[name], 1)

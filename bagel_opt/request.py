@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,8 @@ class Request:
     """
 
     def __init__(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any):
+        if not isinstance(inputs, str | Image.Image | Iterable):
+            raise TypeError(f"inputs is {type(inputs).__name__}; allowed are str, PIL.Image.Image and lists of them")
         self.inputs = [inputs] if isinstance(inputs, str | Image.Image) else list(inputs)
         if not self.inputs:
             raise ValueError("inputs is empty; give at least one text or PIL image")

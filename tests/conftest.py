@@ -1,33 +1,51 @@
 import shutil
 
 import pytest
-from support import CHECKPOINT
 
-import bagel_opt
-from bagel_opt import Profile
-from bagel_opt.export import export
+pytest.register_assert_rewrite("support")
 
-TINY = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
+from support import CHECKPOINT, ODD  # noqa: E402  after the rewrite is registered
+
+import bagel_opt  # noqa: E402
+from bagel_opt import Profile  # noqa: E402
+from bagel_opt.export import export  # noqa: E402
+
+PROFILES = {
+    CHECKPOINT: Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64),
+    ODD / "checkpoint": Profile("odd", rows=3, slots=768, text=64, patches=100, latents=144),
+}
+BACKENDS = ("eager", "compile", "onnx")
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
-    """An ONNX bundle of the golden checkpoint."""
-    return export(CHECKPOINT, tmp_path_factory.mktemp("bundle") / "tiny", TINY)
+def load(tmp_path_factory):
+    """load(checkpoint, backend): fitted shapes in eager mode, one static profile for the others. Each is made once."""
+    models = {}
 
-
-@pytest.fixture(scope="session")
-def eager():
-    return bagel_opt.load(CHECKPOINT, device="cpu")
-
-
-@pytest.fixture(scope="session", params=["eager", "compile", "onnx"])
-def model(request):
-    """The golden checkpoint in every runtime: the fitted shapes of eager mode, one static profile for the others."""
-    if request.param == "onnx":
-        return bagel_opt.load(request.getfixturevalue("bundle"))
-    if request.param == "compile":
-        if not shutil.which("g++") and not shutil.which("clang++"):
+    def make(checkpoint, backend):
+        profile = PROFILES[checkpoint]
+        if backend == "onnx":
+            return bagel_opt.load(export(checkpoint, tmp_path_factory.mktemp("bundle") / profile.name, profile))
+        if backend == "compile" and not shutil.which("g++") and not shutil.which("clang++"):
             pytest.skip("torch.compile needs a C++ compiler on the CPU")
-        return bagel_opt.load(CHECKPOINT, device="cpu", backend="compile", profile=TINY)
-    return request.getfixturevalue("eager")
+        return bagel_opt.load(
+            checkpoint, device="cpu", backend=backend, profile=None if backend == "eager" else profile
+        )
+
+    def cached(checkpoint, backend):
+        if (checkpoint, backend) not in models:
+            models[checkpoint, backend] = make(checkpoint, backend)
+        return models[checkpoint, backend]
+
+    return cached
+
+
+@pytest.fixture(scope="session")
+def eager(load):
+    return load(CHECKPOINT, "eager")
+
+
+@pytest.fixture(scope="session")
+def bundle(load):
+    """The folder of an ONNX bundle of the golden checkpoint."""
+    return load(CHECKPOINT, "onnx").runtime.folder

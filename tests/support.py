@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from bagel_opt import Request
 
 GOLDEN = Path(__file__).parent / "golden"
+ODD = Path(__file__).parent / "golden_odd"  # the same for a checkpoint that shares no size with the other
 CHECKPOINT = GOLDEN / "checkpoint"
 OFFICIAL = {  # the official code's names where ours differ
     "max_think_token_n": "max_think_tokens",
@@ -29,6 +30,10 @@ class Case:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder.parent.parent / "checkpoint"
 
     @cached_property
     def data(self) -> dict:
@@ -102,3 +107,21 @@ def cases(golden: Path = GOLDEN) -> list[Case]:
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
+
+
+def check_together(alone, together) -> None:
+    """run_many of all golden cases by one model gives what another gives each by itself."""
+    events = [[] for _ in cases()]
+    requests = [case.request(on_step=seen.append) for case, seen in zip(cases(), events, strict=True)]
+    for case, outputs, seen in zip(cases(), together.run_many(requests), events, strict=True):
+        expected = []
+        case.check_outputs(outputs)
+        wanted = alone.run(case.inputs, on_step=expected.append, **case.options)
+        for got, want in zip(outputs, wanted, strict=True):
+            if isinstance(want, str):
+                assert got == want
+            else:
+                assert np.abs(np.asarray(got).astype(int) - np.asarray(want)).max() <= 1
+        for got, want in zip(seen, expected, strict=True):
+            assert relative(got.x_t, want.x_t) < 1e-5
+            assert relative(got.v_t, want.v_t) < 1e-5

@@ -1,20 +1,21 @@
 """The official code's answers, from every runtime."""
 
-import numpy as np
 import pytest
 import torch
-from support import CHECKPOINT, cases, relative
+from conftest import BACKENDS
+from support import CHECKPOINT, ODD, cases, check_together, relative
 
-import bagel_opt
-from bagel_opt import Profile
 from bagel_opt.sampling.engine import Context, Engine, Job
 from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT, Block, fit_profile, make_plan
 
-CASES = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+CASES = pytest.mark.parametrize("case", cases() + cases(ODD), ids=lambda c: f"{c.folder.parent.parent.name}-{c.name}")
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+named = {case.name: case for case in cases()}
 
 
 @CASES
-def test_answers(model, case):
+def test_answers(load, backend, case):
+    model = load(case.checkpoint, backend)
     events, tokens = [], []
     outputs = model.run(case.inputs, on_step=events.append, on_token=tokens.append, **case.options)
     assert len(events) == case.data["flow_steps"]
@@ -25,12 +26,13 @@ def test_answers(model, case):
 
 
 @CASES
-def test_keys_and_values_of_every_prefill(model, case):
+def test_keys_and_values_of_every_prefill(load, backend, case):
     """All that the official code fills, contexts that bagel_opt shares or never needs included."""
+    model = load(case.checkpoint, backend)
     plan = make_plan(case.request(), model.config, model.tokenizer)
     contexts = official_contexts(case, model, plan)
     stored = {name.rpartition(".")[0] for name in case.tensors if "prefill" in name}
-    assert stored or case.name == "taylorseer"
+    assert stored or "taylorseer" in case.name
     for name in stored:
         keys, values = prefill(model, plan, contexts[name])
         for got, kind in ((keys, "k"), (values, "v")):
@@ -39,9 +41,9 @@ def test_keys_and_values_of_every_prefill(model, case):
             assert relative(got, want) < 1e-4, name
 
 
-def test_no_state_survives_taylorseer(model):
+def test_no_state_survives_taylorseer(load, backend):
     """The official code keeps answering with its predictions after a request that used them."""
-    plain, cached = (next(c for c in cases() if c.name == name) for name in ("text_to_image", "taylorseer"))
+    model, plain, cached = load(CHECKPOINT, backend), named["text_to_image"], named["taylorseer"]
     model.run(cached.inputs, **cached.options)
     events = []
     outputs = model.run(plain.inputs, on_step=events.append, **plain.options)
@@ -49,32 +51,9 @@ def test_no_state_survives_taylorseer(model):
     plain.check_outputs(outputs)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_all_together_equals_one_by_one(eager, rows):
-    model = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("test", rows, 768, 64, 64, 64))
-    check_together(eager, model)
-
-
-def test_all_together_from_the_bundle(bundle):
-    model = bagel_opt.load(bundle)
+def test_all_together_equals_one_by_one(load, backend):
+    model = load(CHECKPOINT, backend)
     check_together(model, model)
-
-
-def check_together(alone, together):
-    events = [[] for _ in cases()]
-    requests = [case.request(on_step=seen.append) for case, seen in zip(cases(), events, strict=True)]
-    for case, outputs, seen in zip(cases(), together.run_many(requests), events, strict=True):
-        expected = []
-        case.check_outputs(outputs)
-        wanted = alone.run(case.inputs, on_step=expected.append, **case.options)
-        for got, want in zip(outputs, wanted, strict=True):
-            if isinstance(want, str):
-                assert got == want
-            else:
-                assert np.abs(np.asarray(got).astype(int) - np.asarray(want)).max() <= 1
-        for got, want in zip(seen, expected, strict=True):
-            assert relative(got.x_t, want.x_t) < 1e-5
-            assert relative(got.v_t, want.v_t) < 1e-5
 
 
 def official_contexts(case, model, plan):

@@ -25,8 +25,6 @@ def available(backend, dtype):
 @pytest.mark.parametrize("queries", [1, 130, 1000])
 def test_op_against_float64(backend, dtype, causal, heads, kv_heads, channels, queries):
     available(backend, dtype)
-    if backend == "flex" and dtype == torch.bfloat16 and queries == 1000 and channels == 16:
-        pytest.skip("covered by the other sizes")
     q, k, v, kv_len = random_inputs(3, queries, 1500, heads, kv_heads, channels, dtype=dtype, device="cuda")
     for b, length in enumerate(kv_len):
         k[b, length:], v[b, length:] = 100, -100
@@ -38,17 +36,19 @@ def test_op_against_float64(backend, dtype, causal, heads, kv_heads, channels, q
 @pytest.mark.parametrize("runtime", ["eager", "compile"])
 @pytest.mark.parametrize("backend", attention.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_golden_cases(backend, dtype, runtime):
+def test_golden_cases(backend, dtype, runtime, record_property):
     available(backend, dtype)
     model = bagel_opt.load(CHECKPOINT, device="cuda", dtype=dtype, attention=backend, backend=runtime)
     errors = {}
     for case in cases():
         events = []
         outputs = model.run(case.inputs, on_step=events.append, **case.options)
-        if events:
-            errors[case.name] = case.velocity_error(events)
         if dtype == torch.float32:
-            case.check_outputs(outputs)
+            case.check_outputs(outputs, share=1e-2)
+        # where rounding changed a random model's thought, the picture is of another thought
+        if events and (len(outputs) == 1 or outputs[0] == case.outputs[0]):
+            errors[case.name] = case.velocity_error(events)
+    record_property("velocity errors", errors)
     print(f"\n{runtime:8} {backend:6} {dtype!s:15}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     # In bfloat16 errors of one step feed the next, and guidance amplifies them; a broken mask gives 0.3 and more.
     assert max(errors.values()) < (1e-4 if dtype == torch.float32 else 0.1)

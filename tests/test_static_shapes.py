@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CHECKPOINT, cases, relative
+from support import CHECKPOINT, cases, check_together, relative
 
 import bagel_opt
 from bagel_opt import Profile, ProfileError
@@ -62,6 +62,12 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
                 assert np.abs(np.asarray(got).astype(int) - np.asarray(want)).max() <= 1
         for got, want in zip(seen, alone[i][1], strict=True):
             assert relative(got.v_t, want.v_t) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_all_together_in_few_and_many_rows(eager, rows):
+    profile = Profile("test", rows, 768, 64, 64, 64)
+    check_together(eager, bagel_opt.load(CHECKPOINT, device="cpu", profile=profile))
 
 
 def test_capacity_is_used_to_the_last_slot(eager):

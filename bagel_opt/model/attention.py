@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
 
+_flex = torch.compile(flex_attention, dynamic=False)  # uncompiled, it materialises all scores
+
 
 class Visible(NamedTuple):
     """Which keys each query sees, in the form that a backend wants; made once per program and shared by its layers."""
@@ -76,7 +78,11 @@ def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: V
     q_BHQD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BQHD, k_BSGD, v_BSGD))
     grouped = q_BHQD.shape[1] != k_BGSD.shape[1]
     if backend == "flex":
-        return _compiled_flex()(q_BHQD, k_BGSD, v_BGSD, block_mask=seen.mask, enable_gqa=grouped).transpose(1, 2)
+        # Its decoding kernel, chosen for fewer than 128 queries, has no configuration for more than a few.
+        options = {"FORCE_USE_FLEX_ATTENTION": q_BHQD.shape[2] > 1}
+        return _flex(
+            q_BHQD, k_BGSD, v_BGSD, block_mask=seen.mask, enable_gqa=grouped, kernel_options=options
+        ).transpose(1, 2)
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BGSD, v_BGSD, seen.mask, enable_gqa=grouped)
@@ -91,11 +97,6 @@ def attention(
     """The op as the design states it: `visible` and `attend` in one. Shapes and semantics above."""
     seen = visible(backend, kv_len_B, q_BQHD.shape[1], k_BSGD.shape[1], causal)
     return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
-
-
-@functools.cache
-def _compiled_flex():  # noqa: ANN202  torch.compile's return type is the function's
-    return torch.compile(flex_attention)  # uncompiled, it materialises all scores
 
 
 @functools.cache

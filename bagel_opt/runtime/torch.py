@@ -41,7 +41,7 @@ class TorchRuntime:
             caches = [cache[row : row + 1] for cache in caches]
         tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
         # torch lets convolutions round float32 to TF32 on CUDA; the VAE's would then be 1e-3 off
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
             out = self.programs[program](*tensors, *caches)
         return out[: len(out) - len(caches)]
 
