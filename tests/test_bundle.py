@@ -1,0 +1,221 @@
+"""Bundles: what an export writes, what loading one refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import onnx
+import pytest
+from support import CHECKPOINT, cases
+
+import bagel_opt
+import bagel_opt.export.onnx
+from bagel_opt import BundleError, Profile, ProfileError
+from bagel_opt.bundle import MANIFEST, WEIGHTS, locate_weights, read_manifest
+from bagel_opt.cli import main
+from bagel_opt.export import export
+from bagel_opt.runtime.onnx import OnnxRuntime
+
+PROFILE = Profile("test", 2, 600, 64, 64, 64)
+CACHED = ("text", "vit_context", "vae_context", "decode", "generate")
+named = {case.name: case for case in cases()}
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def graph(folder, program):
+    return onnx.load(folder / f"{program}.onnx", load_external_data=False).graph
+
+
+# ---- what is in it
+
+
+@pytest.mark.parametrize("program", CACHED)
+def test_transformer_graphs_are_static_and_plain(bundle, eager, program):
+    c = eager.config.llm
+    nodes = graph(bundle, program).node
+    kinds = Counter(node.op_type for node in nodes)
+    assert kinds["Attention"] == c.num_hidden_layers
+    assert kinds["TensorScatter"] == 2 * c.num_hidden_layers
+    for forbidden in ("Loop", "Scan", "If", "Shape", "Size", "NonZero", "Tile", "Range", "Transpose"):
+        assert forbidden not in kinds
+    for node in nodes:
+        if node.op_type == "Attention":
+            attributes = {a.name: a.i for a in node.attribute}
+            assert attributes["q_num_heads"] == c.num_attention_heads
+            assert attributes["kv_num_heads"] == c.num_key_value_heads
+            assert attributes["is_causal"] == (program in ("text", "decode"))
+            assert node.input[6]  # nonpad_kv_seqlen
+    for value in (*graph(bundle, program).input, *graph(bundle, program).output):
+        assert all(side.HasField("dim_value") for side in value.type.tensor_type.shape.dim), value.name
+
+
+def test_opset_is_24_and_graphs_are_valid(bundle):
+    for path in bundle.glob("*.onnx"):
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 24)]
+
+
+def test_each_weight_is_there_once(bundle, eager):
+    """All weights in one file, in no graph. Graphs do not grow with the width of the model."""
+    places = locate_weights(bundle / WEIGHTS)
+    weights = sum(place.length for place in places.values())
+    assert weights == sum(p.nbytes for p in eager.runtime.model.parameters())
+    used = set()
+    for path in bundle.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                entry = {item.key: item.value for item in tensor.external_data}
+                assert entry["location"] == WEIGHTS
+                assert int(entry["offset"]) == places[tensor.name].offset
+                assert int(entry["length"]) == places[tensor.name].length
+                used.add(tensor.name)
+            else:
+                assert tensor.ByteSize() < 2000, (path.name, tensor.name)
+    assert used == set(places)
+    assert sum(path.stat().st_size for path in bundle.iterdir()) < weights + 300_000
+
+
+def test_manifest_tells_what_is_there(bundle):
+    manifest = read_manifest(bundle)
+    assert manifest.kind == "onnx"
+    assert manifest.dtype == "float32"
+    assert manifest.profile.name == "tiny"
+    assert set(manifest.files) == {path.name for path in bundle.iterdir()} - {MANIFEST}
+    assert manifest.programs["generate"]["inputs"]["x"] == [[3, 64, 64], "float32"]
+    assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in manifest.files.values())
+
+
+def test_caches_are_updated_in_place(bundle):
+    """Bound as input and output to one memory: what a program did not write stays what it was."""
+    runtime = OnnxRuntime(bundle, read_manifest(bundle))
+    caches = runtime.caches(3, 768)
+    for cache in caches:
+        cache[:] = 7
+    import numpy as np
+
+    ids, one = np.full((1, 64), 5), np.array([10])
+    runtime.run("text", [ids, one, one], caches, row=1)
+    for cache in caches:
+        assert (cache[[0, 2]] == 7).all()
+        assert (cache[1, :10] == 7).all()
+        assert (cache[1, 74:] == 7).all()
+        assert (cache[1, 10:74] != 7).any()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, "tokenizer.json", "generate.onnx", "vae_decode.onnx"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+def test_one_changed_byte_is_refused(copy, name, place):
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=re.escape(str(path))):
+        bagel_opt.load(copy)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "text.onnx", "tokenizer.json"])
+def test_a_missing_or_truncated_file_is_refused(copy, name):
+    path = copy / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=re.escape(str(path))):
+        bagel_opt.load(copy)
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{re.escape(str(path))} is missing"):
+        bagel_opt.load(copy)
+
+
+def rewrite(folder, **changes):
+    """Changes fields of a manifest and signs it anew, as another version of bagel_opt might have written it."""
+    import bagel_opt.bundle as bundle
+
+    data = json.loads((folder / MANIFEST).read_text())
+    data.pop("sha256")
+    data.update(changes)
+    (folder / MANIFEST).write_text(bundle._dump({**data, "sha256": bundle._digest(data)}))
+
+
+def test_a_newer_format_is_refused(copy):
+    rewrite(copy, format=2)
+    with pytest.raises(BundleError, match="bundle format 2; this bagel_opt reads up to 1, so upgrade"):
+        bagel_opt.load(copy)
+
+
+def test_files_outside_the_bundle_are_refused(copy):
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    rewrite(copy, files={**files, "../secret": {"size": 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match="outside"):
+        bagel_opt.load(copy)
+
+
+def test_settings_that_a_bundle_fixes_are_refused(bundle):
+    for settings in ({"dtype": "float16"}, {"profile": "tiny"}, {"attention": "flex"}):
+        with pytest.raises(BundleError, match="fixed when it was exported"):
+            bagel_opt.load(bundle, **settings)
+    with pytest.raises(ValueError, match="backend='eager'"):
+        bagel_opt.load(bundle, backend="eager")
+    with pytest.raises(ValueError, match="device='cuda'"):
+        bagel_opt.load(bundle, device="cuda")
+
+
+def test_a_request_beyond_the_profile_is_refused(bundle):
+    model = bagel_opt.load(bundle)
+    with pytest.raises(ProfileError, match=r"needs slots of at least \d+, but profile 'tiny' has slots = 768"):
+        model.chat("a b " * 400)
+
+
+# ---- exporting
+
+
+def test_export_refuses_bad_settings(tmp_path):
+    for settings, error in (
+        ({"format": "onyx"}, "format='onyx'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            export(CHECKPOINT, tmp_path / "out", PROFILE, **settings)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        export(CHECKPOINT, tmp_path / "out", "nowhere")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match="no bundle"):
+        export(CHECKPOINT, tmp_path / "mine", PROFILE)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bagel_opt.export.onnx, "export_program", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(CHECKPOINT, tmp_path / "out", PROFILE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_by_the_command_line(tmp_path, capsys):
+    """The documented command, in float16 with the other rows; then the bundle by the command line."""
+    out = tmp_path / "half"
+    profile = tmp_path / "profile.toml"
+    profile.write_text('name = "two"\nrows = 2\nslots = 600\ntext = 64\npatches = 64\nlatents = 64\n')
+    command = [sys.executable, "-m", "bagel_opt.export", "--checkpoint", CHECKPOINT, "--format", "onnx"]
+    command += ["--profile", profile, "--out", out, "--dtype", "float16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(out)
+    case, events = named["image_editing"], []
+    bagel_opt.load(out).run(case.inputs, on_step=events.append, **case.options)
+    assert case.velocity_error(events) < 2e-2
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("float16", "vae_context", "onnxruntime", "slots"):
+        assert text in shown
