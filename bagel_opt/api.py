@@ -145,7 +145,8 @@ def load(
 
 def shipped_model() -> Path:
     """The checkpoint used when none is named. Until a model ships, the tiny random one of the tests stands in."""
-    return Path(__file__).parent.parent / "tests" / "golden" / "checkpoint"
+    installed = Path(__file__).parent / "demo" / "checkpoint"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "tests" / "golden" / "checkpoint"
 
 
 def torch_device(device: "str | torch.device | None") -> "torch.device":

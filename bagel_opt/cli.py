@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bagel_opt import __version__
 from bagel_opt.api import BACKENDS, Model, load
 from bagel_opt.request import RENORM_TYPES, Options
+from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -167,7 +168,7 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
 
         def on_token(token: int) -> None:
             written.append(token)
-            update("writing", len(written), options.get("max_think_tokens", Options.max_think_tokens))
+            update("writing", len(written), options.get("max_think_tokens", DEFAULT_TOKENS))
 
         return model.run(inputs, output=output, on_step=on_step, on_token=on_token, **options)
 

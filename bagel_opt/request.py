@@ -36,7 +36,7 @@ class Options:
 
     output: str = "image"
     think: bool = False
-    max_think_tokens: int = 1000
+    max_think_tokens: int | None = None  # None: 1000, or what a fixed profile has room for
     do_sample: bool = False
     text_temperature: float = 0.3
     cfg_text_scale: float = 4.0
@@ -70,7 +70,8 @@ class Options:
         check("output", self.output in ("image", "text"), "'image' or 'text'")
         for name in ("think", "do_sample"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
-        check("max_think_tokens", whole(self.max_think_tokens, 1), "a whole number of at least 1")
+        longest = self.max_think_tokens
+        check("max_think_tokens", longest is None or whole(longest, 1), "a whole number of at least 1")
         check("num_timesteps", whole(self.num_timesteps, 2), "a whole number of at least 2")
         check("text_temperature", number(self.text_temperature) and self.text_temperature > 0, "a number above 0")
         for name in ("cfg_text_scale", "cfg_img_scale"):

@@ -64,6 +64,14 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
             assert relative(got.v_t, want.v_t) < 1e-5
 
 
+def test_a_thought_is_safe_from_others_that_draw(eager):
+    """A picture in progress writes behind every row: it once overwrote a thought that was written but not counted."""
+    chosen = [next(c for c in ALL if c.name == n) for n in ("taylorseer", "text_to_image_channel", "text_to_image_think")]
+    model = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("test", 8, 700, 16, 64, 64))
+    for case, outputs in zip(chosen, model.run_many([case.request() for case in chosen]), strict=True):
+        case.check_outputs(outputs)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_all_together_in_few_and_many_rows(eager, rows):
     profile = Profile("test", rows, 768, 64, 64, 64)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from random_checkpoint import make_of_size
+from random_checkpoint import make, sizes_for
 from rich.console import Console
 from rich.table import Table
 from support import CHECKPOINT
@@ -35,10 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12, help="timed steps per picture")
     steps = parser.parse_args().steps
-    table = Table("checkpoint", "picture", "eager", "compile", "ONNX Runtime", "export", title="ms per flow step, median")
+    table = Table(
+        "checkpoint", "picture", "eager", "compile", "ONNX Runtime", "export", title="ms per flow step, median"
+    )
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large"
-        make_of_size(large, 300_000_000)
+        make(large, **sizes_for(300_000_000))
         for name, checkpoint, side in (("golden, 1.5 M", CHECKPOINT, 128), ("random, 300 M", large, 256)):
             tokens = (side // 16) ** 2
             profile = Profile("timing", rows=2, slots=2 * tokens + 128, text=64, patches=tokens, latents=tokens)
@@ -47,7 +49,9 @@ def main() -> None:
             exported = time.perf_counter() - start
             cells = []
             for source, backend in ((checkpoint, "eager"), (checkpoint, "compile"), (bundle, None)):
-                model = bagel_opt.load(source, backend=backend, **({"device": "cpu", "profile": profile} if backend else {}))
+                model = bagel_opt.load(
+                    source, backend=backend, **({"device": "cpu", "profile": profile} if backend else {})
+                )
                 times = step_times(model, side, steps)
                 cells.append(f"{1000 * statistics.median(times):.1f} ({1000 * min(times):.1f}-{1000 * max(times):.1f})")
             table.add_row(name, f"{side}x{side}", *cells, f"{exported:.0f} s")

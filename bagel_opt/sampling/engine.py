@@ -190,34 +190,31 @@ class Engine:
             )
 
     def _prefill(self, job: Job, context: Context, blocks: list[Block]) -> Generator:
-        """Extends one row's context block by block."""
+        """Extends one row's context block by block. What was written is counted before others get to run, since a
+        program that this row takes no part in writes after what it holds."""
         caches, p = self.caches[context.batch], self.profile
 
-        def ints(*values: int) -> list[np.ndarray]:
-            return [np.array([value], np.int64) for value in values]
+        def run(program: str, inputs: list, lengths: list[int], slots: int, positions: int) -> None:
+            numbers = [np.array([value], np.int64) for value in (context.position, *lengths, context.kv_len)]
+            self.runtime.run(program, inputs + numbers, caches, context.row)
+            context.kv_len += slots
+            context.position += positions
 
         for block in blocks:
             if block.kind == "text":
                 for start in range(0, block.length, p.text):
-                    ids = np.zeros((1, p.text), np.int64)
-                    chunk = block.ids[start : start + p.text]
-                    ids[0, : len(chunk)] = chunk
-                    where = ints(context.position + start, context.kv_len + start)
-                    self.runtime.run("text", [ids, *where], caches, context.row)
+                    chunk = np.array(block.ids[start : start + p.text], np.int64)
+                    run("text", [_padded(chunk, p.text)[None]], [], len(chunk), len(chunk))
                     yield None
             else:
-                n = block.length - 2
                 if block.kind == "vit":
                     inputs = [self._embeddings(job, block.image)]
                 else:
                     grid = job.plan.images[block.image].vae_grid
                     index = _padded(images.positions(*grid, self.config.latent_side), p.latents)
                     inputs = [_padded(self._latents(job, block.image), p.latents)[None], index[None]]
-                where = ints(context.position, n, context.kv_len)
-                self.runtime.run(f"{block.kind}_context", inputs + where, caches, context.row)
+                run(f"{block.kind}_context", inputs, [block.length - 2], block.length, 1)
                 yield None
-            context.kv_len += block.length
-            context.position += block.positions
             context.marks.append((context.kv_len, context.position))
 
     def _embeddings(self, job: Job, image: int) -> Tensor:
@@ -246,7 +243,7 @@ class Engine:
         options, context, ids = job.plan.options, job.main, [self.config.special.bos_token_id]
         uniform = np.random.default_rng(options.seed)
         before = context.kv_len, context.position
-        while len(ids) < options.max_think_tokens:  # the official count includes the start token
+        while len(ids) < job.plan.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
             token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
             context.kv_len, context.position = context.kv_len + 1, context.position + 1

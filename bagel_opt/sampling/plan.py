@@ -25,6 +25,7 @@ THINK_IMAGE = (
     "The planning process is enclosed within <think> </think> tags, i.e. "
     "<think> planning process here </think> image here"
 )
+DEFAULT_TOKENS = 1000  # longest generated text where none is asked for
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,15 @@ class Block:
     ids: tuple[int, ...] = ()
     image: int = -1
 
-    @property
-    def positions(self) -> int:
-        """RoPE positions that it takes."""
-        return self.length if self.kind == "text" else 1
-
 
 @dataclass
 class InputImage:
-    """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule."""
+    """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
 
+    The rule changes very long images again when it is applied twice; the picture to draw has the size of the first.
+    """
+
+    size: tuple[int, int]  # (height, width) after the first
     vae: Image.Image
     vit: Image.Image
     vae_grid: tuple[int, int]
@@ -67,6 +67,7 @@ class Plan:
     images: list[InputImage]
     steps: list[FlowStep] = field(default_factory=list)
     grid: tuple[int, int] = (0, 0)  # latent tokens of the picture to draw
+    max_tokens: int = 0  # longest text to generate, the start token included
     noise: np.ndarray | None = None
     vae_noise: list[np.ndarray] = field(default_factory=list)
 
@@ -117,11 +118,11 @@ class Plan:
                 length += block.length
             if blocks is self.main:
                 if self.writes:
-                    touched = max(touched, length + self.options.max_think_tokens)
+                    touched = max(touched, length + self.max_tokens)
                     if not self.draws:
-                        length += self.options.max_think_tokens
+                        length += self.max_tokens
                 if self.thinks:
-                    thought = self.options.max_think_tokens + 1
+                    thought = self.max_tokens + 1
                     touched = max(touched, length + -(-thought // text) * text)
                     length += thought
             filled = max(filled, length)
@@ -130,9 +131,15 @@ class Plan:
         return filled, max(filled, touched)
 
     def check(self, profile: Profile) -> None:
-        """Raises ProfileError, naming the field, its value and the need, where the request does not fit."""
+        """Raises ProfileError, naming the field, its value and the need, where the request does not fit.
+
+        Where no longest text was asked for, it becomes what the profile has room for.
+        """
+        sizes = profile.text, profile.patches, profile.latents
+        while self.options.max_think_tokens is None and self.max_tokens > 1 and self.peak(*sizes)[1] > profile.slots:
+            self.max_tokens -= 1
         needs = {"patches": self.tokens("vit"), "latents": self.latents()}
-        needs["slots"] = self.peak(profile.text, profile.patches, profile.latents)[1]
+        needs["slots"] = self.peak(*sizes)[1]
         for name, need in needs.items():
             if need > getattr(profile, name):
                 raise ProfileError(
@@ -177,8 +184,9 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         negative = text(options.negative_prompt)
         place = next((i for i in reversed(range(len(main))) if main[i] is last_text), len(main))
         cfg_text = [*main[:place], negative, *main[place + 1 :]]
+    max_tokens = DEFAULT_TOKENS if options.max_think_tokens is None else options.max_think_tokens
     if not draws:
-        return Plan(options, main, None, None, inputs)
+        return Plan(options, main, None, None, inputs, max_tokens=max_tokens)
 
     height, width = picture_size(options, inputs, config)
     grid = images.latent_grid(height, width, config)
@@ -187,7 +195,7 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
     plan = Plan(
         options, main, cfg_text if guided else None, cfg_img if guided and options.cfg_img_scale > 1 else None, inputs
     )
-    plan.steps, plan.grid = steps, grid
+    plan.steps, plan.grid, plan.max_tokens = steps, grid, max_tokens
     plan.noise, plan.vae_noise = draw_noise(options, grid, inputs, config)
     return plan
 
@@ -200,16 +208,15 @@ def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImag
     vit_grid = vit.height // config.vit.patch_size, vit.width // config.vit.patch_size
     images.check_grid(*vae_grid, config.latent_side, config.token_pixels, where)
     images.check_grid(*vit_grid, config.vit_side, config.vit.patch_size, where)
-    return InputImage(vae, vit, vae_grid, vit_grid)
+    return InputImage((first.height, first.width), vae, vit, vae_grid, vit_grid)
 
 
 def picture_size(options: Options, inputs: list[InputImage], config: BagelConfig) -> tuple[int, int]:
     """(height, width) to draw: the last input image's, else what was asked for."""
-    sizes = {"height": options.height, "width": options.width}
     if inputs:
-        height, width = inputs[-1].vae.height, inputs[-1].vae.width
+        height, width = inputs[-1].size
     else:
-        height, width = (config.default_size if size is None else size for size in sizes.values())
+        height, width = (config.default_size if size is None else size for size in (options.height, options.width))
     for name, size in (("height", height), ("width", width)):
         if size % config.token_pixels:
             raise ValueError(f"{name}={size}; allowed: a multiple of {config.token_pixels} pixels")
@@ -270,7 +277,7 @@ def fit_profile(plans: list[Plan], round_up: bool) -> Profile:
     base = Profile("fitted", min(8, sum(plan.contexts() for plan in plans)), 1, text, patches, latents)
     slots = max(slots_together(plans, base), max(plan.peak(text, patches, latents)[1] for plan in plans))
     # Ids of broken characters can come back from text as three each; a larger cache is all that it costs.
-    slots += 2 * max((plan.options.max_think_tokens for plan in plans if plan.thinks), default=0)
+    slots += 2 * max((plan.max_tokens for plan in plans if plan.thinks), default=0)
     return dataclasses.replace(base, slots=up(slots, 256))
 
 
