@@ -157,7 +157,9 @@ def torch_device(device: "str | torch.device | None") -> "torch.device":
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r}; allowed are 'cpu', 'cuda' and 'cuda:N'") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}; allowed are 'cpu', 'cuda' and 'cuda:N'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}, but this torch finds no CUDA device; use device='cpu'")
     return chosen

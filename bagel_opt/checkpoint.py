@@ -216,10 +216,10 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} is not a valid index of shards") from None
         if any(not isinstance(name, str) or Path(name).name != name for name in shards):
             raise CheckpointError(f"{index} names files outside its folder")
-        paths = [folder / name for name in shards]
-        # An index may be stale where the whole model lies there as one file, which the official code reads.
-        if not files or (paths and all(path.is_file() for path in paths)):
-            files = [path for path in paths if path != vae]
+        paths = [folder / name for name in shards if name != vae.name]
+        # The official code reads ema.safetensors; an index beside it may be stale or tell of other weights.
+        if not files or (files[0] in paths and all(path.is_file() for path in paths)):
+            files = paths
     if not files:
         raise FileNotFoundError(f"{folder} has no weights: ema.safetensors, model.safetensors or an index of shards")
     for path in (*files, vae):
@@ -251,4 +251,4 @@ def find_folder(source: str | Path) -> Path:
 
 def _listed(kind: str, names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} tensors {kind}: {', '.join(names[:limit])}{more}"
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind}: {', '.join(names[:limit])}{more}"

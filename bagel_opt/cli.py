@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}; give a PNG, JPEG or WebP picture")
     except (ValueError, TypeError, OSError, ImportError, Image.DecompressionBombError) as error:
         return _fail(" ".join(str(error).split()))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _fail("out of memory; use a smaller picture, shorter text, another --dtype or --device cpu")
     return 0
 
 

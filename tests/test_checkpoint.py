@@ -194,12 +194,12 @@ def edit_weights(folder, **changes):
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("llm2vae.bias", None, ["1 tensors missing", "llm2vae.bias"]),
+        ("llm2vae.bias", None, ["1 tensor missing", "llm2vae.bias"]),
         (f"{LAYER}self_attn.k_proj_moe_gen.bias", None, ["missing", "self_attn.k_proj_moe_gen.bias"]),
         ("latent_pos_embed.pos_embed", None, ["missing", "latent_pos_embed.pos_embed"]),
-        ("extra.weight", (3,), ["1 tensors surplus", "extra.weight"]),
+        ("extra.weight", (3,), ["1 tensor surplus", "extra.weight"]),
         (f"{VIT}encoder.layers.3.layer_norm1.bias", (16,), ["surplus", "layers.3.layer_norm1.bias"]),
-        ("vae2llm.weight", (32, 63), ["1 tensors mis-shaped", "vae2llm.weight is [32, 63], not [32, 64]"]),
+        ("vae2llm.weight", (32, 63), ["1 tensor mis-shaped", "vae2llm.weight is [32, 63], not [32, 64]"]),
         (f"{LAYER}input_layernorm.weight", (), ["mis-shaped", "input_layernorm.weight is [], not [32]"]),
         (f"{LAYER}self_attn.q_proj.weight", (31, 32), ["self_attn.q_proj.weight is [31, 32], not [32, 32]"]),
         (f"{LAYER}self_attn.k_proj.weight", (), ["self_attn.k_proj.weight is [], not [16, 32]"]),

@@ -35,7 +35,7 @@ def alone(eager):
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
     chosen = data.draw(st.lists(st.integers(0, len(ALL) - 1), min_size=1, max_size=5))
@@ -66,7 +66,9 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
 
 def test_a_thought_is_safe_from_others_that_draw(eager):
     """A picture in progress writes behind every row: it once overwrote a thought that was written but not counted."""
-    chosen = [next(c for c in ALL if c.name == n) for n in ("taylorseer", "text_to_image_channel", "text_to_image_think")]
+    chosen = [
+        next(c for c in ALL if c.name == n) for n in ("taylorseer", "text_to_image_channel", "text_to_image_think")
+    ]
     model = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("test", 8, 700, 16, 64, 64))
     for case, outputs in zip(chosen, model.run_many([case.request() for case in chosen]), strict=True):
         case.check_outputs(outputs)
@@ -89,6 +91,20 @@ def test_capacity_is_used_to_the_last_slot(eager):
     small = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("small", 3, need - 1, text, patches, latents))
     with pytest.raises(ProfileError, match=f"slots of at least {need}.*slots = {need - 1}"):
         small.run(case.inputs, **case.options)
+
+
+def test_text_stops_where_the_profile_ends(eager):
+    """Without max_think_tokens a text may be as long as there is room; asked for more, the request is refused."""
+    case, written = next(c for c in ALL if c.name == "text_only"), []
+    short = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("short", 1, 100, 16, 1, 1))
+    options = {name: value for name, value in case.options.items() if name != "max_think_tokens"}
+    short.run(case.inputs, on_token=written.append, **options)
+    expected = []
+    eager.run(case.inputs, on_token=expected.append, **{**options, "max_think_tokens": 100 - 14})
+    assert written == expected
+    assert len(written) == 100 - 14 - 1  # the start token counts
+    with pytest.raises(ProfileError, match="slots"):
+        short.run(case.inputs, **{**options, "max_think_tokens": 100 - 13})
 
 
 def test_requests_too_large_to_share_wait_for_each_other(eager):

@@ -4,6 +4,7 @@ python tests/timing.py            the golden checkpoint, and one of about 300 M 
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -28,7 +29,7 @@ def step_times(model: bagel_opt.Model, side: int, steps: int) -> list[float]:
     model.generate(
         "a red circle", num_timesteps=steps + 2, on_step=lambda event: stamps.append(time.perf_counter()), **options
     )
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(stamps)]
 
 
 def main() -> None:

@@ -36,6 +36,9 @@ class OnnxRuntime:
                 entry = self.manifest.programs[program]
                 options = ort.SessionOptions()
                 options.log_severity_level = 3
+                # Each program would pack the weights into a copy of its own: faster (decoding by a third,
+                # denoising by a tenth, measured at 300 M parameters), but several times the memory.
+                options.add_session_config_entry("session.disable_prepacking", "1")
                 for name in entry["weights"]:
                     options.add_initializer(name, self.weights[name])
                 path = self.folder / entry["file"]

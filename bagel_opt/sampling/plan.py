@@ -208,6 +208,10 @@ def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImag
     vit_grid = vit.height // config.vit.patch_size, vit.width // config.vit.patch_size
     images.check_grid(*vae_grid, config.latent_side, config.token_pixels, where)
     images.check_grid(*vit_grid, config.vit_side, config.vit.patch_size, where)
+    if (last := (vit_grid[0] - 1) * config.vit_side + vit_grid[1]) > config.vit.num_positions:
+        raise ValueError(
+            f"{where}: needs {last} places in the ViT's position table, which has {config.vit.num_positions}"
+        )
     return InputImage((first.height, first.width), vae, vit, vae_grid, vit_grid)
 
 

@@ -12,5 +12,5 @@ class ChooseToken(nn.Module):
         greedy = logits_BV.argmax(-1)
         scaled = logits_BV / torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
         mass = scaled.softmax(-1).cumsum(-1)
-        sampled = (mass < uniform_B[:, None] * mass[:, -1:]).sum(-1).clamp(max=logits_BV.shape[1] - 1)
+        sampled = (mass <= uniform_B[:, None] * mass[:, -1:]).sum(-1).clamp(max=logits_BV.shape[1] - 1)
         return (torch.where(temperature_B > 0, sampled, greedy),)
