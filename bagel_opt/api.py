@@ -1,6 +1,6 @@
 """The public API: load a checkpoint or a bundle, then run requests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,16 @@ class Model:
         """
         return self.run_many([Request(inputs, **options)])[0]
 
-    def run_many(self, requests: Sequence[Request], return_exceptions: bool = False) -> list[list[str | Image.Image]]:
+    def run_many(self, requests: Iterable[Request], return_exceptions: bool = False) -> list[list[str | Image.Image]]:
         """Runs requests of any sizes and options together in common rows; each answer is what the request gets alone.
 
         Bad requests are refused before any runs. One that fails on its way loses nobody else's work: the others
         finish first, then the failure is raised, or with `return_exceptions` returned in its place.
         """
-        plans = []
+        requests, plans = list(requests), []
         for number, request in enumerate(requests):
+            if not isinstance(request, Request):
+                raise TypeError(f"requests[{number}] is {type(request).__name__}; allowed is bagel_opt.Request")
             try:
                 plan = make_plan(request, self.config, self.tokenizer)
                 if self.profile:
@@ -96,7 +98,7 @@ def _fixed(options: dict, output: str) -> dict:
 def load(
     source: str | Path | None = None,
     *,
-    backend: str | None = None,
+    backend: str = "eager",
     device: "str | torch.device | None" = None,
     dtype: "str | torch.dtype | None" = None,
     attention: str = "auto",
@@ -105,9 +107,9 @@ def load(
 ) -> Model:
     """Loads a checkpoint folder, a Hugging Face repo id or a bundle folder; None is the model that ships.
 
-    backend: "eager" (the default) or "compile"; a bundle brings its own. device: default CUDA where there is one.
+    backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
-    profile: a Profile, a TOML file or a name; None fits the shapes to each call. progress(done, total) in tensors.
+    profile: a Profile, a TOML file or a name; None fits the shapes to each call. progress(done, total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.
@@ -120,8 +122,7 @@ def load(
                 raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
         from bagel_opt.bundle import load_bundle
 
-        return load_bundle(folder, backend, device)
-    backend = "eager" if backend is None else backend
+        return load_bundle(folder, backend, device, progress)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
     import torch

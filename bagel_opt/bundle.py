@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -86,9 +87,14 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compares every file with its size and sha256 in the manifest. Raises BundleError naming the file."""
-    for name, entry in manifest.files.items():
+def check_files(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Compares every file with its size and sha256 in the manifest. progress(done, total) is called in files.
+
+    Raises BundleError naming the file.
+    """
+    for done, (name, entry) in enumerate(manifest.files.items()):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleError(f"{folder}: the manifest names {name}, which lies outside the bundle")
         path = folder / name
@@ -96,6 +102,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is missing; copy or export the bundle again")
         if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
             raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")
+        progress(done + 1, len(manifest.files))
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -120,14 +127,14 @@ def locate_weights(path: Path) -> dict[str, Location]:
     return found
 
 
-def load_bundle(folder: Path, backend: str | None, device: Any) -> "Model":  # noqa: F821
+def load_bundle(folder: Path, backend: str, device: Any, progress: Callable[[int, int], None]) -> "Model":  # noqa: F821
     """Loads a bundle for `bagel_opt.load`. Raises BundleError, ValueError for a wrong backend, ImportError."""
     from bagel_opt.api import Model
 
     manifest = read_manifest(folder)
-    if backend not in (None, manifest.kind):
+    if backend not in ("eager", manifest.kind):  # "eager" is what nobody asked for
         raise ValueError(f"backend={backend!r}, but {folder} is a bundle for {manifest.kind!r}; leave backend out")
-    check_files(folder, manifest)
+    check_files(folder, manifest, progress)
     if device not in (None, "cpu") and str(device) != "cpu":
         raise ValueError(f"device={str(device)!r}; allowed for an ONNX bundle is 'cpu'")
     try:

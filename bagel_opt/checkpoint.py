@@ -14,7 +14,7 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
-FILES = ("*.json", "*.safetensors", "merges.txt")
+FILES = ("*.json", "*.safetensors")
 READ_AT_ONCE = 32 * 2**20  # bytes mapped before the file is closed, so that read pages leave memory
 DTYPES = ("F32", "F16", "BF16", "F64")
 
@@ -91,9 +91,9 @@ class Checkpoint:
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
         self.config: BagelConfig = read_config(self.folder, self.shapes, self.tokenizer.special)
         rows = self.config.llm.vocab_size
-        if (top := max(vars(self.tokenizer.special).values())) >= rows:
+        if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
-                f"{self.folder}: the tokenizer has special token {top}, but the embedding table only {rows} rows"
+                f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
 
     def _read_header(self, path: Path) -> None:
@@ -156,19 +156,17 @@ class Checkpoint:
             model = Bagel(self.config)
         self.check(model)
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        reader = Reader(self)
         parameters = list(model.named_parameters())
-        for done, (name, parameter) in enumerate(parameters):
-            parts = published_names(name)
-            start = 0
-            for part in parts:
-                tensor = reader.read(part)
-                if tensor.ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
-                    tensor = tensor.permute(0, 2, 3, 1).reshape(parameter.shape)
-                parameter.data[start : start + tensor.shape[0]].copy_(tensor)
-                start += tensor.shape[0]
-            progress(done + 1, len(parameters))
-        reader.close()
+        with contextlib.closing(Reader(self)) as reader:
+            for done, (name, parameter) in enumerate(parameters):
+                start = 0
+                for part in published_names(name):
+                    tensor = reader.read(part)
+                    if tensor.ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
+                        tensor = tensor.permute(0, 2, 3, 1).reshape(parameter.shape)
+                    parameter.data[start : start + tensor.shape[0]].copy_(tensor)
+                    start += tensor.shape[0]
+                progress(done + 1, len(parameters))
         return model
 
 
@@ -178,7 +176,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.path: Path | None = None
+        self.file, self.path = None, None
         self.stack = contextlib.ExitStack()
         self.bytes = 0
 

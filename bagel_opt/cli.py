@@ -15,6 +15,7 @@ from bagel_opt.api import BACKENDS, Model, load
 from bagel_opt.request import RENORM_TYPES, Options
 from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -27,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except UnidentifiedImageError as error:
         return _fail(f"{error}; give a PNG, JPEG or WebP picture")
-    except (ValueError, TypeError, OSError, ImportError, Image.DecompressionBombError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, Image.DecompressionBombError) as error:
         return _fail(" ".join(str(error).split()))
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         return _fail("out of memory; use a smaller picture, shorter text, another --dtype or --device cpu")
     return 0
@@ -88,7 +89,7 @@ def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
 def _model_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("model")
     group.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
-    group.add_argument("--backend", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
+    group.add_argument("--backend", default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
     group.add_argument("--device", help="cpu, cuda or cuda:N")
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")

@@ -148,7 +148,7 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Sp
         num_attention_heads=_whole(folder, llm, "num_attention_heads"),
         num_key_value_heads=_whole(folder, llm, "num_key_value_heads"),
         vocab_size=_whole(folder, llm, "vocab_size"),
-        rope_theta=_number(folder, llm, "rope_theta", 1e6),
+        rope_theta=_number(folder, llm, "rope_theta", 10000.0),
         rms_norm_eps=_number(folder, llm, "rms_norm_eps", 1e-6),
     )
     patch = _whole(folder, vit, "patch_size")
@@ -165,10 +165,8 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Sp
     for name, act, known in (("llm", llm, "silu"), ("vit", vit, "gelu_pytorch_tanh")):
         if act.get("hidden_act", known) != known:
             raise CheckpointError(f"{folder}: {name}_config has hidden_act {act['hidden_act']!r}; BAGEL uses {known!r}")
-    if llm.get("rope_scaling") or llm.get("tie_word_embeddings"):
-        raise CheckpointError(
-            f"{folder}: llm_config asks for rope_scaling or tied embeddings, which BAGEL does not use"
-        )
+    if llm.get("rope_scaling"):
+        raise CheckpointError(f"{folder}: llm_config asks for rope_scaling, which BAGEL does not use")
     for part, heads in ((llm_config, llm_config.num_key_value_heads), (vit_config, vit_config.num_attention_heads)):
         if part.hidden_size % part.num_attention_heads or part.num_attention_heads % heads:
             raise CheckpointError(f"{folder}: {type(part).__name__} has head counts that do not divide: {part}")
@@ -193,10 +191,11 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Sp
 
 
 def _read_vae(folder: Path, given: dict) -> VAEConfig:
-    """`downsample` follows from ch_mult; fields that are not there have the published model's sizes."""
+    """Fields that are not there have the published model's sizes."""
     if not isinstance(given, dict):
         raise CheckpointError(f"{folder}/config.json: vae_config holds {type(given).__name__}, not an object of fields")
-    if unknown := set(given) - {*VAEConfig.__dataclass_fields__, "downsample"}:
+    fixed = {"downsample", "resolution", "in_channels", "out_ch"}  # follow from the others, or never vary
+    if unknown := set(given) - {*VAEConfig.__dataclass_fields__, *fixed}:
         raise CheckpointError(f"{folder}/config.json: unknown fields in vae_config: {', '.join(sorted(unknown))}")
     mult = given.get("ch_mult", VAEConfig.ch_mult)
     if not isinstance(mult, list | tuple) or not mult or any(type(m) is not int or m < 1 for m in mult):
@@ -204,13 +203,16 @@ def _read_vae(folder: Path, given: dict) -> VAEConfig:
     ch = _whole(folder, given, "ch", VAEConfig.ch)
     if ch % 32:
         raise CheckpointError(f"{folder}: ch is {ch}; it must be a multiple of the 32 groups that are normed together")
+    shift = given.get("shift_factor", VAEConfig.shift_factor)
+    if type(shift) not in (int, float):
+        raise CheckpointError(f"{folder}: shift_factor is {shift!r}; it must be a number")
     return VAEConfig(
         ch=ch,
         ch_mult=tuple(mult),
         num_res_blocks=_whole(folder, given, "num_res_blocks", VAEConfig.num_res_blocks),
         z_channels=_whole(folder, given, "z_channels", VAEConfig.z_channels),
         scale_factor=_number(folder, given, "scale_factor", VAEConfig.scale_factor),
-        shift_factor=given.get("shift_factor", VAEConfig.shift_factor),
+        shift_factor=shift,
     )
 
 

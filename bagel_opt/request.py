@@ -26,6 +26,14 @@ class StepEvent:
     v_t: Any
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises ValueError for text with half of a surrogate pair, such as bytes that were not UTF-8 on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds characters that are no valid Unicode; give it as UTF-8") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A request's options in the official names. Values out of range raise ValueError.
@@ -73,26 +81,31 @@ class Options:
         longest = self.max_think_tokens
         check("max_think_tokens", longest is None or whole(longest, 1), "a whole number of at least 1")
         check("num_timesteps", whole(self.num_timesteps, 2), "a whole number of at least 2")
-        check("text_temperature", number(self.text_temperature) and self.text_temperature > 0, "a number above 0")
+        warm = self.text_temperature
+        check("text_temperature", number(warm) and 1e-3 <= warm <= 1000, "a number from 0.001 to 1000")
         for name in ("cfg_text_scale", "cfg_img_scale"):
             value = getattr(self, name)
-            check(name, number(value) and 0 <= value < float("inf"), "a number of at least 0; up to 1 is no guidance")
+            check(name, number(value) and 0 <= value <= 1000, "a number from 0 to 1000; up to 1 is no guidance")
         low_high = self.cfg_interval
         pair = isinstance(low_high, Sequence) and len(low_high) == 2 and all(number(bound) for bound in low_high)
         check("cfg_interval", pair and 0 <= low_high[0] <= low_high[1] <= 1, "(low, high) with 0 <= low <= high <= 1")
         check("cfg_renorm_min", number(self.cfg_renorm_min) and 0 <= self.cfg_renorm_min <= 1, "a number from 0 to 1")
         check("cfg_renorm_type", self.cfg_renorm_type in RENORM_TYPES, ", ".join(map(repr, RENORM_TYPES)))
         shift = self.timestep_shift
-        check("timestep_shift", number(shift) and 0 < shift < float("inf"), "a number above 0")
+        check("timestep_shift", number(shift) and 1e-3 <= shift <= 1000, "a number from 0.001 to 1000")
         for name in ("height", "width"):
             value = getattr(self, name)
             check(name, value is None or whole(value, 1), "a whole number of pixels")
+        for name in ("max_think_tokens", "num_timesteps", "height", "width", "seed"):
+            if isinstance(getattr(self, name), numbers.Integral) and not isinstance(getattr(self, name), bool):
+                object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers would overflow
         check(
             "seed",
             self.seed is None or (whole(self.seed, 0) and self.seed < 2**63),
             "None or a number from 0 to 2**63 - 1",
         )
         check("negative_prompt", isinstance(self.negative_prompt, str | None), "None or a text")
+        check_text(self.negative_prompt or "", "negative_prompt")
         check("step_cache", self.step_cache in (None, "taylorseer"), "None or 'taylorseer'")
         for name in ("on_step", "on_token"):
             check(name, getattr(self, name) is None or callable(getattr(self, name)), "None or a function")
@@ -123,4 +136,6 @@ class Request:
                 check_image(item, f"inputs[{index}]")
             elif not isinstance(item, str):
                 raise TypeError(f"inputs[{index}] is {type(item).__name__}; allowed are str and PIL.Image.Image")
+            else:
+                check_text(item, f"inputs[{index}]")
         self.options = Options.make(options)

@@ -23,9 +23,16 @@ class Tokenizer:
             self._tokenizer = _Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from None
+        # Settings that some tokenizer.json carry from training; the official tokenizer heeds neither.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         # Tokens that are there already keep their ids; missing ones go to the end, as in the official code.
         self._tokenizer.add_special_tokens(list(SPECIAL))
         self.special = SpecialTokens(*(self._tokenizer.token_to_id(token) for token in SPECIAL))
+
+    @property
+    def largest_id(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without the text block's start and end."""

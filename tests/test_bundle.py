@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import onnx
 import pytest
+from PIL import Image
 from support import CHECKPOINT, cases
 
 import bagel_opt
@@ -99,8 +101,6 @@ def test_caches_are_updated_in_place(bundle):
     caches = runtime.caches(3, 768)
     for cache in caches:
         cache[:] = 7
-    import numpy as np
-
     ids, one = np.full((1, 64), 5), np.array([10])
     runtime.run("text", [ids, one, one], caches, row=1)
     for cache in caches:
@@ -162,8 +162,8 @@ def test_settings_that_a_bundle_fixes_are_refused(bundle):
     for settings in ({"dtype": "float16"}, {"profile": "tiny"}, {"attention": "flex"}):
         with pytest.raises(BundleError, match="fixed when it was exported"):
             bagel_opt.load(bundle, **settings)
-    with pytest.raises(ValueError, match="backend='eager'"):
-        bagel_opt.load(bundle, backend="eager")
+    with pytest.raises(ValueError, match="backend='compile'"):
+        bagel_opt.load(bundle, backend="compile")
     with pytest.raises(ValueError, match="device='cuda'"):
         bagel_opt.load(bundle, device="cuda")
 
@@ -219,3 +219,32 @@ def test_half_precision_by_the_command_line(tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("float16", "vae_context", "onnxruntime", "slots"):
         assert text in shown
+
+
+def test_only_what_an_export_wrote_is_replaced(tmp_path, bundle):
+    foreign, mixed = tmp_path / "app", shutil.copytree(bundle, tmp_path / "mixed")
+    foreign.mkdir()
+    (foreign / MANIFEST).write_text('{"name": "a web app"}')
+    (mixed / "notes.txt").write_text("precious")
+    for folder in (foreign, mixed):
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(FileExistsError, match="no bundle"):
+            export(CHECKPOINT, folder, PROFILE)
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_bundles_run_without_torch(bundle, tmp_path):
+    """In a process where torch cannot be imported: the same picture for the same seed."""
+    script = f"""
+import sys
+sys.modules["torch"] = None
+import bagel_opt
+model = bagel_opt.load({str(bundle)!r})
+events = []
+model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64, on_step=events.append).save("out.png")
+assert type(events[0].x_t).__module__ == "numpy"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    expected = bagel_opt.load(bundle).generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
+    difference = np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1

@@ -308,8 +308,8 @@ def test_impossible_size(folder, file, field, value):
         ("llm_config.json", {"rope_theta": "1e6"}, "rope_theta"),
         ("llm_config.json", {"rms_norm_eps": 0}, "rms_norm_eps"),
         ("llm_config.json", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("llm_config.json", {"tie_word_embeddings": True}, "tied embeddings"),
-        ("llm_config.json", {"vocab_size": 270}, "special token 272"),
+        ("config.json", {"vae_config": {"shift_factor": "x"}}, "shift_factor is 'x'"),
+        ("llm_config.json", {"vocab_size": 270}, "token 272"),
         ("config.json", {"vae_config": [32]}, "vae_config"),
         ("config.json", {"vae_config": {"ch": 48}}, "ch is 48"),
         ("config.json", {"vae_config": {"ch_mult": []}}, "ch_mult"),
@@ -321,6 +321,27 @@ def test_impossible_size(folder, file, field, value):
 def test_impossible_field(folder, file, fields, word):
     edit_json(folder, file, **fields)
     fails(folder, CheckpointError, str(folder), word)
+
+
+def test_fields_that_the_official_code_ignores(folder):
+    text = "a red circle and a blue square"
+    want, ids = weights(folder), Checkpoint(folder).tokenizer.encode(text)
+    edit_json(folder, "llm_config.json", tie_word_embeddings=True)
+    edit_json(
+        folder,
+        "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 40},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "a",
+        },
+    )
+    assert_same(weights(folder), want)
+    assert Checkpoint(folder).tokenizer.encode(text) == ids
 
 
 # ---- memory

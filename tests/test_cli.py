@@ -174,7 +174,7 @@ def test_picture_with_damaged_exif(fails):
         (["--cfg-interval", 0.9, 0.1], "cfg_interval=(0.9, 0.1); allowed: (low, high)"),
         (["--cfg-renorm-type", "local"], "cfg_renorm_type='local'; allowed: 'global'"),
         (["--step-cache", "none"], "step_cache='none'; allowed: None or 'taylorseer'"),
-        (["--text-temperature", "nan"], "text_temperature=nan; allowed: a number above 0"),
+        (["--text-temperature", "nan"], "text_temperature=nan; allowed: a number from 0.001 to 1000"),
         (["--seed", -1], "seed=-1; allowed"),
         (["--height", 65], "height=65; allowed: a multiple of 16 pixels"),
         (["--width", 4096], "at most 128 pixels"),

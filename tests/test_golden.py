@@ -5,7 +5,8 @@ import torch
 from conftest import BACKENDS
 from support import CHECKPOINT, ODD, cases, check_together, relative
 
-from bagel_opt.sampling.engine import Context, Engine, Job
+from bagel_opt.sampling.batches import Batches, Context
+from bagel_opt.sampling.job import Job
 from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT, Block, fit_profile, make_plan
 
 CASES = pytest.mark.parametrize("case", cases() + cases(ODD), ids=lambda c: f"{c.folder.parent.parent.name}-{c.name}")
@@ -90,10 +91,9 @@ def official_contexts(case, model, plan):
 def prefill(model, plan, blocks):
     """Keys and values [layers, tokens, heads, channels] of a context, in the official order of tokens."""
     profile = model.profile or fit_profile([plan], round_up=False)
-    engine = Engine(model.runtime, model.config, model.tokenizer, profile)
-    engine.caches[0] = model.runtime.caches(profile.rows, profile.slots)
-    context = Context(0, profile.rows - 1)
-    for _ in engine._prefill(Job(0, plan, context, context, context), context, blocks):
+    batches, context = Batches(model.runtime, model.config, profile), Context(0, profile.rows - 1)
+    batches.open(context)
+    for _ in Job(0, plan, batches, model.tokenizer)._prefill(context, blocks):
         pass
     order, start = [], 0
     for block in blocks:
@@ -103,5 +103,5 @@ def prefill(model, plan, blocks):
         order += slots
         start += block.length
     layers = model.config.llm.num_hidden_layers
-    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in engine.caches[0]])
+    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches.caches[0]])
     return stacked[:layers, order], stacked[layers:, order]

@@ -1,5 +1,7 @@
 """Padding, capacity, batch neighbours and what unused slots hold must not change an answer."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,40 @@ def test_a_failing_callback_loses_nobody_elses_work(eager):
     case.check_outputs(outputs)
     with pytest.raises(RuntimeError, match="mine"):
         eager.run_many([case.request(), case.request(on_step=fail)])
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_an_overflow_stays_with_its_request(load, backend):
+    """Infinities in a row's cache or latents would reach the row's next request as 0 * inf."""
+    case = next(c for c in ALL if c.name == "text_to_image")
+    model = load(CHECKPOINT, backend)
+    huge = bagel_opt.Request(["b"], noise=np.full((64, 64), 3e38, np.float32), num_timesteps=3)
+    failed, *others = model.run_many([huge, *[case.request() for _ in range(4)]], return_exceptions=True)
+    assert isinstance(failed, FloatingPointError)
+    for outputs in others:
+        case.check_outputs(outputs)
+
+
+def test_threads_share_a_model(eager):
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda case: eager.run(case.inputs, **case.options), ALL * 2))
+    for case, outputs in zip(ALL * 2, answers, strict=True):
+        case.check_outputs(outputs)
+
+
+def test_a_failed_allocation_loses_nobody_elses_work(eager):
+    class Small(TorchRuntime):
+        left = 1
+
+        def caches(self, rows, slots):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError("no room")
+            return super().caches(rows, slots)
+
+    case = next(c for c in ALL if c.name == "text_to_image_no_cfg")  # one row
+    runtime = Small(eager.runtime.model, torch.device("cpu"), torch.float32, compiled=False)
+    model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, Profile("rows", 1, 300, 64, 64, 64))
+    outputs, failed = model.run_many([case.request(), case.request()], return_exceptions=True)
+    case.check_outputs(outputs)
+    assert isinstance(failed, MemoryError)

@@ -49,9 +49,9 @@ def main() -> None:
             bundle = export(checkpoint, Path(folder) / f"bundle-{side}", profile)
             exported = time.perf_counter() - start
             cells = []
-            for source, backend in ((checkpoint, "eager"), (checkpoint, "compile"), (bundle, None)):
+            for source, backend in ((checkpoint, "eager"), (checkpoint, "compile"), (bundle, "onnx")):
                 model = bagel_opt.load(
-                    source, backend=backend, **({"device": "cpu", "profile": profile} if backend else {})
+                    source, backend=backend, **({} if source is bundle else {"device": "cpu", "profile": profile})
                 )
                 times = step_times(model, side, steps)
                 cells.append(f"{1000 * statistics.median(times):.1f} ({1000 * min(times):.1f}-{1000 * max(times):.1f})")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from bagel_opt.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, list_files, locate_weights
+from bagel_opt.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, list_files, locate_weights, read_manifest
+from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile, load_profile
 
 FORMATS = ("onnx",)
@@ -32,8 +33,8 @@ def export(
     for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
-    out, profile = Path(out), load_profile(profile)
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+    out, profile = Path(out).resolve(), load_profile(profile)
+    if out.exists() and not _replaceable(out):
         raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
 
     import torch
@@ -71,6 +72,17 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a folder is empty, or a bundle with nothing in it that an export did not write."""
+    if not out.is_dir():
+        return False
+    inside = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    try:
+        return not inside or inside == {MANIFEST, *read_manifest(out).files}
+    except (BundleError, FileNotFoundError):
+        return False
 
 
 def _version(name: str) -> str:

@@ -19,6 +19,9 @@ class Runtime(Protocol):
     def write_row(self, tensor: Tensor, row: int, values: np.ndarray) -> Tensor:
         """The tensor with the start of one row replaced, in place where that is possible."""
 
+    def clear_row(self, caches: list[Tensor], row: int) -> None:
+        """Zeros a row of a batch's caches."""
+
     def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
         """Copies the first `length` slots of a row from one batch's caches to a row of another's, or of the same."""
 

@@ -64,6 +64,10 @@ class OnnxRuntime:
         tensor[row, : len(values)] = values
         return tensor
 
+    def clear_row(self, caches: list, row: int) -> None:
+        for cache in caches:
+            cache[row] = 0
+
     def copy_row(self, source: list, row: int, target: list, to: int, length: int) -> None:
         for a, b in zip(source, target, strict=True):
             b[to, :length] = a[row, :length]
@@ -82,7 +86,10 @@ class OnnxRuntime:
             shared = ort.OrtValue.ortvalue_from_numpy(cache if row is None else cache[row : row + 1])
             binding.bind_ortvalue_input(name, shared)
             binding.bind_ortvalue_output(f"{name}.out", shared)
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ORT's exceptions have no common base
+            raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {str(error).splitlines()[0]}") from None
         return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
 
     def host(self, tensor: np.ndarray, row: int | None = None) -> np.ndarray:

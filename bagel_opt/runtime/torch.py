@@ -1,5 +1,9 @@
 """The torch runtime: eager, or with the transformer's and the ViT's layers compiled."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +11,18 @@ from torch import Tensor
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.cache import empty_cache
 from bagel_opt.runtime.programs import programs
+
+_FLAGS = threading.Lock()
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Without TF32, to which torch lets convolutions round float32 on CUDA: the VAE would be 1e-3 off.
+
+    The setting, like the choice of an SDPA backend, is the process's, so only one thread at a time may have it.
+    """
+    with _FLAGS, torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
+        yield
 
 
 class TorchRuntime:
@@ -32,6 +48,10 @@ class TorchRuntime:
         tensor[row, : len(values)] = torch.from_numpy(values).to(tensor)
         return tensor
 
+    def clear_row(self, caches: list, row: int) -> None:
+        for cache in caches:
+            cache[row] = 0
+
     def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
         for a, b in zip(source, target, strict=True):
             b[to, :length] = a[row, :length]
@@ -40,8 +60,7 @@ class TorchRuntime:
         if row is not None:
             caches = [cache[row : row + 1] for cache in caches]
         tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
-        # torch lets convolutions round float32 to TF32 on CUDA; the VAE's would then be 1e-3 off
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
+        with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
             out = self.programs[program](*tensors, *caches)
         return out[: len(out) - len(caches)]
 

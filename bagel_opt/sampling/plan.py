@@ -26,6 +26,7 @@ THINK_IMAGE = (
     "<think> planning process here </think> image here"
 )
 DEFAULT_TOKENS = 1000  # longest generated text where none is asked for
+LEAST_TOKENS = 16  # a profile with less room for it is too small for the request
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,27 @@ class Plan:
         """Whether a thought joins the main context before the picture is drawn."""
         return self.draws and self.options.think
 
+    def roles(self) -> tuple[int, int, int]:
+        """Which of the request's rows main, cfg_text and cfg_img have. Contexts of equal content share one.
+
+        Not with main, however, where a thought will join it, nor under TaylorSeer where guidance starts late: a branch
+        is then behind main in its count of evaluations.
+        """
+        late = self.options.step_cache is not None and not (self.steps and self.steps[0].guided)
+        rows: list[list[Block] | None] = [None if self.thinks or late else self.main]
+
+        def row(blocks: list[Block] | None) -> int:
+            if blocks is None:
+                return 0
+            if blocks not in rows:
+                rows.append(blocks)
+            return rows.index(blocks)
+
+        return 0, row(self.cfg_text), row(self.cfg_img)
+
     def contexts(self) -> int:
-        """Rows that the request occupies: contexts of equal content share one."""
-        others = [blocks for blocks in (self.cfg_text, self.cfg_img) if blocks is not None]
-        if not self.thinks:
-            others = [blocks for blocks in others if blocks != self.main]
-        return 1 + len(others) - (len(others) == 2 and others[0] == others[1])
+        """Rows that the request occupies."""
+        return 1 + max(self.roles())
 
     def tokens(self, kind: str) -> int:
         """The longest block of a kind, without markers for images."""
@@ -133,10 +149,14 @@ class Plan:
     def check(self, profile: Profile) -> None:
         """Raises ProfileError, naming the field, its value and the need, where the request does not fit.
 
-        Where no longest text was asked for, it becomes what the profile has room for.
+        Where no longest text was asked for, it becomes what the profile has room for, down to LEAST_TOKENS.
         """
         sizes = profile.text, profile.patches, profile.latents
-        while self.options.max_think_tokens is None and self.max_tokens > 1 and self.peak(*sizes)[1] > profile.slots:
+        while (
+            self.options.max_think_tokens is None
+            and self.max_tokens > LEAST_TOKENS
+            and self.peak(*sizes)[1] > profile.slots
+        ):
             self.max_tokens -= 1
         needs = {"patches": self.tokens("vit"), "latents": self.latents()}
         needs["slots"] = self.peak(*sizes)[1]
@@ -280,7 +300,8 @@ def fit_profile(plans: list[Plan], round_up: bool) -> Profile:
     latents = up(max(plan.latents() for plan in plans), 64)
     base = Profile("fitted", min(8, sum(plan.contexts() for plan in plans)), 1, text, patches, latents)
     slots = max(slots_together(plans, base), max(plan.peak(text, patches, latents)[1] for plan in plans))
-    # Ids of broken characters can come back from text as three each; a larger cache is all that it costs.
+    # Ids of broken characters can come back from text as three each, and these shapes can still be chosen. The
+    # price is attention over more masked slots.
     slots += 2 * max((plan.max_tokens for plan in plans if plan.thinks), default=0)
     return dataclasses.replace(base, slots=up(slots, 256))
 

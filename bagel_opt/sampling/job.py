@@ -1,0 +1,183 @@
+"""One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bagel_opt import images
+from bagel_opt.errors import ProfileError
+from bagel_opt.request import StepEvent
+from bagel_opt.runtime.base import Tensor
+from bagel_opt.sampling.batches import Batches, Context, padded
+from bagel_opt.sampling.flow import FlowStep
+from bagel_opt.sampling.plan import Block, Plan
+from bagel_opt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Token:
+    """Wanted: the token after `id`."""
+
+    id: int
+    temperature: float
+    uniform: float
+
+
+class Job:
+    """A request on its way. `work` yields what it wants, a Token or a FlowStep, or None to let others go on.
+
+    cfg_text and cfg_img may be main itself, or each other, where they hold the same.
+    """
+
+    def __init__(self, index: int, plan: Plan, batches: Batches, tokenizer: Tokenizer):
+        self.index, self.plan, self.batches, self.tokenizer = index, plan, batches, tokenizer
+        self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
+        self.contexts = [batches.take(plan.options.step_cache is not None) for _ in range(plan.contexts())]
+        self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
+        self.want: Token | FlowStep | None = None
+        self.encoded: dict[tuple[str, int], Any] = {}
+        self.work = self._work()
+
+    def branches(self) -> list[Context]:
+        """The contexts that the wanted flow step evaluates."""
+        return self.contexts if self.want.guided else [self.main]
+
+    def _work(self) -> Generator:
+        plan, outputs = self.plan, []
+        for context in self.contexts:
+            self.batches.open(context)
+        yield from self._prefill(self.main, plan.main)
+        if plan.writes:
+            outputs.append((yield from self._write()))
+        if not plan.draws:
+            return outputs
+        if plan.thinks:
+            ids = self.tokenizer.block(outputs[0])
+            self._check_thought(len(ids))
+            yield from self._prefill(self.main, [Block("text", len(ids), ids)])
+        for role, blocks in zip(plan.roles(), (plan.main, plan.cfg_text, plan.cfg_img), strict=True):
+            if role and len(self.contexts[role].marks) == 1:
+                shared = self._share(self.contexts[role], blocks)
+                yield from self._prefill(self.contexts[role], blocks[shared:])
+        self.encoded.clear()
+        tokens = yield from self._draw()
+        outputs.append(self._picture(tokens))
+        return outputs
+
+    def _share(self, context: Context, blocks: list[Block]) -> int:
+        """Copies from the main row what both contexts begin with; how many blocks that is."""
+        main, shared = self.plan.main, 0
+        while shared < min(len(blocks), len(main)) and blocks[shared] == main[shared]:
+            shared += 1
+        context.marks = self.main.marks[: shared + 1]
+        context.kv_len, context.position = context.marks[-1]
+        if shared:
+            self.batches.copy_start(self.main, context)
+        return shared
+
+    def _check_thought(self, length: int) -> None:
+        p, c = self.profile, self.main
+        need = max(c.kv_len + -(-length // p.text) * p.text, c.kv_len + length + p.latents + 2)
+        if need > p.slots:
+            raise ProfileError(
+                f"the thought of {length} tokens needs slots of at least {need}, but profile {p.name!r} has "
+                f"slots = {p.slots}; use a larger profile or fewer max_think_tokens"
+            )
+
+    def _prefill(self, context: Context, blocks: list[Block]) -> Generator:
+        """Extends one row's context block by block. What was written is counted before others get to run, since a
+        program that this row takes no part in writes after what it holds."""
+        caches, p = self.batches.caches[context.batch], self.profile
+
+        def run(program: str, inputs: list, lengths: list[int], slots: int, positions: int) -> None:
+            numbers = [np.array([value], np.int64) for value in (context.position, *lengths, context.kv_len)]
+            self.runtime.run(program, inputs + numbers, caches, context.row)
+            context.kv_len += slots
+            context.position += positions
+
+        for block in blocks:
+            if block.kind == "text":
+                for start in range(0, block.length, p.text):
+                    chunk = np.array(block.ids[start : start + p.text], np.int64)
+                    run("text", [padded(chunk, p.text)[None]], [], len(chunk), len(chunk))
+                    yield None
+            else:
+                if block.kind == "vit":
+                    inputs = [self._embeddings(block.image)]
+                else:
+                    grid = self.plan.images[block.image].vae_grid
+                    index = padded(images.positions(*grid, self.config.latent_side), p.latents)
+                    inputs = [padded(self._latents(block.image), p.latents)[None], index[None]]
+                run(f"{block.kind}_context", inputs, [block.length - 2], block.length, 1)
+                yield None
+            context.marks.append((context.kv_len, context.position))
+
+    def _embeddings(self, image: int) -> Tensor:
+        """ViT embeddings of an input image, computed once per request."""
+        if ("vit", image) not in self.encoded:
+            picture, p, side = self.plan.images[image], self.profile, self.config.vit_side
+            patches = images.tokens(images.pixels(picture.vit), self.config.vit.patch_size)
+            index = padded(images.positions(*picture.vit_grid, side), p.patches)
+            inputs = [padded(patches, p.patches)[None], index[None], np.array([len(patches)], np.int64)]
+            self.encoded["vit", image] = self.runtime.run("vit", inputs)[0]
+        return self.encoded["vit", image]
+
+    def _latents(self, image: int) -> np.ndarray:
+        """Latent tokens [tokens, channels] of an input image, drawn once per request from the VAE's posterior."""
+        if ("vae", image) not in self.encoded:
+            pixels = images.pixels(self.plan.images[image].vae)
+            moments = self.runtime.host(self.runtime.run("vae_encode", [pixels[None]])[0])
+            mean, log_variance = np.split(moments, 2, axis=1)
+            z = mean + np.exp(np.float32(0.5) * log_variance) * self.plan.vae_noise[image]
+            scaled = np.float32(self.config.vae.scale_factor) * (z - np.float32(self.config.vae.shift_factor))
+            self.encoded["vae", image] = images.tokens(scaled[0], self.config.latent_patch_size)
+        return self.encoded["vae", image]
+
+    def _write(self) -> Generator:
+        """Generates text after the main context and takes its slots back: a thought is encoded anew."""
+        options, context, ids = self.plan.options, self.main, [self.config.special.bos_token_id]
+        uniform = np.random.default_rng(options.seed)
+        before = context.kv_len, context.position
+        while len(ids) < self.plan.max_tokens:  # the official count includes the start token
+            temperature = options.text_temperature if options.do_sample else 0.0
+            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
+            context.kv_len, context.position = context.kv_len + 1, context.position + 1
+            if token == self.config.special.eos_token_id:
+                break
+            ids.append(token)
+            if options.on_token:
+                options.on_token(token)
+        context.kv_len, context.position = before
+        return self.tokenizer.decode(ids)
+
+    def _draw(self) -> Generator:
+        """Denoises the picture's latent tokens [tokens, channels]."""
+        noise, steps, on_step = self.plan.noise, self.plan.steps, self.plan.options.on_step
+        for context in self.contexts:
+            self.batches.set_latents(context, noise)
+        for index, step in enumerate(steps):
+            seen = yield step
+            if on_step:
+                on_step(StepEvent(index, len(steps), step.t, *map(_public, seen)))
+        tokens = self.batches.latents(self.main, len(noise))
+        if not np.isfinite(tokens).all():
+            raise FloatingPointError(
+                "the picture overflowed; use smaller guidance scales, or dtype float32 or bfloat16"
+            )
+        return tokens
+
+    def _picture(self, tokens: np.ndarray) -> Image.Image:
+        latent = images.untokens(tokens, *self.plan.grid, self.config.latent_patch_size)
+        return Image.fromarray(self.runtime.host(self.runtime.run("vae_decode", [latent[None]])[0]))
+
+
+def _public(array: np.ndarray) -> Any:
+    """A torch tensor for callers who have torch."""
+    try:
+        import torch
+    except ImportError:
+        return array
+    return torch.from_numpy(np.array(array))
