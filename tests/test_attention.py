@@ -10,6 +10,7 @@ from support import cases, relative
 from bagel_opt.model import attention, cache
 
 CPU_BACKENDS = ["sdpa", "flex"]
+torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for each shape
 named = {case.name: case for case in cases()}
 
 
