@@ -125,7 +125,10 @@ def load(
         return load_bundle(folder, backend, device, progress)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{folder} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
 
     from bagel_opt.checkpoint import Checkpoint
     from bagel_opt.model import attention as backends

@@ -239,10 +239,18 @@ def test_bundles_run_without_torch(bundle, tmp_path):
 import sys
 sys.modules["torch"] = None
 import bagel_opt
+from bagel_opt.export import export
 model = bagel_opt.load({str(bundle)!r})
 events = []
 model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64, on_step=events.append).save("out.png")
 assert type(events[0].x_t).__module__ == "numpy"
+for call in (lambda: bagel_opt.load({str(CHECKPOINT)!r}), lambda: export({str(CHECKPOINT)!r}, "out", "tiny")):
+    try:
+        call()
+    except ImportError as error:
+        assert "pip install" in str(error)
+    else:
+        raise AssertionError
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={"PYTHONPATH": ":".join(sys.path)})
     expected = bagel_opt.load(bundle).generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)

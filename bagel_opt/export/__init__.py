@@ -37,8 +37,12 @@ def export(
     if out.exists() and not _replaceable(out):
         raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
 
-    import torch
-    from safetensors.torch import save_file
+    try:
+        import onnxscript  # noqa: F401
+        import torch
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
 
     from bagel_opt.api import shipped_model
     from bagel_opt.checkpoint import Checkpoint
