@@ -38,7 +38,7 @@ class Engine:
         self.results = [[] for _ in plans]
         while waiting or self.active:
             while waiting and self._admits(waiting[0][1]):
-                self._start(*waiting.popleft())
+                self.active.append(Job(*waiting.popleft(), self.batches, self.tokenizer))
             while idle := [job for job in self.active if job.want is None]:
                 for job in idle:
                     self._advance(job)
@@ -53,13 +53,8 @@ class Engine:
     def _admits(self, plan: Plan) -> bool:
         if not self.active:
             return True
-        together = [job.plan for job in self.active] + [plan]
-        return (
-            plan.contexts() <= len(self.batches.free) and slots_together(together, self.profile) <= self.profile.slots
-        )
-
-    def _start(self, index: int, plan: Plan) -> None:
-        self.active.append(Job(index, plan, self.batches, self.tokenizer))
+        slots = slots_together([plan, *(job.plan for job in self.active)], self.profile)
+        return plan.contexts() <= len(self.batches.free) and slots <= self.profile.slots
 
     def _advance(self, job: Job, value: Any = None) -> None:
         """Runs a request until it wants something; a failure of its own ends it alone."""
