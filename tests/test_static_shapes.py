@@ -111,7 +111,7 @@ def test_text_stops_where_the_profile_ends(eager):
 
 def test_requests_too_large_to_share_wait_for_each_other(eager):
     """Slots for either request, not for both beside each other: they run one after the other."""
-    pair = [next(c for c in ALL if c.name == name) for name in ("image_understanding_think", "text_to_image")]
+    pair = [next(c for c in ALL if c.name == name) for name in ("image_understanding", "text_to_image")]
     plans = [make_plan(case.request(), eager.config, eager.tokenizer) for case in pair]
     slots = max(plan.peak(16, 64, 64)[1] for plan in plans)
     model = bagel_opt.load(CHECKPOINT, device="cpu", profile=Profile("tight", 8, slots, 16, 64, 64))
