@@ -75,6 +75,14 @@ def published_names(name: str) -> tuple[str, ...]:
     return (OTHERS.get(name, name),)
 
 
+def part_rows(config: BagelConfig, name: str, parts: int, rows: int) -> tuple[int, ...]:
+    """How the rows of one of our parameters divide among the published tensors stacked in it."""
+    if parts == 3 and name.startswith("llm."):  # fewer heads of keys and values than of queries
+        keys = config.llm.num_key_value_heads * config.llm.head_dim
+        return rows - 2 * keys, keys, keys
+    return (rows // parts,) * parts
+
+
 class Checkpoint:
     """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
 
@@ -110,7 +118,7 @@ class Checkpoint:
         want: dict[str, tuple[int, ...]] = {}
         for name, parameter in model.named_parameters():
             sources, shape = published_names(name), tuple(parameter.shape)
-            for source, rows in zip(sources, self._rows(name, len(sources), shape[0]), strict=True):
+            for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
                 want[source] = (rows, *shape[1:])
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
@@ -134,13 +142,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names)
             )
-
-    def _rows(self, name: str, parts: int, rows: int) -> tuple[int, ...]:
-        """How the rows of one of our parameters divide among the published tensors stacked in it."""
-        if parts == 3 and name.startswith("llm."):  # fewer heads of keys and values than of queries
-            keys = self.config.llm.num_key_value_heads * self.config.llm.head_dim
-            return rows - 2 * keys, keys, keys
-        return (rows // parts,) * parts
 
     def load(
         self,

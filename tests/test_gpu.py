@@ -1,11 +1,15 @@
 """Every attention backend on a GPU, in float32 and bfloat16. Run with -s to see the errors as a table."""
 
+import json
+
 import pytest
 import torch
 from support import CHECKPOINT, cases, relative
 from test_attention import random_inputs
 
 import bagel_opt
+from bagel_opt.demo.loop import Settings
+from bagel_opt.demo.train import train
 from bagel_opt.model import attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -52,3 +56,14 @@ def test_golden_cases(backend, dtype, runtime, record_property):
     print(f"\n{runtime:8} {backend:6} {dtype!s:15}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     # In bfloat16 errors of one step feed the next, and guidance amplifies them; a broken mask gives 0.3 and more.
     assert max(errors.values()) < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_training_in_cuda_graphs_is_training(tmp_path):
+    logs = []
+    for graphs in (True, False):
+        settings = Settings(vae_steps=8, vae_batch=2, steps=6, pairs=2, workers=2, log_every=1, sheets=0, graphs=graphs)
+        train(tmp_path / str(graphs), settings, "cuda")
+        logs.append([json.loads(line) for line in (tmp_path / str(graphs) / "log.jsonl").open()])
+    for got, want in zip(*logs, strict=True):
+        for loss in ("error", "kl", "draw_flow", "edit_flow", "ask_text", "think_flow", "think_text"):
+            assert got.get(loss) == pytest.approx(want.get(loss), rel=0.02)
