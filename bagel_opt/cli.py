@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,11 +74,38 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     export_.add_argument("--dtype", default="float32", help="float32 (default) or float16")
 
+    time_ = command("bench", "Time models side by side, each in a process of its own.", bench)
+    time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
+    time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
+    time_.add_argument("--export", metavar="PROFILE", help="also export each checkpoint to ONNX and time the bundle")
+    time_.add_argument(
+        "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
+    )
+    time_.add_argument("--official-python", default=sys.executable, help="Python with what the official code needs")
+    for name, value, text in (
+        ("height", None, "pixels (the largest of the model, up to 1024)"),
+        ("width", None, "pixels"),
+        ("steps", 8, "timed flow steps per picture (8)"),
+        ("tokens", 32, "timed tokens per answer (32)"),
+        ("repeats", 3, "runs after the warm-up (3)"),
+    ):
+        time_.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=text)
+    for name in ("device", "dtype", "profile"):
+        time_.add_argument(f"--{name}", help="as for the other commands")
+    time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+    time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+
     show = command("inspect", "Show what a checkpoint or a bundle holds.", inspect)
     show.add_argument(
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
     )
     return top
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
@@ -148,6 +176,32 @@ def export(a: argparse.Namespace) -> None:
     with _bar("exporting") as update:
         folder = write_bundle(a.checkpoint, a.out, a.profile, format=a.format, dtype=a.dtype, progress=update)
     print(folder)
+
+
+def bench(a: argparse.Namespace) -> None:
+    from bagel_opt.bench import Work, default_side, table
+    from bagel_opt.bench import bench as time_all
+
+    if a.json and not a.json.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
+    side = min(map(default_side, a.sources or [None]))
+    work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
+    with _bar("timing") as update:
+        results = time_all(
+            a.sources,
+            work,
+            backends=tuple(a.backends.split(",")),
+            export_profile=a.export,
+            official=a.official,
+            official_python=a.official_python,
+            progress=update,
+            **{name: getattr(a, name) for name in ("device", "dtype", "attention", "profile")},
+        )
+    Console(highlight=False).print(table(results))
+    if a.json:
+        a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if failed := [result["name"] for result in results if "error" in result]:
+        raise ValueError(f"could not be timed: {', '.join(failed)}; the table says why")
 
 
 def inspect(a: argparse.Namespace) -> None:

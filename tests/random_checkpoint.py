@@ -128,6 +128,7 @@ def write_tokenizer(path: Path, specials: tuple[str, ...] = SPECIAL) -> None:
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.model.save(str(path.parent))  # vocab.json and merges.txt, which the official code reads
     tokenizer.add_special_tokens(list(specials))
     tokenizer.save(str(path))
 

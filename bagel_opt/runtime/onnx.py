@@ -14,6 +14,10 @@ from bagel_opt.runtime.programs import cache_names, cache_shape
 # (measured at 300 M parameters), but several times the memory. Larger models keep the one copy.
 PACKED_BELOW = 2**30
 
+# One pool of threads for all programs. With a pool each, those of the last program still spin while the next one runs,
+# and take its cores: steps of a small model took four times as long.
+ort.set_global_thread_pool_sizes(0, 0)  # as many threads as there are cores
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -40,6 +44,7 @@ class OnnxRuntime:
                 entry = self.manifest.programs[program]
                 options = ort.SessionOptions()
                 options.log_severity_level = 3
+                options.use_per_session_threads = False
                 if (self.folder / WEIGHTS).stat().st_size > PACKED_BELOW:
                     options.add_session_config_entry("session.disable_prepacking", "1")
                 for name in entry["weights"]:
