@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("--profile", required=True, help="profile file, or a name from profiles/")
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     export_.add_argument("--dtype", default="float32", help="float32 (default) or float16")
+    export_.add_argument("--verify", action="store_true", help="compare the bundle with eager float32 before it counts")
 
     time_ = command("bench", "Time models side by side, each in a process of its own.", bench)
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
@@ -174,7 +175,8 @@ def export(a: argparse.Namespace) -> None:
     from bagel_opt.export import export as write_bundle
 
     with _bar("exporting") as update:
-        folder = write_bundle(a.checkpoint, a.out, a.profile, format=a.format, dtype=a.dtype, progress=update)
+        options = {"format": a.format, "dtype": a.dtype, "verify": a.verify}
+        folder = write_bundle(a.checkpoint, a.out, a.profile, progress=update, **options)
     print(folder)
 
 

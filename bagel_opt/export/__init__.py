@@ -22,12 +22,14 @@ def export(
     *,
     format: str = "onnx",
     dtype: str = "float32",
+    verify: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
     """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
 
     It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
-    which is then replaced. progress(what, done, total). Raises ValueError for a bad argument, FileExistsError where
+    which is then replaced. verify: compare the bundle with eager float32 before it is moved into place, and raise
+    BundleError where it differs. progress(what, done, total). Raises ValueError for a bad argument, FileExistsError where
     `out` holds something else, and what `load` raises for the checkpoint.
     """
     for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
@@ -70,6 +72,10 @@ def export(
             files=list_files(partial),
         )
         manifest.write(partial)
+        if verify:
+            from bagel_opt.export.verify import verify as compare
+
+            compare(partial, source.folder, progress)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)

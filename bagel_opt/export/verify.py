@@ -1,0 +1,163 @@
+"""Comparing a bundle with the eager model it was made from: every program on random inputs, then whole requests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bagel_opt.api import Model, load
+from bagel_opt.errors import BundleError, ProfileError
+from bagel_opt.images import resized
+from bagel_opt.profile import Profile
+from bagel_opt.runtime.base import Runtime
+from bagel_opt.sampling.flow import MAX_ORDER
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}  # relative
+
+
+def verify(
+    bundle: str | Path,
+    checkpoint: str | Path | None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, float]:
+    """The largest relative error of each program's outputs and caches against eager float32, and of whole requests.
+
+    Raises BundleError where one exceeds the tolerance of the bundle's dtype, and what `load` raises. Takes the memory
+    of both models.
+    """
+    ours = load(bundle)
+    eager = load(checkpoint, device="cpu", dtype="float32")
+    allowed = TOLERANCE[ours.runtime.manifest.dtype]
+    runs = [_programs(model, ours.profile) for model in (eager, ours)]
+    errors = {}
+    for done, ((name, want), (_, got)) in enumerate(zip(*runs, strict=True)):
+        progress(f"verifying {name}", done + 1, len(runs[0]))
+        errors[name] = _largest(got, want)
+    exact = ours.runtime.manifest.dtype == "float32"
+    for name, inputs, options in _requests(ours):
+        if name == "answering" and not exact:
+            continue  # rounding may choose another token, and all that follow are then other ones
+        progress(f"verifying {name}", len(runs[0]), len(runs[0]))
+        try:
+            got = _watched(ours, inputs, options)
+        except ProfileError:  # the profile is not for such requests
+            continue
+        errors[name] = _largest(got, _watched(eager, inputs, options))
+    # `not <=` rather than `>`, which NaN would pass
+    if wrong := {name: error for name, error in errors.items() if not error <= allowed}:
+        listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise BundleError(f"{bundle} differs from the eager model by more than {allowed:g}: {listed}; do not use it")
+    return errors
+
+
+def _largest(got: list[np.ndarray], want: list[np.ndarray]) -> float:
+    """NaN where any is: Python's max would lose it."""
+    return float(np.max([relative(a, b) for a, b in zip(got, want, strict=True)], initial=0.0))
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """Bytes of a picture may be rounded the other way."""
+    if want.dtype == np.uint8:
+        off = np.abs(got.astype(int) - want)
+        return float(np.where(off <= 1, 0, off).max()) / 255
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9))
+
+
+def _programs(model: Model, profile: Profile) -> list[tuple[str, list[np.ndarray]]]:
+    """(program, its outputs and the caches after it) for the same random inputs, in an order that fills a context."""
+    c, p, runtime, rng = model.config, profile, model.runtime, np.random.default_rng(0)
+    caches = runtime.caches(p.rows, p.slots)
+    total, found = p.rows * p.batches, []
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    def whole(*values: int) -> np.ndarray:
+        return np.array(values, np.int64)
+
+    def run(
+        name: str, *inputs: np.ndarray, row: int | None = None, cached: bool = False, real: int | None = None
+    ) -> None:
+        """real: how many tokens of the outputs are no padding, of which nothing is promised."""
+        outputs = [runtime.host(x) for x in runtime.run(name, list(inputs), caches if cached else (), row)]
+        if real is not None:
+            outputs = [x[:, :real] for x in outputs]
+        found.append((name, outputs + ([_filled(runtime, cache) for cache in caches] if cached else [])))
+
+    def _filled(runtime: Runtime, cache: object) -> np.ndarray:
+        return runtime.host(cache)[:1, :length]
+
+    def room(wanted: int, padded: int) -> int:
+        """Slots of context, of which there may be few in a small profile."""
+        return max(0, min(wanted, p.slots - padded))
+
+    real = max(1, p.text - 1)
+    length = real
+    run("text", rng.integers(0, c.llm.vocab_size, (1, p.text)), whole(0), whole(0), row=0, cached=True, real=real)
+    patches, index = normal(1, p.patches, c.vit.patch_dim), np.arange(p.patches)[None] % c.vit.num_positions
+    n = max(1, p.patches - 1)
+    run("vit", patches, index, whole(n), real=n)
+    embeddings = normal(1, p.patches, c.llm.hidden_size)
+    before = room(length, p.patches + 2)
+    length = before + n + 2
+    run("vit_context", embeddings, whole(real), whole(n), whole(before), row=0, cached=True, real=2 + n)
+    n = max(1, p.latents - 1)
+    places = np.arange(p.latents)[None] % c.latent_side**2
+    before = room(length, p.latents + 2)
+    length = before + n + 2
+    latents = normal(1, p.latents, c.latent_dim)
+    run("vae_context", latents, places, whole(real + 1), whole(n), whole(before), row=0, cached=True, real=n)
+    before = room(length, 1)
+    length = before + 1
+    rows = np.ones(p.rows, np.int64)
+    run("decode", rng.integers(0, c.llm.vocab_size, p.rows), (real + 2) * rows, before * rows, cached=True)
+    before = room(length, p.latents + 2)
+    length = before + n + 2
+    noisy = normal(p.rows, p.latents, c.latent_dim)
+    t = np.linspace(0.1, 1, p.rows, dtype=np.float32)
+    tables = np.repeat(places, p.rows, axis=0)
+    run("generate", noisy, t, tables, (real + 3) * rows, n * rows, before * rows, cached=True, real=n)
+
+    warm = np.arange(p.rows) % 2 * np.float32(0.7)
+    run("choose", normal(p.rows, c.llm.vocab_size), warm.astype(np.float32), rng.random(p.rows, np.float32))
+    order = np.arange(total)
+    scales = [np.full(total, value, np.float32) for value in (4.0, 1.5, 0.0)]
+    counts = np.full(total, p.latents, np.int64)
+    batches = [normal(p.rows, p.latents, c.latent_dim) for _ in range(2 * p.batches)]
+    dt = np.full(total, 0.05, np.float32)
+    run("step", order, np.roll(order, 1), np.roll(order, 2), *scales, order % 3, dt, counts, *batches)
+    factors = normal(MAX_ORDER + 1, p.rows, p.latents, c.llm.hidden_size)
+    hidden, three = normal(p.rows, p.latents, c.llm.hidden_size), np.full(p.rows, 3, np.float32)
+    run("taylor_update", hidden, np.arange(p.rows) % (MAX_ORDER + 1), three, factors)
+    run("taylor_predict", three - 2, noisy, factors)
+    side = 4 * c.token_pixels
+    run("vae_encode", np.clip(normal(1, 3, side, side), -1, 1))
+    run("vae_decode", normal(1, c.vae.z_channels, side // c.vae.downsample, side // c.vae.downsample))
+    return found
+
+
+def _requests(model: Model) -> list[tuple[str, list, dict]]:
+    """Small requests: name, inputs, options."""
+    side = 2 * model.config.token_pixels
+    width, height = resized((side, side), model.config.vae_resize)
+    picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    return [
+        ("drawing", ["a red circle"], {"num_timesteps": 4, "height": side, "width": side}),
+        ("editing", [picture, "make it green"], {"num_timesteps": 4}),
+        ("answering", [picture, "what is it?"], {"output": "text", "max_think_tokens": 8}),
+    ]
+
+
+def _watched(model: Model, inputs: list, options: dict) -> list[np.ndarray]:
+    """Guided velocities and pictures, or tokens, of a request."""
+    seen: list[np.ndarray] = []
+    outputs = model.run(
+        inputs,
+        seed=0,
+        on_step=lambda event: seen.append(np.asarray(event.v_t)),
+        on_token=lambda token: seen.append(np.array([token + 1])),
+        **options,
+    )
+    return seen + [np.asarray(x) for x in outputs if isinstance(x, Image.Image)]

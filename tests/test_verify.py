@@ -1,0 +1,59 @@
+"""`export --verify`: a bundle that differs from the eager model never gets into place."""
+
+import numpy as np
+import pytest
+from support import CHECKPOINT
+
+import bagel_opt
+from bagel_opt import BundleError, Profile
+from bagel_opt.export import export, onnx
+from bagel_opt.export.verify import _largest, relative, verify
+from bagel_opt.runtime.programs import signatures
+
+SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+
+
+def test_a_right_bundle_passes_and_every_program_is_compared(bundle):
+    errors = verify(bundle, CHECKPOINT)
+    config = bagel_opt.load(bundle).config
+    assert set(errors) == {*signatures(config, SMALL), "drawing", "editing", "answering"}
+    assert max(errors.values()) < 1e-5
+    # rounding differs between the two, so an error of nothing at all would mean that nothing was compared
+    assert min(errors[name] for name in ("text", "generate", "vit", "drawing", "editing")) > 0
+
+
+def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, monkeypatch):
+    right = onnx.linear
+
+    def wrong(x, weight, bias=None):
+        return right(x, weight, bias) * 1.01 if weight.shape[0] == 160 * 2 else right(x, weight, bias)
+
+    monkeypatch.setattr(onnx, "linear", wrong)
+    with pytest.raises(BundleError, match=r"differs from the eager model by more than 0\.0001: text by"):
+        export(CHECKPOINT, tmp_path / "bundle", SMALL, verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_passes_within_its_tolerance(tmp_path):
+    folder = export(CHECKPOINT, tmp_path / "half", SMALL, dtype="float16", verify=True)
+    errors = verify(folder, CHECKPOINT)
+    assert 1e-5 < errors["generate"] < 2e-2
+    assert "answering" not in errors  # another token may be likeliest
+
+
+def test_nan_anywhere_is_the_largest_error():
+    parts = [np.array([1.0]), np.array([np.nan]), np.array([1.0])]
+    assert np.isnan(_largest(parts, [np.array([2.0])] * 3))
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "error"),
+    [
+        (np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.sqrt(2)),
+        (np.array([10, 20], np.uint8), np.array([11, 20], np.uint8), 0),
+        (np.array([10, 20], np.uint8), np.array([13, 20], np.uint8), 3 / 255),
+        (np.array([np.nan]), np.array([1.0]), np.nan),
+    ],
+)
+def test_relative_error(got, want, error):
+    assert relative(got, want) == pytest.approx(error, nan_ok=True)
