@@ -137,11 +137,22 @@ def _(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: 
 
 
 def _onnx(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
-    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose."""
+    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose.
+
+    ONNX Runtime computes over all slots that it is given, so it gets those up to the longest row's end. Their number is
+    unknown to the tracer, which is told that there are as many as in the cache.
+    """
     shape = q_BQHD.shape
+    ints = {"dtype": torch.int64, "shape": (1,), "version": 24}
+    end = torch.onnx.ops.symbolic("ReduceMax", (seen.kv_len_B,), {"keepdims": 1}, **ints)
+    zero, one = (torch.tensor([value], device=end.device) for value in (0, 1))
+    k, v = (
+        torch.onnx.ops.symbolic("Slice", (x, zero, end, one), {}, dtype=x.dtype, shape=x.shape, version=24)
+        for x in (k_BSGD.flatten(2), v_BSGD.flatten(2))
+    )
     return torch.onnx.ops.symbolic(
         "Attention",
-        (q_BQHD.flatten(2), k_BSGD.flatten(2), v_BSGD.flatten(2), None, None, None, seen.kv_len_B),
+        (q_BQHD.flatten(2), k, v, None, None, None, seen.kv_len_B),
         {"q_num_heads": shape[2], "kv_num_heads": k_BSGD.shape[2], "is_causal": int(seen.causal)},
         dtype=q_BQHD.dtype,
         shape=(shape[0], shape[1], shape[2] * shape[3]),
