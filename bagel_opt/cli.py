@@ -23,8 +23,13 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
     arguments = parser().parse_args(argv)
+    return guarded(lambda: arguments.run(arguments))
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Runs a command; an error of the user's or of a file becomes one line on stderr. -> the exit status"""
     try:
-        arguments.run(arguments)
+        run()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except UnidentifiedImageError as error:

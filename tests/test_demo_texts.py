@@ -143,6 +143,17 @@ def test_questions_are_balanced():
     assert 900 < answers.count("yes") < 1100
 
 
+@given(seeds)
+def test_no_question_of_training_names_a_held_out_combination(rng):
+    scene = sample_scene(rng, held_out=False)
+    question = texts.sample_question(rng, scene, "yes/no")
+    for name, words in texts.AT.items():
+        if not question.text.startswith(("is there", "Is there")) and question.text.endswith(
+            tuple(f"{w}?" for w in words)
+        ):
+            assert not replace(scene_thing(scene, question.text.lower()), place=name).held_out
+
+
 def test_every_word_of_the_world_is_used():
     said = " ".join(texts.corpus(Random(0), 800))
     for word in (*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *PLACES):

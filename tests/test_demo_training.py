@@ -10,7 +10,7 @@ import torch
 
 import bagel_opt
 from bagel_opt.api import Model
-from bagel_opt.demo import data, layout, loop, objective, texts, train
+from bagel_opt.demo import __main__, data, evaluate, layout, loop, objective, texts, train
 from bagel_opt.demo.world import draw
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT
@@ -182,3 +182,25 @@ def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small):
     assert len(list(tmp_path.glob("*.png"))) == 2
     picture = bagel_opt.load(folder).generate("a red circle", num_timesteps=3, seed=0)
     assert picture.size == (128, 128)
+
+
+def test_bad_arguments_end_in_one_line(tmp_path, small, capsys, monkeypatch):
+    def status(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        return stopped.value.code, capsys.readouterr().err
+
+    assert status(train, "--out", tmp_path, "--device", "tpu") == (
+        1,
+        "bagel-opt: device='tpu'; allowed are 'cpu', 'cuda' and 'cuda:N'\n",
+    )
+    for module in (evaluate, __main__):
+        options = ["--checkpoint", "/nowhere"] if module is __main__ else ["/nowhere"]
+        code, said = status(module, *options, *(["--out", tmp_path] if module is __main__ else []))
+        assert code == 1
+        assert said.startswith("bagel-opt: /nowhere is no folder")
+        assert said.count("\n") == 1
+    (tmp_path / "vae.state.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"vae\.state\.safetensors is damaged .*; remove it"):
+        train.train(tmp_path, small, "cpu")

@@ -16,7 +16,7 @@ from rich.table import Table
 from bagel_opt.api import BACKENDS, shipped_model
 from bagel_opt.bundle import MANIFEST, read_manifest
 
-# What is measured: column, unit, and how to show a median in it.
+# What is measured, and the head of its column.
 COLUMNS = {
     "load": "load, s",
     "prefill": "first token, ms",
@@ -106,6 +106,8 @@ def bench(
     for backend in backends:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    if official and not (Path(official) / "inferencer.py").is_file():
+        raise FileNotFoundError(f"{official} is no checkout of the official code: it has no inferencer.py")
     with tempfile.TemporaryDirectory() as temporary:
         contenders: list[Contender] = []
         for number, source in enumerate(sources or [str(shipped_model())]):
@@ -113,6 +115,9 @@ def bench(
             if (Path(source) / MANIFEST).is_file():
                 contenders.append(Contender(f"{name}, bundle", source, device=settings.get("device")))
                 continue
+            from bagel_opt.checkpoint import find_folder
+
+            source = str(find_folder(source))
             if official:
                 where = {key: settings.get(key) for key in ("device", "dtype")}
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))

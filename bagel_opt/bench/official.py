@@ -108,8 +108,8 @@ def load(checkout: str, folder: str, device: torch.device, dtype: torch.dtype) -
     )
     from modeling.qwen2 import Qwen2Tokenizer
 
-    top, llm_file, vit_file = (os.path.join(folder, f"{name}.json") for name in ("config", "llm_config", "vit_config"))
-    top = read(folder, os.path.basename(top))
+    top = read(folder, "config.json")
+    llm_file, vit_file = (os.path.join(folder, f"{name}.json") for name in ("llm_config", "vit_config"))
     files = ["ema.safetensors"]
     if not os.path.exists(os.path.join(folder, files[0])):
         files = sorted(set(read(folder, "model.safetensors.index.json")["weight_map"].values()))

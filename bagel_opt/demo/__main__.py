@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import bagel_opt
+from bagel_opt.cli import guarded
 from bagel_opt.demo.sheet import Cell, sheet
 from bagel_opt.export import export
 
@@ -77,6 +78,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures and the bundle")
     parser.add_argument("--checkpoint", help="another model (default: the one that ships)")
     a = parser.parse_args()
+    raise SystemExit(guarded(lambda: show(a)))
+
+
+def show(a: argparse.Namespace) -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
 

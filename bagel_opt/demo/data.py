@@ -127,17 +127,14 @@ class Batches(torch.utils.data.Dataset):
         scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
         return stack(scenes), {kind: pack(rows[kind], shape) for kind, shape in SHAPES.items()}
 
-    def row(self) -> Row:
-        return Row(self.tokenizer)
-
     def draw(self, rng: Random, scene: Scene, picture: int) -> Row:
-        row = self.row()
+        row = Row(self.tokenizer)
         if rng.random() > DROPPED:
             row.text(texts.sample_prompt(rng, scene)[0])
         return row.image(picture, "noisy")
 
     def edit(self, rng: Random, edit: Edit, before: int, after: int) -> Row:
-        row, chance = self.row(), rng.random() / DROPPED
+        row, chance = Row(self.tokenizer), rng.random() / DROPPED
         if not 1 < chance < 2:  # else the text alone
             row.image(before, "clean", "vit")
         if chance > 1:  # else the images alone
@@ -147,17 +144,21 @@ class Batches(torch.utils.data.Dataset):
     def ask(self, rng: Random, edit: Edit, before: int) -> Row:
         if rng.random() < 0.03:
             questions = rng.choice(tuple(texts.CHAT))
-            return self.row().text(texts.style(rng.choice(questions), rng)).text(texts.CHAT[questions], learn=True)
+            return (
+                Row(self.tokenizer)
+                .text(texts.style(rng.choice(questions), rng))
+                .text(texts.CHAT[questions], learn=True)
+            )
         question = texts.sample_question(rng, edit.before)
-        return self.row().image(before, "vit").text(question.text).text(question.answer, learn=True)
+        return Row(self.tokenizer).image(before, "vit").text(question.text).text(question.answer, learn=True)
 
     def think(self, rng: Random, edit: Edit, before: int, after: int) -> Row:
         kind, chance = rng.choice(("draw", "draw", "edit", "edit", "ask")), rng.random() / DROPPED
         if kind == "ask":
             question = texts.sample_question(rng, edit.before)
-            row = self.row().text(THINK_TEXT).image(before, "vit").text(question.text)
+            row = Row(self.tokenizer).text(THINK_TEXT).image(before, "vit").text(question.text)
             return row.text(texts.think_answer(question), learn=True)
-        row = self.row().text(THINK_IMAGE)
+        row = Row(self.tokenizer).text(THINK_IMAGE)
         if kind == "edit" and not 1 < chance < 2:
             row.image(before, "clean", "vit")
         if chance > 1:

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -180,7 +181,10 @@ class Run:
         path = self.out / f"{name}.state.safetensors"
         first = 0
         if path.is_file():
-            state = load_file(path)
+            try:
+                state = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove it to begin this stage anew") from None
             first = int(state["done"])
             weights.restore(state)
         run_step = Step(compute, weights.parameters, self.device, self.settings.graphs)

@@ -237,7 +237,9 @@ def _yes_no(rng: Random, scene: Scene, thing: Thing) -> tuple[str, str]:
         size = thing.size if true else {"small": "large", "large": "small"}[thing.size]
         text = f"is {reference(rng, scene, thing)} {rng.choice(SIZE_WORDS[size])}?"
     else:
-        where = thing.place if true else rng.choice([name for name in PLACES if name != thing.place])
+        # a false claim about a held-out combination would teach that there is none
+        others = [name for name in PLACES if name != thing.place and not replace(thing, place=name).held_out]
+        where = thing.place if true else rng.choice(others)
         text = f"is {reference(rng, scene, thing)} {place(where, rng)}?"
     return text, "yes" if true else "no"
 

@@ -12,7 +12,9 @@ from random import Random
 import torch
 from torch import Tensor
 
+from bagel_opt.api import torch_device
 from bagel_opt.checkpoint import Checkpoint
+from bagel_opt.cli import guarded
 from bagel_opt.config import BagelConfig
 from bagel_opt.demo import data, objective, texts
 from bagel_opt.demo.layout import GRID, demo_config, write_config, write_tokenizer, write_weights
@@ -160,7 +162,7 @@ def fresh(config: BagelConfig, seed: int) -> Bagel:
     return model
 
 
-def train(out: Path, settings: Settings, device: str, stop_after: float = math.inf) -> Path:
+def train(out: Path, settings: Settings, device: str | torch.device, stop_after: float = math.inf) -> Path:
     """Trains into `out` and returns the folder of the finished checkpoint. Raises Stopped after `stop_after` seconds."""
     checkpoint = out / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -188,17 +190,21 @@ def train(out: Path, settings: Settings, device: str, stop_after: float = math.i
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the model that ships, from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model is in its checkpoint/")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS", help="save and stop")
     for name, field in Settings.__dataclass_fields__.items():
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, **kind)
     a = parser.parse_args()
     settings = Settings(**{name: getattr(a, name) for name in Settings.__dataclass_fields__})
-    try:
-        print(train(a.out, settings, a.device, a.stop_after))
-    except Stopped as stopped:
-        print(stopped)
+
+    def run() -> None:
+        try:
+            print(train(a.out, settings, torch_device(a.device), a.stop_after))
+        except Stopped as stopped:
+            print(stopped)
+
+    raise SystemExit(guarded(run))
 
 
 if __name__ == "__main__":
