@@ -13,13 +13,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	mkdir -p $(OUT)
-	$(BIN)/bagel-opt generate "a red circle" --seed 0 --out $(OUT)/picture.png
-	$(BIN)/bagel-opt edit $(OUT)/picture.png "make it green" --seed 0 --out $(OUT)/edited.png
-	$(BIN)/bagel-opt understand $(OUT)/edited.png "what is in the image?" --max-think-tokens 24
-	$(BIN)/python -m bagel_opt.export --format onnx --profile tiny --out $(OUT)/bundle
-	$(BIN)/bagel-opt inspect $(OUT)/bundle
-	$(BIN)/bagel-opt generate "a red circle" --seed 0 --checkpoint $(OUT)/bundle --out $(OUT)/picture-onnx.png
+	$(BIN)/python -m bagel_opt.demo --out $(OUT)
 
 test: setup
 	$(BIN)/pytest -q

@@ -8,11 +8,14 @@ from support import CHECKPOINT, ODD  # noqa: E402  after the rewrite is register
 
 import bagel_opt  # noqa: E402
 from bagel_opt import Profile  # noqa: E402
+from bagel_opt.api import shipped_model  # noqa: E402
 from bagel_opt.export import export  # noqa: E402
+from bagel_opt.profile import load_profile  # noqa: E402
 
 PROFILES = {
     CHECKPOINT: Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64),
     ODD / "checkpoint": Profile("odd", rows=3, slots=768, text=64, patches=100, latents=144),
+    shipped_model(): load_profile("demo"),
 }
 BACKENDS = ("eager", "compile", "onnx")
 

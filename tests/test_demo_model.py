@@ -6,22 +6,15 @@ import pytest
 import bagel_opt
 from bagel_opt.api import shipped_model
 from bagel_opt.demo import evaluate
+from conftest import BACKENDS
 
-pytestmark = pytest.mark.skipif(
-    shipped_model().parent.name != "demo", reason="the model is not trained yet: python -m bagel_opt.demo.train"
-)
 CASES = {"prompts": evaluate.prompts, "edits": evaluate.edits, "questions": evaluate.questions}
-WANTED = {"prompts": 90, "edits": 51, "questions": 95}
+WANTED = {"prompts": 0.9, "edits": 0.8, "questions": 0.95}  # shares
 
 
 @pytest.fixture(scope="module")
-def eager():
-    return bagel_opt.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def onnx(load):
-    return load(shipped_model(), "onnx")
+def eager(load):
+    return load(shipped_model(), "eager")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +31,22 @@ def right(eager):
     return count
 
 
-@pytest.mark.parametrize("think", [False, True])
 @pytest.mark.parametrize("task", CASES)
-def test_it_does_what_it_is_told(task, think, right):
-    assert right(task, **({"think": True} if think else {})) >= WANTED[task]
+def test_it_does_what_it_is_told(task, right):
+    assert right(task) >= WANTED[task] * len(CASES[task]())
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_an_onnx_bundle_of_it_does_too(task, onnx):
-    assert sum(evaluate.right(onnx, CASES[task]())) >= WANTED[task]
+def test_it_does_so_when_it_thinks_first(task, eager):
+    cases = CASES[task](40)
+    assert sum(evaluate.right(eager, cases, **evaluate.THINK)) >= WANTED[task] * len(cases)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("task", CASES)
+def test_other_runtimes_do_too(task, backend, load):
+    cases = CASES[task](48)
+    assert sum(evaluate.right(load(shipped_model(), backend), cases)) >= WANTED[task] * len(cases)
 
 
 def test_together_it_gives_what_it_gives_alone(eager):
@@ -66,15 +66,16 @@ def test_together_it_gives_what_it_gives_alone(eager):
 
 
 def test_guidance_is_worth_something(right):
-    assert right("prompts") > right("prompts", cfg_text_scale=1.0)
+    plain = right("prompts", cfg_text_scale=1.0) + right("edits", cfg_text_scale=1.0)
+    assert right("prompts") + right("edits") > plain
 
 
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
     with evaluate.branches_mixed():
-        mixed = sum(evaluate.right(eager, evaluate.prompts(40), together=False))
-    assert mixed / 40 < right("prompts") / 100 - 0.25
+        mixed = sum(evaluate.right(eager, evaluate.prompts(), together=False))
+    assert mixed <= right("prompts") - 5
 
 
 def test_taylorseer_keeps_most_of_it(right):
     assert evaluate.full_evaluations(24) == 11
-    assert right("prompts", step_cache="taylorseer") >= 0.85 * right("prompts")
+    assert right("prompts", step_cache="taylorseer") >= 0.75 * right("prompts")

@@ -204,3 +204,29 @@ def test_bad_arguments_end_in_one_line(tmp_path, small, capsys, monkeypatch):
     (tmp_path / "vae.state.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"vae\.state\.safetensors is damaged .*; remove it"):
         train.train(tmp_path, small, "cpu")
+
+
+def test_a_step_with_broken_gradients_changes_nothing_and_is_counted():
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    weights = loop.Weights(parameters, 0.9)
+    for step, gradient in enumerate((1.0, float("nan"), float("inf"))):
+        for p in parameters:
+            p.grad = torch.full_like(p, gradient)
+        weights.step(0.1, step)
+        if step == 0:
+            first = [p.detach().clone() for p in parameters]
+            assert not torch.equal(first[0], torch.ones(2, 2))
+    assert weights.skipped == 2
+    assert all(map(torch.equal, parameters, first))
+
+
+def test_a_run_whose_gradients_stay_broken_ends(tmp_path):
+    run = loop.Run(tmp_path, loop.Settings(vae_steps=4, workers=0, log_every=2, sheets=0), torch.device("cpu"), 1e9)
+    parameter = torch.nn.Parameter(torch.ones(2))
+
+    def compute(batch):
+        (parameter * float("nan")).sum().backward()
+        return {}
+
+    with pytest.raises(FloatingPointError, match="vae: 2 of 2 steps had gradients that are not finite"):
+        run.stage("vae", loop.Weights([parameter], 0.9), 4, 0.1, range(4), lambda batch, _: batch, compute, print)

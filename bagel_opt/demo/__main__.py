@@ -35,7 +35,11 @@ STORIES = (
         "swap the square and the star",
         "where is the star?",
     ),
-    ("a green ring, a red square and a blue circle", "remove the red square", "how many shapes are there?"),
+    (
+        "a green ring at the top, a red square on the left and a blue circle on the right",
+        "remove the red square",
+        "how many shapes are there?",
+    ),
     ("an orange triangle in the upper right on gray", "make the background sky blue", "what color is the background?"),
 )
 THOUGHT = "a star and a ring"

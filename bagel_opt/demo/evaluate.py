@@ -30,6 +30,7 @@ from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.sampling.flow import TaylorSeer
 
 PROMPTS, EDITS, QUESTIONS, TIMESTEPS = 100, 60, 100, 25
+THINK = {"think": True, "max_think_tokens": 256}  # with room for 1000, every step looks at as many slots
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def measure(a: argparse.Namespace) -> None:
     tasks: dict[str, Callable[[], list[Case]]] = {"prompts": prompts, "edits": edits, "questions": questions}
     for task, cases in tasks.items():
         row(task, cases(), evaluations="" if task == "questions" else steps)
-        row(task, cases(), "think", "" if task == "questions" else steps, think=True)
+        row(task, cases(), "think", "" if task == "questions" else steps, **THINK)
     for scale in (1.0, 2.0, 8.0):  # 4 is the default
         row("prompts", prompts(), f"cfg_text_scale={scale:g}", steps, cfg_text_scale=scale)
     row("edits", edits(), "cfg_text_scale=1", steps, cfg_text_scale=1.0)

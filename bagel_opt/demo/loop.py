@@ -25,7 +25,7 @@ class Settings:
     vae_steps: int = 8000
     vae_batch: int = 64
     vae_rate: float = 1e-3
-    steps: int = 10000
+    steps: int = 13500
     pairs: int = 128  # pictures before and after an edit per step
     rate: float = 1e-3
     average: float = 0.999  # decay of the exponential moving average
@@ -34,6 +34,8 @@ class Settings:
     sheets: int = 4  # sample sheets per stage
     log_every: int = 100
     graphs: bool = True  # CUDA graphs
+
+MOST_SKIPPED = 0.01  # share of steps; with more, a run is broken
 
 
 class Stopped(Exception):
@@ -53,12 +55,19 @@ class Weights:
         rest = [v for v in self.values if v.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+        self.skipped = torch.zeros((), device=parameters[0].device)  # steps whose gradients were not finite
 
     def step(self, rate: float, number: int) -> None:
         torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
         for value, gradient in zip(self.values, self.gradients, strict=True):
             value.grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.values, 1.0, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.values, 1.0, foreach=True)
+        broken = (~norm.isfinite()).float()  # one broken batch costs its step, and not the whole run
+        self.skipped += broken
+        if norm.is_cuda:
+            self.adam.found_inf = broken  # its kernels look at it, and the host need not wait
+        elif broken:
+            return
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
@@ -199,11 +208,16 @@ class Run:
             done = step + 1
             if done % self.settings.log_every == 0 or done == steps:
                 numbers = {key: round(value.item(), 5) for key, value in found.items()}
+                numbers["skipped"] = int(weights.skipped)
                 now = time.monotonic()
                 per_second = (done - logged[1]) / (now - logged[0])
                 self.log(
                     stage=name, step=done, **numbers, steps_per_second=per_second, waited=waited / (now - logged[0])
                 )
+                if numbers["skipped"] > MOST_SKIPPED * done:
+                    raise FloatingPointError(
+                        f"{name}: {numbers['skipped']} of {done} steps had gradients that are not finite; try a smaller rate"
+                    )
                 waited, logged = 0.0, (now, done)
             late = time.monotonic() - self.start > self.stop_after
             if done % self.settings.save_every == 0 or done == steps or late:

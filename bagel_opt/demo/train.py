@@ -11,6 +11,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bagel_opt.api import torch_device
 from bagel_opt.checkpoint import Checkpoint
@@ -175,7 +176,8 @@ def train(out: Path, settings: Settings, device: str | torch.device, stop_after:
     model = fresh(config, settings.seed).to(run.device, run.dtype)
     objective.use_lookups(model)
     try:
-        with deterministic():
+        # cuDNN's attention is not deterministic, and in torch 2.11 its gradients can be NaN (pytorch issue 196678)
+        with deterministic(), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             train_vae(run, model)
             # what ships is rounded to bfloat16, so the transformer learns that VAE's latents
             model.vae.to(torch.bfloat16).to(run.dtype).requires_grad_(False)
