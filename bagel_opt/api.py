@@ -1,5 +1,7 @@
 """The public API: load a checkpoint or a bundle, then run requests."""
 
+import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.errors import BundleError
+from bagel_opt.errors import BundleError, ProfileError
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.request import Request
 from bagel_opt.runtime.base import Runtime
 from bagel_opt.sampling.engine import Engine
-from bagel_opt.sampling.plan import fit_profile, make_plan
+from bagel_opt.sampling.plan import Plan, fit_profile, make_plan
 from bagel_opt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ BACKENDS = ("eager", "compile")
 class Model:
     """A loaded model. `load` makes one; all methods may be called from several threads.
 
-    profile: the static shapes that requests run in; None fits them to each call.
+    profiles: the static shapes that requests run in, from small to large: each takes the first that it fits. Without
+    any, they are fitted to each call. round_up: to coarser sizes, so that compiled programs are used again.
     """
 
     def __init__(
@@ -32,11 +35,16 @@ class Model:
         runtime: Runtime,
         config: BagelConfig,
         tokenizer: Tokenizer,
-        profile: Profile | None,
+        profiles: Sequence[Profile] = (),
         round_up: bool = False,
     ):
-        self.runtime, self.config, self.tokenizer, self.profile = runtime, config, tokenizer, profile
+        self.runtime, self.config, self.tokenizer, self.profiles = runtime, config, tokenizer, list(profiles)
         self._round_up = round_up
+
+    @property
+    def profile(self) -> Profile | None:
+        """The largest of the profiles, if there are any."""
+        return self.profiles[-1] if self.profiles else None
 
     def run(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any) -> list[str | Image.Image]:
         """Reads texts and PIL images in order and answers with a text, a picture, or a thought and a picture.
@@ -52,25 +60,37 @@ class Model:
         Bad requests are refused before any runs. One that fails on its way loses nobody else's work: the others
         finish first, then the failure is raised, or with `return_exceptions` returned in its place.
         """
-        requests, plans = list(requests), []
+        requests, groups = list(requests), defaultdict(list)
         for number, request in enumerate(requests):
             if not isinstance(request, Request):
                 raise TypeError(f"requests[{number}] is {type(request).__name__}; allowed is bagel_opt.Request")
             try:
                 plan = make_plan(request, self.config, self.tokenizer)
-                if self.profile:
-                    plan.check(self.profile)
+                profile = self._choose(plan)
             except ValueError as error:
                 raise type(error)(f"request {number}: {error}" if len(requests) > 1 else str(error)) from None
-            plans.append(plan)
-        if not plans:
-            return []
-        profile = self.profile or fit_profile(plans, self._round_up)
-        results = Engine(self.runtime, self.config, self.tokenizer, profile).run(plans)
+            groups[profile].append((number, plan))
+        results: list = [None] * len(requests)
+        for profile, members in groups.items():
+            numbers, plans = zip(*members, strict=True)
+            profile = profile or fit_profile(plans, self._round_up)
+            engine = Engine(self.runtime.for_profile(profile), self.config, self.tokenizer, profile)
+            for number, result in zip(numbers, engine.run(plans), strict=True):
+                results[number] = result
         failures = [result for result in results if isinstance(result, Exception)]
         if failures and not return_exceptions:
             raise failures[0]
         return results
+
+    def _choose(self, plan: Plan) -> Profile | None:
+        """The smallest profile that a request fits. Raises ProfileError where none does, on what the largest lacks."""
+        for profile in self.profiles[:-1]:
+            with contextlib.suppress(ProfileError):
+                plan.check(profile)
+                return profile
+        if self.profile:
+            plan.check(self.profile)
+        return self.profile
 
     def generate(self, prompt: str, **options: Any) -> Image.Image:
         """Draws a picture from a text."""
@@ -103,13 +123,15 @@ def load(
     dtype: "str | torch.dtype | None" = None,
     attention: str = "auto",
     profile: "Profile | str | Path | None" = None,
+    check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
     """Loads a checkpoint folder, a Hugging Face repo id or a bundle folder; None is the model that ships.
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
-    profile: a Profile, a TOML file or a name; None fits the shapes to each call. progress(done, total) in tensors or files.
+    profile: a Profile, a TOML file or a name; None fits the shapes to each call. check: compare a bundle's files with
+    their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.
@@ -122,7 +144,7 @@ def load(
                 raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
         from bagel_opt.bundle import load_bundle
 
-        return load_bundle(folder, backend, device, progress)
+        return load_bundle(folder, backend, device, progress, check)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
     try:
@@ -137,7 +159,7 @@ def load(
     where = torch_device(device)
     kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     chosen = backends.choose(attention, where, kind)
-    fixed = load_profile(profile) if profile is not None else None
+    fixed = [load_profile(profile)] if profile is not None else []
     checkpoint = Checkpoint(folder if source is None else source)
     model = checkpoint.load(where, kind, progress)
     model.set_backend(chosen)

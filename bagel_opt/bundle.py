@@ -1,9 +1,13 @@
-"""A bundle on disk: a folder with manifest.json, programs, tokenizer and the weights once. No torch needed to load one.
+"""A bundle on disk: a folder with manifest.json, programs, tokenizer and the weights once.
 
-manifest.json         format version, kind, dtype, profile, model config, programs, library versions, sha256 of each file
+manifest.json         see manifest.schema.json
 weights.safetensors   every parameter once, under its name in bagel_opt
 tokenizer.json
-NAME.onnx             graphs whose weights are external data inside weights.safetensors
+NAME.onnx             of an ONNX bundle: graphs whose weights are external data inside weights.safetensors
+NAME.ROLE.pt2         of an aoti or export bundle: parts of programs (runtime/parts.py), whose weights are inputs
+cache/                of a compile bundle: what torch.compile compiled
+
+ONNX graphs are data. The programs of the other kinds are code, or become it: load only those of people you trust.
 """
 
 import dataclasses
@@ -12,16 +16,20 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+import fastjsonschema
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile
 from bagel_opt.tokenizer import Tokenizer
 
-FORMAT = 1
-MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer.json"
+FORMAT = 2
+MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
+UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
+SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,18 @@ class Location:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. `programs` holds each program's file, inputs, outputs and rows of caches."""
+    """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
+    profiles: from small to large. machine: the instruction set that compiled code needs."""
 
     kind: str
     dtype: str
-    profile: Profile
+    device: str
+    attention: str
+    profiles: list[Profile]
     config: BagelConfig
-    programs: dict[str, dict]
+    programs: dict[str, dict[str, dict]]
     versions: dict[str, str]
+    machine: str
     files: dict[str, dict[str, Any]]
 
     def write(self, folder: Path) -> None:
@@ -51,19 +63,22 @@ class Manifest:
             "format": FORMAT,
             "kind": self.kind,
             "dtype": self.dtype,
-            "profile": dataclasses.asdict(self.profile),
+            "device": self.device,
+            "attention": self.attention,
+            "profiles": [dataclasses.asdict(profile) for profile in self.profiles],
             "config": self.config.to_dict(),
             "programs": self.programs,
             "versions": self.versions,
+            "machine": self.machine,
             "files": self.files,
         }
         data["sha256"] = _digest(data)
-        (folder / MANIFEST).write_text(_dump(data), encoding="utf-8")
+        (folder / UNFINISHED).write_text(_dump(data), encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks manifest.json, but not the other files. Raises BundleError."""
-    path = folder / MANIFEST
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Reads manifest.json and checks it against its schema, but not the other files. Raises BundleError."""
+    path = folder / name
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text)
@@ -72,35 +87,53 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(f"{path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{path} is damaged; copy or export the bundle again") from None
-    if not isinstance(version, int) or version > FORMAT:
-        raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads up to {FORMAT}, so upgrade it")
+    if version != FORMAT:
+        todo = "upgrade it" if isinstance(version, int) and version > FORMAT else "export the bundle again"
+        raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads {FORMAT}, so {todo}")
     if checksum != _digest(data) or text != _dump({**data, "sha256": checksum}):
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
+    try:
+        fastjsonschema.validate(json.loads(SCHEMA.read_text(encoding="utf-8")), data)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise BundleError(f"{path}: {error.message}; export the bundle again") from None
     return Manifest(
         kind=data["kind"],
         dtype=data["dtype"],
-        profile=Profile(**data["profile"]),
+        device=data["device"],
+        attention=data["attention"],
+        profiles=[Profile(**profile) for profile in data["profiles"]],
         config=BagelConfig.from_dict(data["config"]),
         programs=data["programs"],
         versions=data["versions"],
+        machine=data["machine"],
         files=data["files"],
     )
 
 
 def check_files(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    digests: bool = True,
 ) -> None:
     """Compares every file with its size and sha256 in the manifest. progress(done, total) is called in files.
 
-    Raises BundleError naming the file.
+    digests: False looks at sizes alone, where reading huge files would take too long. Raises BundleError naming the file.
     """
+    wanted = {WEIGHTS, TOKENIZER}
+    for program in (entry for entries in manifest.programs.values() for entry in entries.values()):
+        wanted |= {part["file"] for part in (program, *program.get("parts", {}).values()) if "file" in part}
+    if unknown := wanted - set(manifest.files):
+        raise BundleError(
+            f"{folder}: the manifest has no sha256 of {', '.join(sorted(unknown))}; export the bundle again"
+        )
     for done, (name, entry) in enumerate(manifest.files.items()):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BundleError(f"{folder}: the manifest names {name}, which lies outside the bundle")
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{path} leads outside the bundle; copy or export the bundle again")
         if not path.is_file():
             raise BundleError(f"{path} is missing; copy or export the bundle again")
-        if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry["size"] or (digests and file_digest(path) != entry["sha256"]):
             raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")
         progress(done + 1, len(manifest.files))
 
@@ -110,7 +143,7 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, UNFINISHED)
     }
 
 
@@ -127,22 +160,60 @@ def locate_weights(path: Path) -> dict[str, Location]:
     return found
 
 
-def load_bundle(folder: Path, backend: str, device: Any, progress: Callable[[int, int], None]) -> "Model":  # noqa: F821
-    """Loads a bundle for `bagel_opt.load`. Raises BundleError, ValueError for a wrong backend, ImportError."""
+def load_bundle(
+    folder: Path,
+    backend: str = "eager",
+    device: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check: bool = True,
+    name: str = MANIFEST,
+) -> "Model":  # noqa: F821
+    """Loads a bundle for `bagel_opt.load`. Raises BundleError, ValueError for a wrong backend or device, ImportError."""
     from bagel_opt.api import Model
 
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, name)
     if backend not in ("eager", manifest.kind):  # "eager" is what nobody asked for
         raise ValueError(f"backend={backend!r}, but {folder} is a bundle for {manifest.kind!r}; leave backend out")
-    check_files(folder, manifest, progress)
-    if device not in (None, "cpu") and str(device) != "cpu":
-        raise ValueError(f"device={str(device)!r}; allowed for an ONNX bundle is 'cpu'")
+    if device is not None and str(device).partition(":")[0] != manifest.device:
+        raise ValueError(
+            f"device={str(device)!r}; allowed for {folder} is {manifest.device!r}, which it was exported for"
+        )
+    check_files(folder, manifest, progress, check)
+    runtime = _onnx_runtime(folder, manifest) if manifest.kind == "onnx" else _torch_runtime(folder, manifest, device)
+    return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles)
+
+
+def _onnx_runtime(folder: Path, manifest: Manifest) -> "Runtime":  # noqa: F821
     try:
         from bagel_opt.runtime.onnx import OnnxRuntime
     except ImportError:
         raise ImportError("an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[onnx]'") from None
-    runtime = OnnxRuntime(folder, manifest)
-    return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profile)
+    return OnnxRuntime(folder, manifest)
+
+
+def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> "Runtime":  # noqa: F821
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"a bundle of kind {manifest.kind!r} needs torch: pip install 'bagel-opt[torch]'") from None
+    from bagel_opt.api import torch_device
+    from bagel_opt.runtime.packaged import PackagedRuntime, compiled_runtime
+
+    where = torch_device(manifest.device if device is None else device)
+    if manifest.kind == "compile":
+        return compiled_runtime(folder, manifest, where)
+    if manifest.kind == "aoti":
+        ours = {
+            "torch": torch.__version__.partition("+")[0],
+            "instruction set": torch.backends.cpu.get_cpu_capability(),
+        }
+        its = {"torch": manifest.versions["torch"].partition("+")[0], "instruction set": manifest.machine}
+        for what, value in its.items():
+            if value != ours[what]:
+                raise BundleError(
+                    f"{folder} was compiled for {what} {value}, and this is {ours[what]}; export it here, or use format 'export'"
+                )
+    return PackagedRuntime(folder, manifest, where)
 
 
 def file_digest(path: Path) -> str:

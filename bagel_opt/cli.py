@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bagel_opt import __version__
 from bagel_opt.api import BACKENDS, Model, load
+from bagel_opt.memory import BYTES
+from bagel_opt.profile import profile_names
+from bagel_opt.recipe import load_recipe
 from bagel_opt.request import RENORM_TYPES, Options
 from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
@@ -74,16 +78,22 @@ def parser() -> argparse.ArgumentParser:
 
     export_ = command("export", "Write a bundle that another runtime loads.", export)
     export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
-    export_.add_argument("--format", default="onnx", help="onnx (default)")
-    export_.add_argument("--profile", required=True, help="profile file, or a name from profiles/")
+    export_.add_argument("--recipe", help="recipe file, or a name from export/; the options below override it")
+    export_.add_argument("--format", help="onnx (default), aoti, export or compile")
+    export_.add_argument(
+        "--profile", action="append", help="profile file, or a name from profiles/; several share the weights"
+    )
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
-    export_.add_argument("--dtype", default="float32", help="float32 (default) or float16")
+    export_.add_argument("--dtype", help="float32 (default), float16, or bfloat16 where it is not ONNX")
+    export_.add_argument("--attention", help="for compile: auto (default), sdpa, cudnn, flex or flash")
+    export_.add_argument("--device", help="cpu (default), or cuda where it is not ONNX")
     export_.add_argument("--verify", action="store_true", help="compare the bundle with eager float32 before it counts")
 
     time_ = command("bench", "Time models side by side, each in a process of its own.", bench)
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
-    time_.add_argument("--export", metavar="PROFILE", help="also export each checkpoint to ONNX and time the bundle")
+    time_.add_argument("--export", metavar="PROFILE", help="also export each checkpoint for it and time the bundles")
+    time_.add_argument("--formats", default="onnx", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
     time_.add_argument(
         "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
     )
@@ -105,6 +115,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument(
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
     )
+    show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
+    show.add_argument("--dtype", default="float32", choices=BYTES, help="of that (float32); a bundle has its own")
     return top
 
 
@@ -179,9 +191,14 @@ def chat(a: argparse.Namespace) -> None:
 def export(a: argparse.Namespace) -> None:
     from bagel_opt.export import export as write_bundle
 
+    options = dataclasses.asdict(load_recipe(a.recipe)) if a.recipe else {}
+    options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
+    profiles = a.profile or options.get("profiles")
+    options.pop("profiles", None)
+    if not profiles:
+        raise ValueError("give --profile or --recipe; profiles/ has " + ", ".join(profile_names()))
     with _bar("exporting") as update:
-        options = {"format": a.format, "dtype": a.dtype, "verify": a.verify}
-        folder = write_bundle(a.checkpoint, a.out, a.profile, progress=update, **options)
+        folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
     print(folder)
 
 
@@ -199,6 +216,7 @@ def bench(a: argparse.Namespace) -> None:
             work,
             backends=tuple(a.backends.split(",")),
             export_profile=a.export,
+            formats=tuple(a.formats.split(",")),
             official=a.official,
             official_python=a.official_python,
             progress=update,
@@ -215,7 +233,7 @@ def inspect(a: argparse.Namespace) -> None:
     from bagel_opt.inspect import describe
 
     output = Console(highlight=False)
-    for table in describe(a.checkpoint):
+    for table in describe(a.checkpoint, a.profile, a.dtype):
         output.print(table)
 
 

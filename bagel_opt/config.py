@@ -259,3 +259,16 @@ def _side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
     if side < 1 or side**2 != rows:
         raise CheckpointError(f"{name} has {rows} rows, which is no square table of positions")
     return side
+
+
+# BAGEL-7B-MoT, for what can be said of it without its files.
+PUBLISHED = BagelConfig(
+    llm=LLMConfig(3584, 18944, 28, 28, 4, 152064),
+    vit=ViTConfig(1152, 4304, 26, 16, 14, 70**2),
+    vae=VAEConfig(),
+    vae_resize=ResizeConfig(1024, 512, 16),
+    vit_resize=ResizeConfig(980, 224, 14),
+    special=SpecialTokens(151644, 151645, 151652, 151653),
+    latent_side=64,
+    vit_side=70,
+)

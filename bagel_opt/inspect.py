@@ -2,13 +2,16 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from bagel_opt.api import shipped_model
-from bagel_opt.bundle import MANIFEST, check_files, read_manifest
+from bagel_opt.bundle import MANIFEST, WEIGHTS, check_files, locate_weights, read_manifest
 from bagel_opt.config import BagelConfig
+from bagel_opt.memory import needs
+from bagel_opt.profile import Profile, load_profile
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PARTS = {
@@ -20,10 +23,13 @@ PARTS = {
 }
 
 
-def describe(source: str | Path | None) -> list[Table]:
-    """Tables on a checkpoint folder, a repo id or a bundle. A bundle's files are checked. Raises what `load` raises."""
+def describe(source: str | Path | None, profiles: Sequence[str] = (), dtype: str = "float32") -> list[Table]:
+    """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
+    or a bundle's own. A bundle's files are checked. Raises what `load` raises."""
     folder = shipped_model() if source is None else Path(source)
-    return _bundle(folder) if (folder / MANIFEST).is_file() else _checkpoint(folder if source is None else source)
+    if (folder / MANIFEST).is_file():
+        return _bundle(folder)
+    return _checkpoint(folder if source is None else source, [load_profile(name) for name in profiles], dtype)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -40,12 +46,13 @@ def _bundle(folder: Path) -> list[Table]:
     about = _table(f"bundle {folder}", "", "")
     for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
         about.add_row(*row)
-    for name, value in vars(manifest.profile).items():
-        about.add_row(f"profile {name}", str(value))
+    for profile in manifest.profiles:
+        for name, value in vars(profile).items():
+            about.add_row(f"profile {name}", str(value))
     for name, value in manifest.versions.items():
         about.add_row(name, value)
     programs = _table("programs", "program", "size", "inputs", "outputs")
-    for name, entry in manifest.programs.items():
+    for name, entry in manifest.programs[manifest.profiles[-1].name].items():
         inputs = [f"{key} {_shape(shape)} {kind}" for key, (shape, kind) in entry["inputs"].items()]
         outputs = list(entry["outputs"])
         if entry["cache_rows"]:
@@ -53,11 +60,23 @@ def _bundle(folder: Path) -> list[Table]:
             note = f"caches of {entry['cache_rows']} rows, {layers} layers"
             inputs.append(note)
             outputs.append(note)
-        programs.add_row(name, _size(manifest.files[entry["file"]]["size"]), "\n".join(inputs), "\n".join(outputs))
-    return [about, programs, _config(manifest.config)]
+        files = {part["file"] for part in (entry, *entry.get("parts", {}).values()) if "file" in part}
+        size = _size(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
+        programs.add_row(name, size, "\n".join(inputs), "\n".join(outputs))
+    parameters = sum(math.prod(place.shape) for place in locate_weights(folder / WEIGHTS).values())
+    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, parameters)
+    return [about, programs, _config(manifest.config), memory]
 
 
-def _checkpoint(source: str | Path) -> list[Table]:
+def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, parameters: int) -> Table:
+    table = _table(f"memory in {dtype}", "profile", "weights", "caches", "workspace, about", "together")
+    for profile in profiles:
+        needed = needs(config, profile, dtype, parameters)
+        table.add_row(profile.name, *map(_size, (*needed.values(), sum(needed.values()))))
+    return table
+
+
+def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list[Table]:
     from bagel_opt.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(source)
@@ -72,7 +91,8 @@ def _checkpoint(source: str | Path) -> list[Table]:
         weights.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
     weights.add_section()
     weights.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
-    return [weights, _config(checkpoint.config)]
+    tables = [weights, _config(checkpoint.config)]
+    return [*tables, _memory(checkpoint.config, profiles, dtype, parameters.total())] if profiles else tables
 
 
 def _config(c: BagelConfig) -> Table:

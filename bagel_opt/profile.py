@@ -32,6 +32,10 @@ class Profile:
                     f"profile {self.name!r}: {field} is {value!r}; it must be a whole number of at least 1"
                 )
 
+    def cost(self) -> tuple[int, ...]:
+        """Orders profiles from small to large."""
+        return self.rows * self.latents, self.slots, self.patches, self.text
+
     @property
     def batches(self) -> int:
         """Batches of `rows` rows that together hold the three guidance branches of one request."""

@@ -17,7 +17,8 @@ PROFILES = {
     ODD / "checkpoint": Profile("odd", rows=3, slots=768, text=64, patches=100, latents=144),
     shipped_model(): load_profile("demo"),
 }
-BACKENDS = ("eager", "compile", "onnx")
+BUNDLES = ("onnx", "aoti", "export")
+BACKENDS = ("eager", "compile", *BUNDLES)
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +28,11 @@ def load(tmp_path_factory):
 
     def make(checkpoint, backend):
         profile = PROFILES[checkpoint]
-        if backend == "onnx":
-            return bagel_opt.load(export(checkpoint, tmp_path_factory.mktemp("bundle") / profile.name, profile))
-        if backend == "compile" and not shutil.which("g++") and not shutil.which("clang++"):
-            pytest.skip("torch.compile needs a C++ compiler on the CPU")
+        if backend in ("compile", "aoti") and not shutil.which("g++") and not shutil.which("clang++"):
+            pytest.skip(f"{backend} needs a C++ compiler on the CPU")
+        if backend in BUNDLES:
+            folder = tmp_path_factory.mktemp("bundle") / profile.name
+            return bagel_opt.load(export(checkpoint, folder, profile, format=backend))
         return bagel_opt.load(
             checkpoint, device="cpu", backend=backend, profile=None if backend == "eager" else profile
         )

@@ -16,7 +16,7 @@ from support import CHECKPOINT, cases
 import bagel_opt
 import bagel_opt.export.onnx
 from bagel_opt import BundleError, Profile, ProfileError
-from bagel_opt.bundle import MANIFEST, WEIGHTS, locate_weights, read_manifest
+from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.cli import main
 from bagel_opt.export import export
 from bagel_opt.runtime.onnx import OnnxRuntime
@@ -89,9 +89,9 @@ def test_manifest_tells_what_is_there(bundle):
     manifest = read_manifest(bundle)
     assert manifest.kind == "onnx"
     assert manifest.dtype == "float32"
-    assert manifest.profile.name == "tiny"
+    assert [profile.name for profile in manifest.profiles] == ["tiny"]
     assert set(manifest.files) == {path.name for path in bundle.iterdir()} - {MANIFEST}
-    assert manifest.programs["generate"]["inputs"]["x"] == [[3, 64, 64], "float32"]
+    assert manifest.programs["tiny"]["generate"]["inputs"]["x"] == [[3, 64, 64], "float32"]
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in manifest.files.values())
 
 
@@ -146,9 +146,10 @@ def rewrite(folder, **changes):
 
 
 def test_a_newer_format_is_refused(copy):
-    rewrite(copy, format=2)
-    with pytest.raises(BundleError, match="bundle format 2; this bagel_opt reads up to 1, so upgrade"):
-        bagel_opt.load(copy)
+    for version, advice in ((FORMAT + 1, "upgrade it"), (FORMAT - 1, "export the bundle again"), ("x", "export")):
+        rewrite(copy, format=version)
+        with pytest.raises(BundleError, match=f"bundle format {version}; this bagel_opt reads {FORMAT}, so {advice}"):
+            bagel_opt.load(copy)
 
 
 def test_files_outside_the_bundle_are_refused(copy):
@@ -156,6 +157,40 @@ def test_files_outside_the_bundle_are_refused(copy):
     rewrite(copy, files={**files, "../secret": {"size": 1, "sha256": "0" * 64}})
     with pytest.raises(BundleError, match="outside"):
         bagel_opt.load(copy)
+    (copy / "secret").symlink_to("/etc/hostname")
+    rewrite(copy, files={**files, "secret": {"size": 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match="outside"):
+        bagel_opt.load(copy)
+    rewrite(copy, files={name: entry for name, entry in files.items() if name != "text.onnx"})
+    with pytest.raises(BundleError, match=r"no sha256 of text\.onnx"):
+        bagel_opt.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "pickle"}, "data.kind must be one of"),
+        ({"profiles": []}, "data.profiles must contain at least 1 items"),
+        ({"profiles": [{"name": "x", "rows": 0}]}, "data.profiles"),
+        ({"extra": 1}, "data must not contain"),
+        ({"programs": {"tiny": {"text": {"inputs": {}}}}}, "data.programs.tiny.text must contain"),
+    ],
+)
+def test_a_manifest_that_breaks_the_schema_is_refused(copy, change, message):
+    rewrite(copy, **change)
+    with pytest.raises(BundleError, match=message):
+        bagel_opt.load(copy)
+
+
+def test_digests_can_be_skipped_but_sizes_cannot(copy):
+    path = copy / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    bagel_opt.load(copy, check=False)
+    path.write_bytes(data[:-1])
+    with pytest.raises(BundleError, match="changed or truncated"):
+        bagel_opt.load(copy, check=False)
 
 
 def test_settings_that_a_bundle_fixes_are_refused(bundle):

@@ -39,7 +39,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def inference(model, tokenizer):
-    return Model(TorchRuntime(model, torch.device("cpu"), torch.float32, False), model.config, tokenizer, None)
+    return Model(TorchRuntime(model, torch.device("cpu"), torch.float32, False), model.config, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -93,12 +93,14 @@ def bench(
     *,
     backends: tuple[str, ...] = ("eager",),
     export_profile: str | None = None,
+    formats: tuple[str, ...] = ("onnx",),
     official: str | None = None,
     official_python: str = sys.executable,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     **settings: str | None,
 ) -> list[dict]:
     """Times checkpoints with each backend, bundles, and on request bundles exported for it and the official code.
+    Formats that cannot hold the dtype are left out.
 
     -> one dict per contender: its fields, "work", and its figures or its "error". settings: device, dtype, attention,
     profile, as `bagel_opt.load` takes them. Raises ValueError for an unknown backend, and what `export` raises.
@@ -113,7 +115,7 @@ def bench(
         for number, source in enumerate(sources or [str(shipped_model())]):
             name = Path(source).name if len(sources) < 2 else f"{number}:{Path(source).name}"
             if (Path(source) / MANIFEST).is_file():
-                contenders.append(Contender(f"{name}, bundle", source, device=settings.get("device")))
+                contenders.append(Contender(f"{name}, bundle", source, "bundle", device=settings.get("device")))
                 continue
             from bagel_opt.checkpoint import find_folder
 
@@ -122,14 +124,19 @@ def bench(
                 where = {key: settings.get(key) for key in ("device", "dtype")}
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))
             contenders += [Contender(f"{name}, {backend}", source, backend, **settings) for backend in backends]
-            if export_profile:
-                from bagel_opt.export import export
+            for format in formats if export_profile else ():
+                from bagel_opt.export import FORMATS, export
 
-                progress(f"exporting {name}", 0, 0)
+                progress(f"exporting {name} as {format}", 0, 0)
+                dtype = settings.get("dtype") or "float32"
+                if format in FORMATS and dtype not in FORMATS[format]:
+                    continue
                 begun = time.perf_counter()
-                bundle = export(source, Path(temporary) / str(number), export_profile)
+                bundle = export(
+                    source, Path(temporary) / f"{number}-{format}", export_profile, format=format, dtype=dtype
+                )
                 took = time.perf_counter() - begun
-                contenders.append(Contender(f"{name}, onnx", str(bundle), "onnx", export_s=took))
+                contenders.append(Contender(f"{name}, {format} bundle", str(bundle), "bundle", export_s=took))
         found = []
         for done, contender in enumerate(contenders):
             progress(contender.name, done, len(contenders))

@@ -48,7 +48,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     begun = time.perf_counter()
     given = {name: job[name] for name in ("device", "dtype", "profile") if job[name] is not None}
-    if job["backend"] != "onnx":
+    if job["backend"] != "bundle":
         given |= {"backend": job["backend"], "attention": job["attention"]}
     model = bagel_opt.load(job["source"], **given)
     load = time.perf_counter() - begun

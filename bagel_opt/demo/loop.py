@@ -35,6 +35,7 @@ class Settings:
     log_every: int = 100
     graphs: bool = True  # CUDA graphs
 
+
 MOST_SKIPPED = 0.01  # share of steps; with more, a run is broken
 
 

@@ -20,7 +20,7 @@ from bagel_opt.tokenizer import Tokenizer
 def training_sheet(model: Bagel, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Image.Image:
     """Six held-out prompts and six held-out edits."""
     rng = Random(0)
-    whole = Model(TorchRuntime(model, device, dtype, compiled=False), model.config, tokenizer, None)
+    whole = Model(TorchRuntime(model, device, dtype, compiled=False), model.config, tokenizer)
     prompts = [texts.sample_prompt(rng, sample_scene(rng, held_out=True), placed=True)[0] for _ in range(6)]
     edits = [texts.sample_edit(rng, held_out=True) for _ in range(6)]
     requests = [Request(prompt, seed=0, num_timesteps=25) for prompt in prompts]

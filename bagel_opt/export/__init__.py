@@ -1,96 +1,180 @@
 """Writing bundles."""
 
+import dataclasses
+import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from bagel_opt.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, list_files, locate_weights, read_manifest
+from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
 from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile, load_profile
+from bagel_opt.runtime.programs import signatures
 
-FORMATS = ("onnx",)
-DTYPES = ("float32", "float16")
+FORMATS = {  # and the precisions that each can hold
+    "onnx": ("float32", "float16"),  # ONNX Runtime's CPU provider has no bfloat16
+    "aoti": ("float32", "bfloat16", "float16"),
+    "export": ("float32", "bfloat16", "float16"),
+    "compile": ("float32", "bfloat16", "float16"),
+}
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 
 
 def export(
     checkpoint: str | Path | None,
     out: str | Path,
-    profile: Profile | str | Path,
+    profile: "Profile | str | Path | Sequence[Profile | str | Path]",
     *,
     format: str = "onnx",
     dtype: str = "float32",
+    attention: str = "auto",
+    device: str = "cpu",
     verify: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
     """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
 
-    It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
-    which is then replaced. verify: compare the bundle with eager float32 before it is moved into place, and raise
-    BundleError where it differs. progress(what, done, total). Raises ValueError for a bad argument, FileExistsError where
-    `out` holds something else, and what `load` raises for the checkpoint.
+    profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
+    (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: for "compile", as for
+    `load`; in the others it is part of the programs. device: where a format of torch is to run, "cpu" or "cuda". It is written under another name and moved into place when whole. `out` may be empty,
+    absent or an older bundle, which is then replaced. verify: compare the bundle with eager float32 before it is moved
+    into place, and raise BundleError where it differs. progress(what, done, total). Raises ValueError for a bad argument,
+    FileExistsError where `out` holds something else, and what `load` raises for the checkpoint.
     """
-    for name, value, allowed in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+    devices = ("cpu",) if format == "onnx" else ("cpu", "cuda")
+    for name, value, allowed in (
+        ("format", format, FORMATS),
+        ("dtype", dtype, FORMATS.get(format, ())),
+        ("device", device, devices),
+        ("attention", attention, (attention,) if format == "compile" else ("auto",)),
+    ):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
-    out, profile = Path(out).resolve(), load_profile(profile)
+            of = "" if name == "format" else f" for format={format!r}"
+            raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
+    out, profiles = Path(out).resolve(), _profiles(profile)
     if out.exists() and not _replaceable(out):
         raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
 
     try:
-        import onnxscript  # noqa: F401
         import torch
         from safetensors.torch import save_file
+
+        if format == "onnx":
+            import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
 
-    from bagel_opt.api import shipped_model
+    from bagel_opt.api import shipped_model, torch_device
     from bagel_opt.checkpoint import Checkpoint
-    from bagel_opt.export.onnx import export_onnx
+    from bagel_opt.model.attention import choose
 
+    kind, where = getattr(torch, dtype), torch_device(device)
+    chosen = "onnx" if format == "onnx" else choose(attention, where, kind) if format == "compile" else "sdpa"
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
-    kind = getattr(torch, dtype)
-    model = source.load(torch.device("cpu"), kind, lambda done, total: progress("loading", done, total))
+    model = source.load(where, kind, lambda done, total: progress("loading", done, total))
+    model.set_backend(chosen)
+    for left in out.parent.glob(f"{out.name}.partial-*"):  # of exports that were killed
+        if not _runs(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         save_file(dict(model.named_parameters()), partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
         shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
-        weights = locate_weights(partial / WEIGHTS)
-        programs = export_onnx(model, profile, partial, weights, kind, progress)
         manifest = Manifest(
             kind=format,
             dtype=dtype,
-            profile=profile,
+            device=device,
+            attention=chosen,
+            profiles=profiles,
             config=source.config,
-            programs=programs,
+            programs=_write_programs(model, profiles, partial, format, progress),
             versions={name: _version(name) for name in LIBRARIES},
+            machine=torch.backends.cpu.get_cpu_capability() if format == "aoti" else "",
             files=list_files(partial),
         )
         manifest.write(partial)
         if verify:
             from bagel_opt.export.verify import verify as compare
 
-            compare(partial, source.folder, progress)
+            compare(partial, source.folder, progress, unfinished=True)
         if out.exists():
+            (out / MANIFEST).unlink(missing_ok=True)  # so that a bundle half removed does not load
             shutil.rmtree(out)
         partial.rename(out)
+        (out / UNFINISHED).rename(out / MANIFEST)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
+def _profiles(given: "Profile | str | Path | Sequence[Profile | str | Path]") -> list[Profile]:
+    """From small to large."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    profiles = [load_profile(one) for one in (given if several else [given])]
+    if not profiles or len({profile.name for profile in profiles}) < len(profiles):
+        raise ValueError(f"profile={given!r}; give at least one, and no name twice")
+    return sorted(profiles, key=Profile.cost)
+
+
+def _write_programs(
+    model: "Bagel",  # noqa: F821
+    profiles: list[Profile],
+    folder: Path,
+    format: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict[str, dict]]:
+    """Each profile's programs; where two need the same one, it is there once."""
+    if format == "compile":
+        from bagel_opt.export.cache import warm
+
+        warm(model, profiles, folder, progress)
+        return {p.name: {n: dataclasses.asdict(s) for n, s in signatures(model.config, p).items()} for p in profiles}
+    if format == "onnx":
+        from bagel_opt.export.onnx import export_onnx as write
+    else:
+        from bagel_opt.export.packaged import compile_all, export_packaged
+
+        write = functools.partial(export_packaged, examples=format == "aoti")
+    known, programs = {}, {}
+    for number, profile in enumerate(profiles):
+        wanted = signatures(model.config, profile)
+        keys = {name: repr((name, s, profile.slots if s.cache_rows else 0)) for name, s in wanted.items()}
+        missing = {name: s for name, s in wanted.items() if keys[name] not in known}
+        suffix = f"-{number + 1}" if number else ""
+        for name, entry in write(
+            model, missing, suffix, profile, folder, model.latent_in.weight.dtype, progress
+        ).items():
+            known[keys[name]] = entry
+        programs[profile.name] = {name: known[key] for name, key in keys.items()}
+    if format == "aoti":
+        compile_all(folder, progress)
+    return programs
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return int(process) != os.getpid()
+
+
 def _replaceable(out: Path) -> bool:
-    """Whether a folder is empty, or a bundle with nothing in it that an export did not write."""
+    """Whether a folder is empty, or a bundle, also one half put into place, with nothing in it that an export did not write."""
     if not out.is_dir():
         return False
-    inside = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    inside = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if not inside:
+        return not any(out.iterdir())
+    name = MANIFEST if MANIFEST in inside else UNFINISHED
     try:
-        return not inside or inside == {MANIFEST, *read_manifest(out).files}
+        return inside == {name, *read_manifest(out, name).files}
     except (BundleError, FileNotFoundError):
         return False
 

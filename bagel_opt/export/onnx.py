@@ -11,10 +11,11 @@ import torch
 from onnxscript.onnx_opset import opset24 as op
 from torch import nn
 
-from bagel_opt.bundle import WEIGHTS, Location
+from bagel_opt.bundle import WEIGHTS, Location, locate_weights
+from bagel_opt.export.examples import example_inputs
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.programs import Signature, cache_names, cache_shape, programs, signatures
+from bagel_opt.runtime.programs import Signature, cache_names, programs
 
 OPSET = 24
 
@@ -43,35 +44,23 @@ def export_program(
     model: Bagel, name: str, call: Callable, signature: Signature, profile: Profile, dtype: torch.dtype
 ) -> ir.Model:
     """Traces one program with torch.export and translates it. Weights are still in memory."""
-    kinds = {"model": dtype, "int64": torch.int64, "float32": torch.float32}
-    example = {"height": 64, "width": 96, "latent_height": 8, "latent_width": 12}
-    inputs = [
-        torch.zeros([example.get(side, side) for side in shape], dtype=kinds[kind])
-        for shape, kind in signature.inputs.values()
-    ]
-    free = [
-        {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(shape) if isinstance(side, str)} or None
-        for shape, _ in signature.inputs.values()
-    ]
+    inputs, caches, free = example_inputs(model.config, signature, profile, dtype, torch.device("cpu"))
     input_names, output_names = list(signature.inputs), list(signature.outputs)
-    if signature.cache_rows:
-        shape = cache_shape(model.config, signature.cache_rows, profile.slots)
-        caches = cache_names(model.config)
-        inputs += [torch.zeros(shape, dtype=dtype) for _ in caches]
-        free += [None for _ in caches]
-        input_names += caches
-        output_names += [f"{cache}.out" for cache in caches]
+    if caches:
+        names = cache_names(model.config)
+        input_names += names
+        output_names += [f"{name}.out" for name in names]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
         program = torch.onnx.export(
             Program(model, call).eval(),
-            tuple(inputs),
+            (*inputs, *caches),
             dynamo=True,
             opset_version=OPSET,
             input_names=input_names,
             output_names=output_names,
-            dynamic_shapes={"inputs": tuple(free)} if any(free) else None,
+            dynamic_shapes={"inputs": (*free, *(None for _ in caches))} if any(free) else None,
             custom_translation_table={torch.ops.aten.linear.default: linear},
             verbose=False,
         )
@@ -109,21 +98,22 @@ def strip(program: ir.Model) -> None:
 
 def export_onnx(
     model: Bagel,
+    signatures: dict[str, Signature],
+    suffix: str,
     profile: Profile,
     folder: Path,
-    weights: dict[str, Location],
     dtype: torch.dtype,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, dict]:
-    """Writes every program to folder/NAME.onnx; the manifest's entries of the programs. progress(program, done, total)."""
-    model.set_backend("onnx")
-    calls, all_signatures, entries = programs(model), signatures(model.config, profile), {}
-    for done, (name, signature) in enumerate(all_signatures.items()):
-        progress(f"exporting {name}", done, len(all_signatures))
+    """Writes programs to folder/NAME.onnx, NAME with a suffix; the manifest's entries. progress(program, done, total)."""
+    calls, weights, entries = programs(model), locate_weights(folder / WEIGHTS), {}
+    for done, (name, signature) in enumerate(signatures.items()):
+        progress(f"exporting {name}", done, len(signatures))
         exported = export_program(model, name, calls[name], signature, profile, dtype)
         used = point_outside(exported.graph, weights)
         strip(exported)
-        ir.save(exported, folder / f"{name}.onnx")
-        entries[name] = {"file": f"{name}.onnx", "weights": used, **dataclasses.asdict(signature)}
-    progress("exported", len(all_signatures), len(all_signatures))
+        file = f"{name}{suffix}.onnx"
+        ir.save(exported, folder / file)
+        entries[name] = {"file": file, "weights": used, **dataclasses.asdict(signature)}
+    progress("exported", len(signatures), len(signatures))
     return entries

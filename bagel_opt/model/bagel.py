@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.model.transformer import Transformer
+from bagel_opt.model.attention import Visible
+from bagel_opt.model.transformer import Started, Transformer
 from bagel_opt.model.vae import VAE
 from bagel_opt.model.vit import Connector, ViT
 
@@ -55,41 +56,30 @@ class Bagel(nn.Module):
 
     def text(self, ids_BT: Tensor, position_B: Tensor, kv_len_B: Tensor, *caches: Tensor) -> tuple:
         """Causal prefill of one chunk of text; padding follows the real ids. -> hidden_BTC, caches"""
-        length = ids_BT.shape[1]
-        position_BT = position_B[:, None] + torch.arange(length, device=ids_BT.device)
-        hidden, _, new = self.llm(
-            self.llm.embed(ids_BT), None, position_BT, kv_len_B, torch.full_like(kv_len_B, length), True, caches
-        )
-        return hidden, *new
+        return self._through_layers("text", (ids_BT, position_B, kv_len_B), caches)
 
     def vit(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple:
         """One image's patches to embeddings of the transformer. -> embeddings_BPC"""
-        features = self.vit_encoder(patches_BPK.to(self.vit_encoder.patch.weight.dtype), index_BP, n_B)
-        return (self.connector(features) + self.vit_position(index_BP),)
+        x_BPC, seen = self.start_vit(patches_BPK, index_BP, n_B)
+        return self.end_vit(self.vit_encoder(x_BPC, seen), index_BP)
 
     def vit_context(
         self, embeddings_BPC: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, *caches: Tensor
     ) -> tuple:
         """Bidirectional prefill of one ViT block of n real patches. -> hidden_BTC, caches"""
-        x = torch.cat((self._markers(kv_len_B), embeddings_BPC), dim=1)
-        hidden, _, new = self.llm(x, None, position_B[:, None], kv_len_B, n_B + 2, False, caches)
-        return hidden, *new
+        return self._through_layers("vit_context", (embeddings_BPC, position_B, n_B, kv_len_B), caches)
 
     def vae_context(
         self, latents_BNL: Tensor, index_BN: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, *caches: Tensor
     ) -> tuple:
         """Bidirectional prefill of one clean latent image, that is, at time 0. -> hidden_BNC, caches"""
-        hidden, new = self._latents(
-            latents_BNL, torch.zeros_like(latents_BNL[:, 0, 0]), index_BN, position_B, n_B, kv_len_B, caches
-        )
-        return hidden, *new
+        return self._through_layers("vae_context", (latents_BNL, index_BN, position_B, n_B, kv_len_B), caches)
 
     # ---- programs of all rows
 
     def decode(self, ids_B: Tensor, position_B: Tensor, kv_len_B: Tensor, *caches: Tensor) -> tuple:
         """One token per row to the logits of the next. -> logits_BV in float32, caches"""
-        hidden, *new = self.text(ids_B[:, None], position_B, kv_len_B, *caches)
-        return self.llm.lm_head(self.llm.norm_und(hidden[:, 0])).float(), *new
+        return self._through_layers("decode", (ids_B, position_B, kv_len_B), caches)
 
     def generate(
         self,
@@ -105,8 +95,7 @@ class Bagel(nn.Module):
 
         The image's keys land after the row's context and are overwritten by the next step.
         """
-        hidden, new = self._latents(x_BNL, t_B, index_BN, position_B, n_B, kv_len_B, caches)
-        return self.velocity(hidden), hidden, *new
+        return self._through_layers("generate", (x_BNL, t_B, index_BN, position_B, n_B, kv_len_B), caches)
 
     # ---- programs of one picture of any size
 
@@ -118,11 +107,77 @@ class Bagel(nn.Module):
         """-> picture_HW3, bytes"""
         return (self.vae.decode(latent_1ZHW),)
 
+    # ---- what programs do before and after their layers, so that a runtime can run one compiled layer for all of them
+
+    def start(self, program: str, inputs: tuple[Tensor, ...], slots: int) -> Started:
+        """What enters the transformer's first layer."""
+        return {
+            "text": self._start_text,
+            "vit_context": self._start_vit_context,
+            "vae_context": self._start_clean,
+            "decode": self._start_decode,
+            "generate": self._start_latents,
+        }[program](*inputs, slots)
+
+    def end(self, program: str, und_BTC: Tensor, gen_BNC: Tensor | None) -> tuple:
+        """What the program makes of the last layer's output."""
+        if program == "decode":
+            return (self.llm.lm_head(self.llm.norm_und(und_BTC[:, 0])).float(),)
+        if program == "generate":
+            return self.velocity(gen_BNC), gen_BNC
+        return (und_BTC if gen_BNC is None else gen_BNC,)
+
+    def start_vit(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple[Tensor, Visible]:
+        return self.vit_encoder.start(patches_BPK.to(self.vit_encoder.patch.weight.dtype), index_BP, n_B)
+
+    def end_vit(self, x_BPC: Tensor, index_BP: Tensor) -> tuple:
+        return (self.connector(self.vit_encoder.norm(x_BPC)) + self.vit_position(index_BP),)
+
     # ---- parts
 
     def velocity(self, hidden_BNC: Tensor) -> Tensor:
         """Final norm and projection: the last layer's output to a velocity [B, N, L] in float32."""
         return self.latent_out(self.llm.norm_gen(hidden_BNC)).float()
+
+    def _through_layers(self, program: str, inputs: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> tuple:
+        und_BTC, gen_BNC, new = self.llm(self.start(program, inputs, caches[0].shape[1]), caches)
+        return *self.end(program, und_BTC, gen_BNC), *new
+
+    def _start_text(self, ids_BT: Tensor, position_B: Tensor, kv_len_B: Tensor, slots: int) -> Started:
+        length = ids_BT.shape[1]
+        position_BT = position_B[:, None] + torch.arange(length, device=ids_BT.device)
+        n_B = torch.full_like(kv_len_B, length)
+        return self.llm.start(self.llm.embed(ids_BT), None, position_BT, kv_len_B, n_B, True, slots)
+
+    def _start_decode(self, ids_B: Tensor, position_B: Tensor, kv_len_B: Tensor, slots: int) -> Started:
+        return self._start_text(ids_B[:, None], position_B, kv_len_B, slots)
+
+    def _start_vit_context(
+        self, embeddings_BPC: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, slots: int
+    ) -> Started:
+        x = torch.cat((self._markers(kv_len_B), embeddings_BPC), dim=1)
+        return self.llm.start(x, None, position_B[:, None], kv_len_B, n_B + 2, False, slots)
+
+    def _start_clean(
+        self, latents_BNL: Tensor, index_BN: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, slots: int
+    ) -> Started:
+        t_B = torch.zeros_like(latents_BNL[:, 0, 0])
+        return self._start_latents(latents_BNL, t_B, index_BN, position_B, n_B, kv_len_B, slots)
+
+    def _start_latents(
+        self,
+        x_BNL: Tensor,
+        t_B: Tensor,
+        index_BN: Tensor,
+        position_B: Tensor,
+        n_B: Tensor,
+        kv_len_B: Tensor,
+        slots: int,
+    ) -> Started:
+        x_BNC = self.latent_in(x_BNL.to(self.latent_in.weight.dtype)) + self.time(t_B)[:, None]
+        x_BNC = x_BNC + self.latent_position(index_BN)
+        markers = self._markers(kv_len_B)
+        return self.llm.start(markers, x_BNC, position_B[:, None], kv_len_B, n_B + 2, False, slots)
 
     def _markers(self, kv_len_B: Tensor) -> Tensor:
         """Embeddings [B, 2, C] of the image block's start and end. Stored first, so that padding comes last:
@@ -131,20 +186,3 @@ class Bagel(nn.Module):
         table_VC = self.llm.embed.weight
         markers_2C = torch.stack((table_VC[special.start_of_image], table_VC[special.end_of_image]))
         return markers_2C.expand(kv_len_B.shape[0], -1, -1)
-
-    def _latents(
-        self,
-        x_BNL: Tensor,
-        t_B: Tensor,
-        index_BN: Tensor,
-        position_B: Tensor,
-        n_B: Tensor,
-        kv_len_B: Tensor,
-        caches: tuple,
-    ) -> tuple[Tensor, list[Tensor]]:
-        x_BNC = self.latent_in(x_BNL.to(self.latent_in.weight.dtype)) + self.time(t_B)[:, None]
-        x_BNC = x_BNC + self.latent_position(index_BN)
-        _, hidden_BNC, new = self.llm(
-            self._markers(kv_len_B), x_BNC, position_B[:, None], kv_len_B, n_B + 2, False, caches
-        )
-        return hidden_BNC, new

@@ -4,6 +4,8 @@ B rows, T tokens of the understanding expert, N latent tokens, C hidden channels
 D channels per head, S cache slots.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +76,17 @@ class Layer(nn.Module):
         return und_BTC, gen_BNC, k_BSGD, v_BSGD
 
 
+class Started(NamedTuple):
+    """What enters the first layer: new tokens of each expert, and what all layers share."""
+
+    und_BTC: Tensor
+    gen_BNC: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    start_B: Tensor
+    seen: Visible
+
+
 class Transformer(nn.Module):
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -85,7 +98,7 @@ class Transformer(nn.Module):
         self.norm_gen = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def forward(
+    def start(
         self,
         und_BTC: Tensor,
         gen_BNC: Tensor | None,
@@ -93,18 +106,23 @@ class Transformer(nn.Module):
         start_B: Tensor,
         n_new_B: Tensor,
         causal: bool,
-        caches: list[Tensor],
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Runs all layers over new tokens and the cached context.
+        slots: int,
+    ) -> Started:
+        """Prepares new tokens for the layers.
 
         position: [B, T] for text, [B, 1] where an image block shares one position. start_B: valid slots before this
         call. n_new_B: how many of the new tokens attention may see (all of them for a causal chunk, whose padding
-        causality hides; the real ones for an image block). Returns the hidden states before the final norms, and the
-        caches: keys of every layer, then values.
+        causality hides; the real ones for an image block).
         """
         cos, sin = rope(position, self.config.head_dim, self.config.rope_theta)
         queries = und_BTC.shape[1] + (0 if gen_BNC is None else gen_BNC.shape[1])
-        seen = attention.visible(self.backend, start_B + n_new_B, queries, caches[0].shape[1], causal)
+        seen = attention.visible(self.backend, start_B + n_new_B, queries, slots, causal)
+        return Started(und_BTC, gen_BNC, cos, sin, start_B, seen)
+
+    def forward(self, started: Started, caches: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Runs all layers over new tokens and the cached context. Returns the hidden states before the final norms, and
+        the caches: keys of every layer, then values."""
+        und_BTC, gen_BNC, cos, sin, start_B, seen = started
         caches, n = list(caches), len(self.layers)
         for i, layer in enumerate(self.layers):
             und_BTC, gen_BNC, caches[i], caches[n + i] = layer(

@@ -29,7 +29,8 @@ class ViTLayer(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches [B, P, patch * patch * channels], flattened as (row, column, channel), to features [B, P, C]."""
+    """Patches [B, P, patch * patch * channels], flattened as (row, column, channel), to features [B, P, C]: start,
+    forward, norm."""
 
     def __init__(self, c: ViTConfig):
         super().__init__()
@@ -39,13 +40,17 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(ViTLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> Tensor:
-        """index_BP: places in the position table; n_B: real patches, which see only each other."""
+    def start(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple[Tensor, Visible]:
+        """What enters the first layer, and what all layers share. index_BP: places in the position table; n_B: real
+        patches, which see only each other."""
         x_BPC = self.patch(patches_BPK) + self.position(index_BP)
-        seen = attention.visible(self.backend, n_B, x_BPC.shape[1], x_BPC.shape[1], causal=False)
+        return x_BPC, attention.visible(self.backend, n_B, x_BPC.shape[1], x_BPC.shape[1], causal=False)
+
+    def forward(self, x_BPC: Tensor, seen: Visible) -> Tensor:
+        """Runs all layers."""
         for layer in self.layers:
             x_BPC = layer(x_BPC, seen, self.backend)
-        return self.norm(x_BPC)
+        return x_BPC
 
 
 class Connector(nn.Module):

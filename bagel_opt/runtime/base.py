@@ -4,11 +4,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bagel_opt.profile import Profile
+
 Tensor = Any
 
 
 class Runtime(Protocol):
     """Executes the programs of model/bagel.py and sampling/, all named in runtime/programs.py."""
+
+    def for_profile(self, profile: Profile) -> "Runtime":
+        """The runtime with the programs of one profile; weights and programs are shared."""
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         """New KV caches of one batch, finite everywhere."""

@@ -1,5 +1,6 @@
 """The ONNX Runtime runtime on the CPU. Tensors are NumPy arrays; caches are updated in the memory they lie in."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import onnxruntime as ort
 
 from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
 from bagel_opt.errors import BundleError
+from bagel_opt.profile import Profile
 from bagel_opt.runtime.programs import cache_names, cache_shape
 
 # ONNX Runtime packs weights into a copy for each program: decoding by a third and denoising by a sixth faster
@@ -28,7 +30,8 @@ class OnnxRuntime:
         self.folder, self.manifest = folder, manifest
         self.dtype = DTYPES[manifest.dtype]
         self.cache_names = cache_names(manifest.config)
-        self.sessions: dict[str, ort.InferenceSession] = {}
+        self.programs = manifest.programs[manifest.profiles[0].name]
+        self.sessions: dict[str, ort.InferenceSession] = {}  # by file
         self.lock = threading.Lock()
         mapped = np.memmap(folder / WEIGHTS, np.uint8, "r")
         self.weights = {
@@ -38,10 +41,15 @@ class OnnxRuntime:
             for name, at in locate_weights(folder / WEIGHTS).items()
         }
 
+    def for_profile(self, profile: Profile) -> "OnnxRuntime":
+        other = copy.copy(self)
+        other.programs = self.manifest.programs[profile.name]
+        return other
+
     def session(self, program: str) -> ort.InferenceSession:
+        entry = self.programs[program]
         with self.lock:
-            if program not in self.sessions:
-                entry = self.manifest.programs[program]
+            if entry["file"] not in self.sessions:
                 options = ort.SessionOptions()
                 options.log_severity_level = 3
                 options.use_per_session_threads = False
@@ -51,11 +59,13 @@ class OnnxRuntime:
                     options.add_initializer(name, self.weights[name])
                 path = self.folder / entry["file"]
                 try:
-                    self.sessions[program] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                    self.sessions[entry["file"]] = ort.InferenceSession(
+                        path, options, providers=["CPUExecutionProvider"]
+                    )
                 except Exception as error:  # ORT's exceptions have no common base
                     reason = str(error).splitlines()[0]
                     raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
-            return self.sessions[program]
+            return self.sessions[entry["file"]]
 
     def caches(self, rows: int, slots: int) -> list[np.ndarray]:
         shape = cache_shape(self.manifest.config, rows, slots)
@@ -78,7 +88,7 @@ class OnnxRuntime:
             b[to, :length] = a[row, :length]
 
     def run(self, program: str, inputs: list, caches: list[np.ndarray] = (), row: int | None = None) -> tuple:
-        session, entry = self.session(program), self.manifest.programs[program]
+        session, entry = self.session(program), self.programs[program]
         binding = session.io_binding()
         for (name, (_, kind)), value in zip(entry["inputs"].items(), inputs, strict=True):
             dtype = self.dtype if kind == "model" else DTYPES[kind]

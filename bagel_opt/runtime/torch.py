@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.cache import empty_cache
+from bagel_opt.profile import Profile
 from bagel_opt.runtime.programs import programs
 
 _FLAGS = threading.Lock()
@@ -27,7 +28,7 @@ def _exact() -> Iterator[None]:
 
 class TorchRuntime:
     def __init__(self, model: Bagel, device: torch.device, dtype: torch.dtype, compiled: bool):
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
         if compiled or model.llm.backend == "flex":
             # Each shape of each program compiles once, which is more than torch takes for normal.
@@ -36,8 +37,12 @@ class TorchRuntime:
             for layer in (*model.llm.layers, *model.vit_encoder.layers):
                 layer.compile(dynamic=False)
 
+    def for_profile(self, profile: Profile) -> "TorchRuntime":
+        """Its programs take any shape."""
+        return self
+
     def caches(self, rows: int, slots: int) -> list[Tensor]:
-        c = self.model.config.llm
+        c = self.config.llm
         sizes = c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim
         return empty_cache(*sizes, dtype=self.dtype, device=self.device)
 

@@ -1,0 +1,103 @@
+"""Programs as torch.export archives or AOTInductor packages, in parts, with the weights as inputs."""
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bagel_opt.export.examples import example_inputs
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.profile import Profile
+from bagel_opt.runtime.parts import Functional, Part, cut
+from bagel_opt.runtime.programs import Signature, programs
+
+
+def export_part(part: Part, free: tuple | None) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """(graph, names of the parameters it takes): traced with all of the owner's, and again with those in use."""
+    parameters = dict(part.owner.named_parameters())
+    used = list(parameters)
+    while True:
+        weights = tuple(parameters[name].detach() for name in used)
+        shapes = (free, (None,) * len(weights)) if free else None
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.export.export(
+                Functional(part, used), (part.inputs, weights), dynamic_shapes=shapes, strict=False
+            )
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][len(part.inputs) :]
+        left = [name for name, node in zip(used, placeholders, strict=True) if node.users]
+        if left == used:
+            return graph, used
+        used = left
+
+
+def name_in_bundle(part: Part, parameter: str) -> str:
+    return part.prefix + parameter.removeprefix("model.")  # a program may hold the model as its part
+
+
+def compile_file(path: str) -> None:
+    """Replaces a torch.export archive by an AOTInductor package: the library alone, without sources and symbols, which
+    are three quarters of it."""
+    from torch._inductor.package import package_aoti
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(path)
+        inputs, keywords = program.example_inputs
+        files = torch._inductor.aot_compile(
+            program.module(check_guards=False), inputs, keywords, options={"aot_inductor.package": True}
+        )
+        kept = [file for file in files if not str(file).endswith(".cpp")]
+        if strip := shutil.which("strip"):
+            subprocess.run([strip, *(file for file in kept if str(file).endswith(".so"))], check=True)
+        package_aoti(path, kept)
+
+
+def export_packaged(
+    model: Bagel,
+    signatures: dict[str, Signature],
+    suffix: str,
+    profile: Profile,
+    folder: Path,
+    dtype: torch.dtype,
+    progress: Callable[[str, int, int], None],
+    examples: bool = False,
+) -> dict[str, dict]:
+    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, with their example inputs where
+    they are to be compiled; the manifest's entries."""
+    calls, entries = programs(model), {}
+    for done, (name, signature) in enumerate(signatures.items()):
+        progress(f"exporting {name}", done, len(signatures))
+        inputs, caches, free = example_inputs(model.config, signature, profile, dtype, model.latent_in.weight.device)
+        parts = {}
+        with torch.no_grad():
+            cuts = list(cut(model, name, calls[name], tuple(inputs), caches))
+        for part in cuts:
+            graph, used = export_part(part, tuple(free) if any(free) else None)
+            file = f"{name}.{part.role}{suffix}.pt2"
+            if not examples:
+                graph.example_inputs = None  # it would be saved, weights and all
+            torch.export.save(graph, folder / file)
+            parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
+        entries[name] = {"parts": parts, **dataclasses.asdict(signature)}
+    progress("exported", len(signatures), len(signatures))
+    return entries
+
+
+def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
+    """Compiles every archive of a folder, as many at a time as there are cores."""
+    files = sorted(str(path) for path in folder.glob("*.pt2"))
+    # spawned: forking a process with torch's threads is not safe
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(compile_file, files)):
+            progress("compiling", done + 1, len(files))
