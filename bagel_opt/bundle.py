@@ -183,6 +183,14 @@ def load_bundle(
     return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles)
 
 
+def machine(device: "torch.device") -> str:  # noqa: F821
+    """The instruction set that code compiled here needs."""
+    import torch
+
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return cpu if device.type == "cpu" else "{} and sm_{}{}".format(cpu, *torch.cuda.get_device_capability(device))
+
+
 def _onnx_runtime(folder: Path, manifest: Manifest) -> "Runtime":  # noqa: F821
     try:
         from bagel_opt.runtime.onnx import OnnxRuntime
@@ -203,10 +211,7 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> "Runtime": 
     if manifest.kind == "compile":
         return compiled_runtime(folder, manifest, where)
     if manifest.kind == "aoti":
-        ours = {
-            "torch": torch.__version__.partition("+")[0],
-            "instruction set": torch.backends.cpu.get_cpu_capability(),
-        }
+        ours = {"torch": torch.__version__.partition("+")[0], "instruction set": machine(where)}
         its = {"torch": manifest.versions["torch"].partition("+")[0], "instruction set": manifest.machine}
         for what, value in its.items():
             if value != ours[what]:

@@ -325,7 +325,7 @@ def test_profile_just_large_enough(plan, inputs, options):
 
 
 def test_prompt_longer_than_the_profile(eager):
-    fixed = Model(eager.runtime, eager.config, eager.tokenizer, TINY)
+    fixed = Model(eager.runtime, eager.config, eager.tokenizer, [TINY])
     with pytest.raises(ProfileError, match=r"needs slots of at least [0-9]+, but profile 'tiny' has slots = 768"):
         fixed.chat("a cat " * 500, max_think_tokens=2)
     assert isinstance(fixed.chat("a cat " * 50, max_think_tokens=2), str)  # several chunks

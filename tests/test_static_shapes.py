@@ -55,7 +55,7 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
         slots=700 + data.draw(extra),
     )
     runtime = Poisoned(eager.runtime.model, torch.device("cpu"), torch.float32, compiled=False)
-    model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, profile)
+    model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, [profile])
     for i, outputs, seen in zip(chosen, model.run_many(requests), events, strict=True):
         for got, want in zip(outputs, alone[i][0], strict=True):
             if isinstance(want, str):
@@ -173,7 +173,7 @@ def test_a_failed_allocation_loses_nobody_elses_work(eager):
 
     case = next(c for c in ALL if c.name == "text_to_image_no_cfg")  # one row
     runtime = Small(eager.runtime.model, torch.device("cpu"), torch.float32, compiled=False)
-    model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, Profile("rows", 1, 300, 64, 64, 64))
+    model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, [Profile("rows", 1, 300, 64, 64, 64)])
     outputs, failed = model.run_many([case.request(), case.request()], return_exceptions=True)
     case.check_outputs(outputs)
     assert isinstance(failed, MemoryError)

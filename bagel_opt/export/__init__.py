@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
+from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, machine, read_manifest
 from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import signatures
@@ -93,7 +93,7 @@ def export(
             config=source.config,
             programs=_write_programs(model, profiles, partial, format, progress),
             versions={name: _version(name) for name in LIBRARIES},
-            machine=torch.backends.cpu.get_cpu_capability() if format == "aoti" else "",
+            machine=machine(where) if format == "aoti" else "",
             files=list_files(partial),
         )
         manifest.write(partial)

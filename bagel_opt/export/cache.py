@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch._inductor.utils import clear_caches
 
 from bagel_opt.bundle import CACHE
 from bagel_opt.export.verify import run_programs
@@ -22,6 +23,7 @@ def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
         torch.compiler.reset()
+        clear_caches()  # what this process has compiled before would not be written again
         try:
             runtime = TorchRuntime(model, device, dtype, compiled=True)
             for done, profile in enumerate(profiles):
