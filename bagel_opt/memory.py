@@ -14,12 +14,12 @@ def needs(config: BagelConfig, profile: Profile, dtype: str, parameters: int) ->
     """
     c, p, size = config.llm, profile, BYTES[dtype]
     slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
-    tokens = max(p.rows * (p.latents + 2), p.patches + 2, p.latents + 2, p.text)
+    tokens = max(p.rows * (p.latents + 2), p.patches + 2, p.text)
     layer = tokens * (3 * c.intermediate_size + 5 * c.hidden_size) * size
     vit = p.patches * (2 * config.vit.intermediate_size + 5 * config.vit.hidden_size) * size
     pixels = p.latents * config.token_pixels**2
     # in the decoder's last blocks: a block's input and two more of its size, the first with the level below's channels
-    vae = pixels * config.vae.ch * (config.vae.ch_mult[1] + 2) * size
+    vae = pixels * config.vae.ch * (max(config.vae.ch_mult[:2]) + 2) * size
     decode = p.rows * c.vocab_size * 4 * 3
     return {
         "weights": parameters * size,

@@ -1,12 +1,10 @@
 """Shape profiles: the static sizes that programs are built for."""
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from bagel_opt.errors import ProfileError
+from bagel_opt.settings import names, package_folder, read_settings
 
 
 @dataclass(frozen=True)
@@ -49,27 +47,12 @@ def load_profile(source: "Profile | str | Path") -> Profile:
     """
     if isinstance(source, Profile):
         return source
-    path = Path(source)
-    if not path.is_file():
-        path = profiles_folder() / f"{source}.toml"
-    if not path.is_file():
-        raise FileNotFoundError(f"profile {str(source)!r} is neither a file nor one of: {', '.join(profile_names())}")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} is not valid TOML: {error}") from None
-    fields = [field.name for field in dataclasses.fields(Profile)]
-    for what, names in (("unknown", set(data) - set(fields)), ("missing", set(fields) - set(data))):
-        if names:
-            raise ProfileError(f"{path}: {what} field {', '.join(sorted(names))}; a profile has {', '.join(fields)}")
-    return Profile(**data)
+    return read_settings(Profile, source, profiles_folder(), ProfileError)
 
 
 def profiles_folder() -> Path:
-    """profiles/: inside the installed package, or beside it in a checkout."""
-    installed = Path(str(resources.files("bagel_opt"))) / "profiles"
-    return installed if installed.is_dir() else installed.parent.parent / "profiles"
+    return package_folder("profiles", "profiles")
 
 
 def profile_names() -> list[str]:
-    return sorted(path.stem for path in profiles_folder().glob("*.toml"))
+    return names(profiles_folder())

@@ -1,15 +1,15 @@
 """Export recipes: what to export, for where. One TOML file each."""
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+
+from bagel_opt.settings import package_folder, read_settings
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of `bagel_opt.export.export`, under the same names; profiles by name or file."""
+    """Arguments of `bagel_opt.export.export`, under the same names, which also says what they may be; profiles by name
+    or file."""
 
     format: str
     profiles: list[str]
@@ -17,34 +17,21 @@ class Recipe:
     attention: str = "auto"
     device: str = "cpu"
 
+    def __post_init__(self):
+        for name in ("format", "dtype", "attention", "device"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} is {value!r}; it must be a text")
+        if not isinstance(self.profiles, list) or not all(isinstance(name, str) for name in self.profiles):
+            raise ValueError(f"profiles is {self.profiles!r}; it must be a list of names or files")
+
 
 def load_recipe(source: str | Path) -> Recipe:
     """Reads a recipe from a TOML file, or by the name of one in export/, which is installed with the package.
 
-    Raises FileNotFoundError where there is neither and ValueError where a field is missing, unknown or bad. What the
-    fields may hold, the export checks.
+    Raises FileNotFoundError where there is neither and ValueError where a field is missing, unknown or bad.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = recipes_folder() / f"{source}.toml"
-    if not path.is_file():
-        names = sorted(path.stem for path in recipes_folder().glob("*.toml"))
-        raise FileNotFoundError(f"recipe {str(source)!r} is neither a file nor one of: {', '.join(names)}")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    for what, names in (("unknown", set(data) - set(fields)), ("missing", {"format", "profiles"} - set(data))):
-        if names:
-            raise ValueError(f"{path}: {what} field {', '.join(sorted(names))}; a recipe has {', '.join(fields)}")
-    recipe = Recipe(**data)
-    if not isinstance(recipe.profiles, list) or not all(isinstance(name, str) for name in recipe.profiles):
-        raise ValueError(f"{path}: profiles is {recipe.profiles!r}; it must be a list of names or files")
-    return recipe
+    return read_settings(Recipe, source, recipes_folder(), ValueError)
 
 
 def recipes_folder() -> Path:
-    """export/: inside the installed package as recipes/, or beside it in a checkout."""
-    installed = Path(str(resources.files("bagel_opt"))) / "recipes"
-    return installed if installed.is_dir() else installed.parent.parent / "export"
+    return package_folder("recipes", "export")

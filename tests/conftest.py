@@ -54,3 +54,11 @@ def eager(load):
 def bundle(load):
     """The folder of an ONNX bundle of the golden checkpoint."""
     return load(CHECKPOINT, "onnx").runtime.folder
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """The folder of a bundle of two profiles."""
+    small = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+    large = Profile("large", rows=3, slots=512, text=16, patches=16, latents=64)
+    return export(CHECKPOINT, tmp_path_factory.mktemp("two") / "bundle", [large, small], format="export")

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import bagel_opt
+from bagel_opt.bundle import MANIFEST
 from bagel_opt.cli import guarded
 from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows
@@ -26,7 +27,6 @@ from bagel_opt.demo.world import Scene, draw, sample_scene
 from bagel_opt.model import attention
 from bagel_opt.model.attention import Visible
 from bagel_opt.request import Request
-from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.sampling.flow import TaylorSeer
 
 PROMPTS, EDITS, QUESTIONS, TIMESTEPS = 100, 60, 100, 25
@@ -153,7 +153,8 @@ def measure(a: argparse.Namespace) -> None:
         num_timesteps=50,
     )
     row("prompts", prompts(), "num_timesteps=50", 49, num_timesteps=50)
-    if a.backend == "eager" and isinstance(model.runtime, TorchRuntime):
+    # exported code is what it is; eager attention alone can be told to mix branches
+    if a.backend == "eager" and not (a.checkpoint and (Path(a.checkpoint) / MANIFEST).is_file()):
         row("prompts", prompts(), "one at a time", steps, together=False)
         with branches_mixed():
             row("prompts", prompts(), "one at a time, branches mixed", steps, together=False)

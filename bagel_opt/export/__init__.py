@@ -38,10 +38,13 @@ def export(
 
     profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: for "compile", as for
-    `load`; in the others it is part of the programs. device: where a format of torch is to run, "cpu" or "cuda". It is written under another name and moved into place when whole. `out` may be empty,
-    absent or an older bundle, which is then replaced. verify: compare the bundle with eager float32 before it is moved
-    into place, and raise BundleError where it differs. progress(what, done, total). Raises ValueError for a bad argument,
-    FileExistsError where `out` holds something else, and what `load` raises for the checkpoint.
+    `load`; in the others it is part of the programs. device: where a format of torch is to run, "cpu" or "cuda".
+    verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
+    progress(what, done, total).
+
+    It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
+    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
+    what `load` raises for the checkpoint.
     """
     devices = ("cpu",) if format == "onnx" else ("cpu", "cuda")
     for name, value, allowed in (

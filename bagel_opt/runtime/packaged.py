@@ -25,7 +25,7 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = load_file(folder / WEIGHTS, str(device))
-        self.lock, self.opened, self.made = threading.RLock(), {}, {}
+        self.lock, self.opened, self.made = threading.Lock(), {}, {}
         self.programs: Any = self
         self.profile = manifest.profiles[0].name
 

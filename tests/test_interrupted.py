@@ -1,0 +1,134 @@
+"""Exports that are killed leave nothing that loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import CHECKPOINT
+
+import bagel_opt
+from bagel_opt import BundleError
+from bagel_opt.bundle import MANIFEST, UNFINISHED, read_manifest
+from bagel_opt.export import export
+
+ROOT = Path(bagel_opt.__file__).parent.parent
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import bagel_opt
+from bagel_opt.export import export
+from bagel_opt import Profile
+import torch.export, safetensors.torch, bagel_opt.export.packaged
+
+checkpoint, folder, first, count = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
+profile = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+
+def start(number):
+    out = folder / str(number) / "bundle"
+    out.parent.mkdir()
+    child = os.fork()
+    if not child:
+        export(checkpoint, out, profile, format="export")
+        os._exit(0)
+    return child
+
+begun = time.monotonic()
+os.waitpid(start(-first - 1), 0)
+whole = time.monotonic() - begun
+for number in range(first, first + count):
+    child = start(number)
+    time.sleep(random.Random(number).random() * whole)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_killing_an_export_leaves_nothing_that_loads(tmp_path, two):
+    """Twenty times, at random moments of about the time that it takes."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLS, str(CHECKPOINT), str(tmp_path), str(first), "10"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in (0, 10)
+    ]
+    ends = [int(line) for process in processes for line in process.communicate()[0].split()]
+    assert len(ends) == 20
+    assert ends.count(9) >= 10  # killed; the others had finished
+    folders = [path for number in range(20) for path in (tmp_path / str(number)).iterdir()]
+    assert len(folders) >= 5  # on their way
+    whole = {path.parent for path in folders if path.name == "bundle" and (path / MANIFEST).exists()}
+    assert len(whole) <= ends.count(0) + 1
+    for path in folders:
+        if path.parent not in whole:
+            with pytest.raises((BundleError, FileNotFoundError)):
+                bagel_opt.load(path)
+
+
+@pytest.mark.parametrize(
+    ("step", "replaces"), [("rename", False), ("name", False), ("unlink", True), ("rename", True), ("name", True)]
+)
+def test_dying_at_the_last_steps_leaves_nothing_wrong(tmp_path, two, step, replaces):
+    """What exists afterwards is the old bundle, the new one, or nothing that loads; and a new export cleans up."""
+    if replaces:
+        export_quickly(two, tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import test_interrupted
+test_interrupted.export_quickly(Path({str(two)!r}), Path({str(tmp_path)!r}), {step!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60).returncode == 9
+    assert (tmp_path / "bundle" / MANIFEST).exists() == (replaces and step == "unlink")
+    for folder in tmp_path.iterdir():
+        if not (folder / MANIFEST).exists():
+            with pytest.raises((BundleError, FileNotFoundError)):
+                bagel_opt.load(folder)
+    export_quickly(two, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    bagel_opt.load(tmp_path / "bundle")
+
+
+def export_quickly(ready, folder, die=None):
+    """An export whose programs are copies of another bundle's; it dies at a step."""
+    import shutil
+
+    import bagel_opt.export as module
+
+    manifest = read_manifest(ready)
+
+    def write(model, profiles, partial, *_):
+        for path in ready.glob("*.pt2"):
+            shutil.copy(path, partial)
+        return manifest.programs
+
+    def before(step, call):
+        def wrapped(*arguments, **options):
+            if step == die and Path(arguments[0]).name == MANIFEST:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_programs", write)
+        if die:
+            patch.setattr(Path, "unlink", before("unlink", Path.unlink))
+            rename = Path.rename
+
+            def renamed(self, target):
+                if (self.name == UNFINISHED) == (die == "name") and die in ("name", "rename"):
+                    os._exit(9)
+                return rename(self, target)
+
+            patch.setattr(Path, "rename", renamed)
+        return export(CHECKPOINT, folder / "bundle", manifest.profiles, format="export")
