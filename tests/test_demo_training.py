@@ -154,15 +154,17 @@ def test_a_row_that_is_too_long_is_refused(tokenizer):
 @pytest.fixture(scope="module")
 def small(tokenizer):
     """Settings and sizes that train in seconds."""
-    return loop.Settings(vae_steps=2, vae_batch=1, steps=2, pairs=1, workers=0, save_every=1, log_every=1, sheets=0)
+    few = {"vae_steps": 2, "vae_batch": 1, "steps": 2, "refine_steps": 2, "pairs": 1}
+    return loop.Settings(**few, workers=0, save_every=1, log_every=1, sheets=0)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, monkeypatch):
     whole = train.train(tmp_path / "whole", small, "cpu")
     with pytest.raises(loop.Stopped, match=r"vae: stopped after step 1 of 2"):
         train.train(tmp_path / "parts", small, "cpu", stop_after=0)
-    with pytest.raises(loop.Stopped, match=r"transformer: stopped after step 1 of 2"):
-        train.train(tmp_path / "parts", small, "cpu", stop_after=0)
+    for stage in ("transformer", "refine"):
+        with pytest.raises(loop.Stopped, match=rf"{stage}: stopped after step 1 of 2"):
+            train.train(tmp_path / "parts", small, "cpu", stop_after=0)
     parts = train.train(tmp_path / "parts", small, "cpu")
     for name in ("ema.safetensors", "ae.safetensors", "tokenizer.json", "config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
@@ -179,7 +181,7 @@ def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small):
         values = [entry[loss] for entry in log if entry["stage"] == stage and loss in entry]
         assert sum(values[-3:]) < sum(values[:3])
     assert sum(path.stat().st_size for path in folder.iterdir()) < 24e6
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert len(list(tmp_path.glob("*.png"))) == 3
     picture = bagel_opt.load(folder).generate("a red circle", num_timesteps=3, seed=0)
     assert picture.size == (128, 128)
 

@@ -26,6 +26,7 @@ class Settings:
     vae_batch: int = 64
     vae_rate: float = 1e-3
     steps: int = 13500
+    refine_steps: int = 9000  # of a second cycle, at half the rate
     pairs: int = 128  # pictures before and after an edit per step
     rate: float = 1e-3
     average: float = 0.999  # decay of the exponential moving average
@@ -81,6 +82,13 @@ class Weights:
         """Puts the averaged values into the model."""
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.averaged)
+
+    def restart(self) -> None:
+        """Goes on from the averaged values, with an Adam that remembers nothing."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.values, self.averaged)
+        self.adam.state.clear()
+        self.copy_values()
 
     def copy_values(self) -> None:
         with torch.no_grad():

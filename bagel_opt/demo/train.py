@@ -140,6 +140,9 @@ def train_transformer(run: Run, model: Bagel, tokenizer: Tokenizer) -> None:
 
     dataset = data.Batches(tokenizer, s.seed, s.pairs, s.steps)
     run.stage("transformer", weights, s.steps, s.rate, dataset, prepare, compute, show)
+    weights.restart()  # a second cycle of the rate, from the average of the first (arXiv 1608.03983)
+    dataset = data.Batches(tokenizer, s.seed + 1, s.pairs, s.refine_steps)
+    run.stage("refine", weights, s.refine_steps, s.rate / 2, dataset, prepare, compute, show)
     weights.copy_average()
 
 
