@@ -1,6 +1,5 @@
 """The public API: load a checkpoint or a bundle, then run requests."""
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.errors import BundleError, ProfileError
+from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.request import Request
 from bagel_opt.runtime.base import Runtime
@@ -26,8 +25,8 @@ BACKENDS = ("eager", "compile")
 class Model:
     """A loaded model. `load` makes one; all methods may be called from several threads.
 
-    profiles: the static shapes that requests run in, from small to large: each takes the first that it fits. Without
-    any, they are fitted to each call. round_up: to coarser sizes, so that compiled programs are used again.
+    profiles: the static shapes that requests run in, from small to large. Without any, they are fitted to each call.
+    round_up: to coarser sizes, so that compiled programs are used again.
     """
 
     def __init__(
@@ -83,14 +82,15 @@ class Model:
         return results
 
     def _choose(self, plan: Plan) -> Profile | None:
-        """The smallest profile that a request fits. Raises ProfileError where none does, on what the largest lacks."""
-        for profile in self.profiles[:-1]:
-            with contextlib.suppress(ProfileError):
-                plan.check(profile)
-                return profile
-        if self.profile:
-            plan.check(self.profile)
-        return self.profile
+        """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits. Raises
+        ProfileError where there is none, on what the largest lacks."""
+        if not self.profiles:
+            return None
+        fitting = [profile for profile in self.profiles if plan.fits(profile)]
+        whole = [profile for profile in fitting if profile.rows >= plan.contexts()]
+        chosen = (whole or fitting or self.profiles[-1:])[0]
+        plan.check(chosen)
+        return chosen
 
     def generate(self, prompt: str, **options: Any) -> Image.Image:
         """Draws a picture from a text."""

@@ -92,7 +92,12 @@ def parser() -> argparse.ArgumentParser:
     time_ = command("bench", "Time models side by side, each in a process of its own.", bench)
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
-    time_.add_argument("--export", metavar="PROFILE", help="also export each checkpoint for it and time the bundles")
+    time_.add_argument(
+        "--export",
+        metavar="PROFILE",
+        action="append",
+        help="also export each checkpoint for it (or for several) and time the bundles",
+    )
     time_.add_argument("--formats", default="onnx", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
     time_.add_argument(
         "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
@@ -140,6 +145,9 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help="profile file or name; default: shapes fitted to the request")
+    group.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
+    )
 
 
 def _text_options(sub: argparse.ArgumentParser) -> None:
@@ -215,7 +223,7 @@ def bench(a: argparse.Namespace) -> None:
             a.sources,
             work,
             backends=tuple(a.backends.split(",")),
-            export_profile=a.export,
+            profiles=a.export or (),
             formats=tuple(a.formats.split(",")),
             official=a.official,
             official_python=a.official_python,
@@ -259,7 +267,7 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
 
 def _load(a: argparse.Namespace) -> Model:
     with _bar("loading") as update:
-        settings = {"backend": a.backend, "device": a.device, "dtype": a.dtype, "attention": a.attention}
+        settings = {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "check")}
         return load(
             a.checkpoint, profile=a.profile, progress=lambda done, total: update("loading", done, total), **settings
         )

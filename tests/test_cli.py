@@ -217,6 +217,14 @@ def test_bad_usage(capsys, argv):
     assert "usage: bagel-opt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [[], ["--no-check"]])
+def test_checking_of_bundles_can_be_left_out(run, monkeypatch, arguments):
+    seen, load = [], bagel_opt.load
+    monkeypatch.setattr("bagel_opt.cli.load", lambda *a, check, **k: seen.append(check) or load(*a, check=check, **k))
+    run("chat", "hi", "--max-think-tokens", "1", *arguments)
+    assert seen == [not arguments]
+
+
 def test_interrupted(run, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

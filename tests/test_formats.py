@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import CHECKPOINT
 from test_bundle import rewrite
 
@@ -15,6 +16,7 @@ import bagel_opt
 from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import read_manifest
 from bagel_opt.export import export
+from bagel_opt.sampling.plan import make_plan
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
@@ -64,6 +66,22 @@ def test_a_request_takes_the_smallest_profile_that_fits(two, eager, monkeypatch)
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(want[0])).max() <= 1
     with pytest.raises(ProfileError, match="profile 'large' has slots = 512"):
         model.chat("a b " * 400)
+
+
+def test_branches_stay_together_where_a_profile_has_the_rows(two):
+    model = bagel_opt.load(two)
+
+    def chosen(inputs, **options):
+        plan = make_plan(bagel_opt.Request(inputs, **options), model.config, model.tokenizer)
+        return model._choose(plan).name, plan
+
+    picture = Image.new("RGB", (48, 48))
+    assert chosen(["a red circle"], height=32, width=32)[0] == "small"
+    assert chosen([picture, "a red circle"], cfg_img_scale=1.0)[0] == "small"
+    assert chosen([picture, "a red circle"])[0] == "large"
+    # what the small one has no room for is not cut down to it
+    name, plan = chosen("a b " * 90, output="text")
+    assert (name, plan.max_tokens > 100) == ("large", True)
 
 
 def test_no_profile_or_the_same_twice_is_refused(tmp_path):

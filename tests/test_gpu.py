@@ -61,7 +61,8 @@ def test_golden_cases(backend, dtype, runtime, record_property):
 def test_training_in_cuda_graphs_is_training(tmp_path):
     logs = []
     for graphs in (True, False):
-        settings = Settings(vae_steps=8, vae_batch=2, steps=6, pairs=2, workers=2, log_every=1, sheets=0, graphs=graphs)
+        few = {"vae_steps": 8, "vae_batch": 2, "steps": 6, "refine_steps": 2, "pairs": 2}
+        settings = Settings(**few, workers=2, log_every=1, sheets=0, graphs=graphs)
         train(tmp_path / str(graphs), settings, "cuda")
         logs.append([json.loads(line) for line in (tmp_path / str(graphs) / "log.jsonl").open()])
     for got, want in zip(*logs, strict=True):

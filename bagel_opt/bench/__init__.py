@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,14 +92,14 @@ def bench(
     work: Work,
     *,
     backends: tuple[str, ...] = ("eager",),
-    export_profile: str | None = None,
+    profiles: Sequence[str] = (),
     formats: tuple[str, ...] = ("onnx",),
     official: str | None = None,
     official_python: str = sys.executable,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     **settings: str | None,
 ) -> list[dict]:
-    """Times checkpoints with each backend, bundles, and on request bundles exported for it and the official code.
+    """Times checkpoints with each backend, bundles, and on request bundles exported for `profiles` and the official code.
     Formats that cannot hold the dtype are left out.
 
     -> one dict per contender: its fields, "work", and its figures or its "error". settings: device, dtype, attention,
@@ -124,7 +124,7 @@ def bench(
                 where = {key: settings.get(key) for key in ("device", "dtype")}
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))
             contenders += [Contender(f"{name}, {backend}", source, backend, **settings) for backend in backends]
-            for format in formats if export_profile else ():
+            for format in formats if profiles else ():
                 from bagel_opt.export import FORMATS, export
 
                 progress(f"exporting {name} as {format}", 0, 0)
@@ -132,9 +132,7 @@ def bench(
                 if format in FORMATS and dtype not in FORMATS[format]:
                     continue
                 begun = time.perf_counter()
-                bundle = export(
-                    source, Path(temporary) / f"{number}-{format}", export_profile, format=format, dtype=dtype
-                )
+                bundle = export(source, Path(temporary) / f"{number}-{format}", profiles, format=format, dtype=dtype)
                 took = time.perf_counter() - begun
                 contenders.append(Contender(f"{name}, {format} bundle", str(bundle), "bundle", export_s=took))
         found = []

@@ -84,7 +84,12 @@ def export(
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        save_file(dict(model.named_parameters()), partial / WEIGHTS)
+        if format == "onnx":
+            from bagel_opt.export.onnx import stored_weights
+
+            save_file(stored_weights(model), partial / WEIGHTS)
+        else:
+            save_file(dict(model.named_parameters()), partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
         shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
         manifest = Manifest(

@@ -33,8 +33,8 @@ class Program(nn.Module):
 
 
 def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
-    """Linear layers as Gemm, which takes the weight as it is stored. The exporter's own translation transposes it,
-    and the transposed copy would be a second one on disk."""
+    """Linear layers as Gemm, whose weight can lie in either order. The exporter's own translation transposes it, and
+    the transposed copy would be a second one on disk."""
     *rows, channels = x.shape
     product = op.Gemm(x if len(rows) == 1 else op.Reshape(x, [-1, channels]), weight, bias, transB=1)
     return product if len(rows) == 1 else op.Reshape(product, [*rows, weight.shape[0]])
@@ -68,15 +68,26 @@ def export_program(
     return program.model
 
 
+def stored_weights(model: Bagel) -> dict[str, torch.Tensor]:
+    """The weights as the bundle has them: those of linear layers as [in, out], which ONNX Runtime's kernel for a single
+    token reads as it lies. As [out, in] it would be transposed anew for each token."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: p.t().contiguous() if name in linear else p for name, p in model.named_parameters()}
+
+
 def point_outside(graph: ir.Graph, weights: dict[str, Location]) -> list[str]:
     """Replaces each weight in the graph by its place in the safetensors file; the names of those in use."""
     used = []
+    for node in graph:
+        if node.op_type == "Gemm":
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix("call.").removeprefix("model.")
         if (place := weights.get(name)) is not None:
             tensor = value.const_value
             where = WEIGHTS, place.offset, place.length
-            value.const_value = ir.ExternalTensor(*where, dtype=tensor.dtype, shape=tensor.shape, name=name)
+            value.shape = ir.Shape(place.shape)
+            value.const_value = ir.ExternalTensor(*where, dtype=tensor.dtype, shape=value.shape, name=name)
             value.name = name
             used.append(name)
     return used

@@ -20,13 +20,13 @@ from bagel_opt.runtime.parts import Functional, Part, cut
 from bagel_opt.runtime.programs import Signature, programs
 
 
-def export_part(part: Part, free: tuple | None) -> tuple[torch.export.ExportedProgram, list[str]]:
+def export_part(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
     """(graph, names of the parameters it takes): traced with all of the owner's, and again with those in use."""
     parameters = dict(part.owner.named_parameters())
     used = list(parameters)
     while True:
         weights = tuple(parameters[name].detach() for name in used)
-        shapes = (free, (None,) * len(weights)) if free else None
+        shapes = (part.free, (None,) * len(weights)) if part.free else None
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = torch.export.export(
@@ -81,9 +81,9 @@ def export_packaged(
         inputs, caches, free = example_inputs(model.config, signature, profile, dtype, model.latent_in.weight.device)
         parts = {}
         with torch.no_grad():
-            cuts = list(cut(model, name, calls[name], tuple(inputs), caches))
+            cuts = list(cut(model, name, calls[name], tuple(inputs), caches, tuple(free)))
         for part in cuts:
-            graph, used = export_part(part, tuple(free) if any(free) else None)
+            graph, used = export_part(part)
             file = f"{name}.{part.role}{suffix}.pt2"
             if not examples:
                 graph.example_inputs = None  # it would be saved, weights and all

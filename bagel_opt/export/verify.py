@@ -13,6 +13,7 @@ from bagel_opt.errors import BundleError, ProfileError
 from bagel_opt.images import resized
 from bagel_opt.profile import Profile
 from bagel_opt.runtime.base import Runtime
+from bagel_opt.runtime.programs import ROW
 from bagel_opt.sampling.flow import MAX_ORDER
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}  # relative
@@ -120,16 +121,25 @@ def run_programs(runtime: Runtime, config: BagelConfig, profile: Profile) -> lis
     before = room(length, 1)
     length = before + 1
     rows = np.ones(p.rows, np.int64)
-    run("decode", rng.integers(0, c.llm.vocab_size, p.rows), (real + 2) * rows, before * rows, cached=True)
+    step = rng.integers(0, c.llm.vocab_size, p.rows), (real + 2) * rows, before * rows
+    run("decode", *step, cached=True)
+    if p.rows > 1:
+        run("decode" + ROW, *(x[:1] for x in step), row=0, cached=True)
     before = room(length, p.latents + 2)
     length = before + n + 2
     noisy = normal(p.rows, p.latents, c.latent_dim)
     t = np.linspace(0.1, 1, p.rows, dtype=np.float32)
     tables = np.repeat(places, p.rows, axis=0)
-    run("generate", noisy, t, tables, (real + 3) * rows, n * rows, before * rows, cached=True, real=n)
+    step = noisy, t, tables, (real + 3) * rows, n * rows, before * rows
+    run("generate", *step, cached=True, real=n)
+    if p.rows > 1:
+        run("generate" + ROW, *(x[:1] for x in step), row=0, cached=True, real=n)
 
     warm = np.arange(p.rows) % 2 * np.float32(0.7)
-    run("choose", normal(p.rows, c.llm.vocab_size), warm.astype(np.float32), rng.random(p.rows, np.float32))
+    step = normal(p.rows, c.llm.vocab_size), warm.astype(np.float32), rng.random(p.rows, np.float32)
+    run("choose", *step)
+    if p.rows > 1:
+        run("choose" + ROW, *(x[:1] for x in step))
     order = np.arange(total)
     scales = [np.full(total, value, np.float32) for value in (4.0, 1.5, 0.0)]
     counts = np.full(total, p.latents, np.int64)

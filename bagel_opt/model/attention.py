@@ -33,20 +33,20 @@ class Visible(NamedTuple):
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use for "auto" or a name of BACKENDS.
 
-    Raises ValueError for an unknown name or one that cannot run on this device and dtype, and ImportError where
-    its package is missing.
+    Raises ValueError for an unknown name or one that cannot run on this device and dtype.
     """
     half, cuda = dtype in (torch.float16, torch.bfloat16), device.type == "cuda"
+    flash = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        return "flash" if cuda and half and _flash_package() else "sdpa"
+        return "flash" if flash else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
     if name in ("cudnn", "flash") and not (cuda and half):
         raise ValueError(
             f"attention={name!r} runs on CUDA in bfloat16 or float16, not on {device.type} in {dtype}; use attention='sdpa'"
         )
-    if name == "flash" and not _flash_package():
-        raise ImportError("attention='flash' needs flash-attn: pip install 'bagel-opt[flash]', or use attention='sdpa'")
+    if name == "flash" and not flash:
+        raise ValueError(f"attention='flash' needs a GPU of compute capability 8.0, and {device} has less; use 'sdpa'")
     return name
 
 
@@ -60,7 +60,9 @@ def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bo
 
         rows = kv_len_B.shape[0]
         return Visible(kv_len_B, causal, create_block_mask(sees, rows, None, queries, slots, device=kv_len_B.device))
-    if backend in ("flash", "onnx"):
+    if backend == "flash":
+        return Visible(kv_len_B.int(), causal, None)
+    if backend == "onnx":
         return Visible(kv_len_B, causal, None)
     key_S = torch.arange(slots, device=kv_len_B.device)
     last_BQ = kv_len_B[:, None] - 1
@@ -72,9 +74,11 @@ def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bo
 def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
     """Attention of prepared visibility: [B, Q, H, D]."""
     if backend == "flash":
-        return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B.int(), seen.causal)
+        return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B, seen.causal)
     if backend == "onnx":
         return _onnx(q_BQHD, k_BSGD, v_BSGD, seen)
+    if backend != "flex":  # a mask may cover the first slots alone, those in use
+        k_BSGD, v_BSGD = (x[:, : seen.mask.shape[-1]] for x in (k_BSGD, v_BSGD))
     q_BHQD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BQHD, k_BSGD, v_BSGD))
     grouped = q_BHQD.shape[1] != k_BGSD.shape[1]
     if backend == "flex":
@@ -101,7 +105,8 @@ def attention(
 
 @functools.cache
 def _flash_package() -> str | None:
-    """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn)."""
+    """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn).
+    None leaves the kernels of 2 that torch brings."""
     for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
         try:
             if importlib.util.find_spec(module):
@@ -124,10 +129,19 @@ def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, cau
         from flash_attn_interface import flash_attn_with_kvcache
 
         out = flash_attn_with_kvcache(q_BQHD, k_BSGD, v_BSGD, cache_seqlens=kv_len_B, causal=causal)
-    else:
+    elif package == "flash_attn":
         from flash_attn import flash_attn_with_kvcache
 
         out = flash_attn_with_kvcache(q_BQHD, k_BSGD, v_BSGD, cache_seqlens=kv_len_B, causal=causal)
+    else:  # rows one after another in memory, of which the kernel is told where each begins and how much of it counts
+        (rows, queries), slots = q_BQHD.shape[:2], k_BSGD.shape[1]
+        begin_q, begin_k = (
+            torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=q_BQHD.device)
+            for length in (queries, slots)
+        )
+        packed = q_BQHD.flatten(0, 1), k_BSGD.flatten(0, 1), v_BSGD.flatten(0, 1), begin_q, begin_k, queries, slots
+        out = torch.ops.aten._flash_attention_forward(*packed, 0.0, causal, False, seqused_k=kv_len_B)[0]
+        out = out.unflatten(0, (rows, queries))
     return out[0] if isinstance(out, tuple) else out
 
 

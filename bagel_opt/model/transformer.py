@@ -4,6 +4,7 @@ B rows, T tokens of the understanding expert, N latent tokens, C hidden channels
 D channels per head, S cache slots.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c
         self.backend = "sdpa"
+        self.call_layer: Callable = Layer.__call__  # a runtime may have its own way, as runtime/cuda.py has
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm_und = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -125,8 +127,8 @@ class Transformer(nn.Module):
         und_BTC, gen_BNC, cos, sin, start_B, seen = started
         caches, n = list(caches), len(self.layers)
         for i, layer in enumerate(self.layers):
-            und_BTC, gen_BNC, caches[i], caches[n + i] = layer(
-                und_BTC, gen_BNC, cos, sin, caches[i], caches[n + i], start_B, seen, self.backend
+            und_BTC, gen_BNC, caches[i], caches[n + i] = self.call_layer(
+                layer, und_BTC, gen_BNC, cos, sin, caches[i], caches[n + i], start_B, seen, self.backend
             )
         return und_BTC, gen_BNC, caches
 

@@ -9,19 +9,29 @@ from bagel_opt.profile import Profile
 Tensor = Any
 
 
+def slots_in_use(kv_len: int, new: int, slots: int) -> int:
+    """How many slots attention has to look at, for as many valid ones and new tokens. In steps of 64, so that sums are
+    grouped alike and a compiled shape comes back."""
+    return min(slots, -(-(kv_len + new) // 64) * 64)
+
+
 class Runtime(Protocol):
-    """Executes the programs of model/bagel.py and sampling/, all named in runtime/programs.py."""
+    """Executes the programs of model/bagel.py and sampling/, all named in runtime/programs.py. The loop may take rows
+    of a tensor, as tensor[row] and tensor[row : row + 1]."""
 
     def for_profile(self, profile: Profile) -> "Runtime":
         """The runtime with the programs of one profile; weights and programs are shared."""
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
-        """New KV caches of one batch, finite everywhere."""
+        """KV caches of one batch, zero everywhere."""
+
+    def give_back(self, caches: list[Tensor]) -> None:
+        """Takes caches back, which another batch may then get."""
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
         """A tensor of zeros: float32, or the model's own dtype where it is to hold hidden states."""
 
-    def write_row(self, tensor: Tensor, row: int, values: np.ndarray) -> Tensor:
+    def write_row(self, tensor: Tensor, row: int, values: np.ndarray | Tensor) -> Tensor:
         """The tensor with the start of one row replaced, in place where that is possible."""
 
     def clear_row(self, caches: list[Tensor], row: int) -> None:
@@ -33,7 +43,8 @@ class Runtime(Protocol):
     def run(
         self, program: str, inputs: list[Tensor | np.ndarray], caches: list[Tensor] = (), row: int | None = None
     ) -> tuple:
-        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of one."""
+        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of the one that a
+        program of a single row is for."""
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         """A tensor, or one row of it, as a NumPy array: floats in float32, bytes and integers as they are."""

@@ -71,6 +71,9 @@ class OnnxRuntime:
         shape = cache_shape(self.manifest.config, rows, slots)
         return [np.zeros(shape, self.dtype) for _ in self.cache_names]
 
+    def give_back(self, caches: list[np.ndarray]) -> None:
+        """They are not kept."""
+
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> np.ndarray:
         return np.zeros(shape, self.dtype if hidden else np.float32)
 

@@ -15,6 +15,7 @@ from bagel_opt.bundle import CACHE, WEIGHTS, Manifest
 from bagel_opt.errors import BundleError
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
+from bagel_opt.runtime.base import slots_in_use
 from bagel_opt.runtime.torch import TorchRuntime
 
 
@@ -25,7 +26,8 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = load_file(folder / WEIGHTS, str(device))
-        self.lock, self.opened, self.made = threading.Lock(), {}, {}
+        self.lock, self.opened, self.made, self.graphs = threading.Lock(), {}, {}, None
+        self.fixed_slots = True  # the caches' shapes are compiled in; the mask is cut instead
         self.programs: Any = self
         self.profile = manifest.profiles[0].name
 
@@ -64,6 +66,11 @@ class PackagedRuntime(TorchRuntime):
             started = start(inputs, start_weights)
             shared = 3 if caches else 1
             state, shared = started[:-shared], started[-shared:]
+            if caches and shared[-1].numel() > caches[0].shape[1] and self.device.type == "cpu":
+                # cut to the slots in use, where `parts` lets it; a GPU would have to wait for the lengths
+                new = sum(x.shape[1] for x in state)
+                used = slots_in_use(int(inputs[-1].max()), new, caches[0].shape[1])
+                shared = *shared[:-1], shared[-1][..., :used].contiguous()
             for number, weights in enumerate(layers):
                 mine = (caches[number], caches[len(layers) + number], inputs[-1]) if caches else ()
                 state = layer((*state, *shared, *mine), weights)

@@ -5,11 +5,13 @@ compiles one layer and runs it with each layer's weights, which are inputs like 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.runtime.programs import ROW
 
 LAYERS = {"vit": "vit_encoder.layers.{}."}  # of all other programs that have layers: the transformer's
 TRANSFORMER = "llm.layers.{}."
@@ -21,7 +23,8 @@ class Part:
 
     role: "whole", "start", "layer" or "end". prefix: what goes before the owner's names in the bundle, with {} for the
     layer's number. A start returns the layers' state and then what all layers share; a layer takes both, its caches
-    and the valid slots, and returns the new state; an end takes the state and the program's inputs.
+    and the valid slots, and returns the new state; an end takes the state and the program's inputs. The mask that a
+    layer takes may cover the first slots alone, those in use. free: dimensions of inputs that are not static.
     """
 
     role: str
@@ -29,16 +32,24 @@ class Part:
     prefix: str
     call: Callable[..., tuple]
     inputs: tuple[Tensor, ...]
+    free: tuple[dict | None, ...] = ()
 
 
-def cut(model: Bagel, name: str, call: Callable, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
+def cut(
+    model: Bagel,
+    name: str,
+    call: Callable,
+    inputs: tuple[Tensor, ...],
+    caches: list[Tensor],
+    free: tuple[dict | None, ...],
+) -> Iterator[Part]:
     """The parts of a program, with example inputs. Attention is SDPA with the mask as a tensor."""
     if name == "vit":
         yield from _vit(model, inputs)
     elif caches:
         yield from _transformer(model, name, inputs, caches)
     else:
-        yield Part("whole", getattr(call, "__self__", call), "", call, inputs)
+        yield Part("whole", getattr(call, "__self__", call), "", call, inputs, free if any(free) else ())
 
 
 def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
@@ -61,7 +72,7 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
 
 
 def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
-    layer, slots = model.llm.layers[0], caches[0].shape[1]
+    layer, slots, name = model.llm.layers[0], caches[0].shape[1], name.removesuffix(ROW)
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
         s = model.start(name, inputs, slots)
@@ -85,7 +96,12 @@ def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: li
         )
 
     yield Part("start", model, "", start, inputs)
-    yield Part("layer", layer, TRANSFORMER, run, (*example, caches[0], caches[len(caches) // 2], inputs[-1]))
+    *others, mask = example
+    free = ()
+    if mask.numel() > slots:  # torch 2.13 cannot read an archive back in which a single vector has a free length
+        mask = mask[..., : slots // 2].contiguous()
+        free = (*(None for _ in others), {3: torch.export.Dim.DYNAMIC}, None, None, None)
+    yield Part("layer", layer, TRANSFORMER, run, (*others, mask, caches[0], caches[len(caches) // 2], inputs[-1]), free)
     yield Part("end", model, "", end, (*example[:state], *inputs))
 
 

@@ -1,11 +1,16 @@
 """All programs by name, with their inputs and outputs: one definition for every runtime."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.sampling.flow import MAX_ORDER
+
+# What is computed for all rows of a batch, and also for a single one: "generate_row" beside "generate".
+ONE_ROW = ("decode", "choose", "generate")
+ROW = "_row"
 
 # A program's inputs: name -> (shape, dtype). A dimension in quotes is free; "model" is the dtype of the weights.
 Inputs = dict[str, tuple[tuple[int | str, ...], str]]
@@ -27,13 +32,14 @@ def programs(model: "Bagel") -> dict[str, Callable]:  # noqa: F821  torch is imp
     from bagel_opt.sampling.text import ChooseToken
 
     methods = ("text", "vit", "vit_context", "vae_context", "decode", "generate", "vae_encode", "vae_decode")
-    return {
+    found = {
         **{name: getattr(model, name) for name in methods},
         "choose": ChooseToken(),
         "step": GuidedStep(),
         "taylor_update": TaylorUpdate(),
         "taylor_predict": TaylorPredict(model),
     }
+    return found | {f"{name}{ROW}": found[name] for name in ONE_ROW}
 
 
 def cache_names(config: BagelConfig) -> list[str]:
@@ -47,6 +53,14 @@ def cache_shape(config: BagelConfig, rows: int, slots: int) -> tuple[int, int, i
 
 def signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
     """Every program's signature for a profile's shapes."""
+    found = _signatures(config, profile)
+    if profile.rows > 1:
+        single = _signatures(config, dataclasses.replace(profile, rows=1))
+        found |= {f"{name}{ROW}": single[name] for name in ONE_ROW}
+    return found
+
+
+def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
     c, p = config, profile
     total = p.rows * p.batches
 

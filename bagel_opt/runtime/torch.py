@@ -10,17 +10,23 @@ from torch import Tensor
 
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.cache import empty_cache
+from bagel_opt.model.vae import ResnetBlock
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.programs import programs
+from bagel_opt.runtime.base import slots_in_use
+from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
 
 _FLAGS = threading.Lock()
+KEPT = 4  # caches that no request uses, for the next ones
+# Programs of fixed shapes that run again and again. Prefill, which runs once a request, launches its kernels itself.
+GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
     """Without TF32, to which torch lets convolutions round float32 on CUDA: the VAE would be 1e-3 off.
 
-    The setting, like the choice of an SDPA backend, is the process's, so only one thread at a time may have it.
+    The setting, like the choice of an SDPA backend, is the process's, so only one thread at a time may have it. So
+    no two threads use a CUDA graph's memory at once, either.
     """
     with _FLAGS, torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
         yield
@@ -30,12 +36,29 @@ class TorchRuntime:
     def __init__(self, model: Bagel, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
-        if compiled or model.llm.backend == "flex":
+        self.fixed_slots = compiled or model.llm.backend == "flex"  # each number of slots would be compiled
+        self.lock, self.kept, self.graphs = threading.Lock(), [], None
+        if self.fixed_slots:
             # Each shape of each program compiles once, which is more than torch takes for normal.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        if compiled:  # one layer is compiled and serves all of its kind
-            for layer in (*model.llm.layers, *model.vit_encoder.layers):
-                layer.compile(dynamic=False)
+        if not compiled:
+            return
+        # one layer is compiled and serves all of its kind
+        layers = [*model.vit_encoder.layers]
+        if model.llm.backend == "flash":
+            from bagel_opt.runtime.cuda import TwoStreams
+
+            model.llm.call_layer = TwoStreams(device)
+        else:
+            layers += model.llm.layers
+        if device.type == "cuda":
+            from bagel_opt.runtime.cuda import Graphs
+
+            self.graphs = Graphs(self.programs)
+            model.vae.to(memory_format=torch.channels_last)
+            layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
+        for layer in layers:
+            layer.compile(dynamic=False)
 
     def for_profile(self, profile: Profile) -> "TorchRuntime":
         """Its programs take any shape."""
@@ -43,14 +66,28 @@ class TorchRuntime:
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         c = self.config.llm
+        with self.lock:
+            for caches in self.kept:
+                if caches[0].shape[:2] == (rows, slots):
+                    self.kept = [other for other in self.kept if other is not caches]
+                    torch._foreach_zero_(caches)
+                    return caches
         sizes = c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim
         return empty_cache(*sizes, dtype=self.dtype, device=self.device)
+
+    def give_back(self, caches: list[Tensor]) -> None:
+        """Kept where programs have been captured with them."""
+        if self.graphs:
+            with self.lock:
+                self.kept.append(caches)
+                if len(self.kept) > KEPT:
+                    self.graphs.forget(self.kept.pop(0))
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype if hidden else torch.float32, device=self.device)
 
-    def write_row(self, tensor: Tensor, row: int, values: np.ndarray) -> Tensor:
-        tensor[row, : len(values)] = torch.from_numpy(values).to(tensor)
+    def write_row(self, tensor: Tensor, row: int, values: np.ndarray | Tensor) -> Tensor:
+        tensor[row, : len(values)] = self._tensor(values)
         return tensor
 
     def clear_row(self, caches: list, row: int) -> None:
@@ -62,12 +99,26 @@ class TorchRuntime:
             b[to, :length] = a[row, :length]
 
     def run(self, program: str, inputs: list, caches: list[Tensor] = (), row: int | None = None) -> tuple:
-        if row is not None:
-            caches = [cache[row : row + 1] for cache in caches]
-        tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
+        if caches:
+            rows = slice(None) if row is None else slice(row, row + 1)
+            slots = caches[0].shape[1]
+            if not self.fixed_slots:
+                new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
+                slots = slots_in_use(int(inputs[-1].max()), new, slots)
+            caches = [cache[rows, :slots] for cache in caches]
+        tensors = [self._tensor(x) for x in inputs]
         with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
+            if self.graphs and program in GRAPHED:
+                return self.graphs.run(program, tensors, caches)
             out = self.programs[program](*tensors, *caches)
         return out[: len(out) - len(caches)]
+
+    def _tensor(self, values: np.ndarray | Tensor) -> Tensor:
+        """On the device. From pinned memory, so that the host need not wait for what the device still has to do."""
+        if not isinstance(values, np.ndarray):
+            return values
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         tensor = tensor if row is None else tensor[row]

@@ -31,6 +31,7 @@ class Batches:
         self.free = [(batch, row) for batch in range(profile.batches) for row in range(profile.rows)]
         self.caches: list[list[Tensor] | None] = [None] * profile.batches
         self.x: list[Tensor | None] = [None] * profile.batches  # latents [rows, latents, channels]
+        self.v: list[Tensor | None] = [None] * profile.batches  # velocities, where rows are evaluated one by one
         self.factors: list[Tensor | None] = [None] * profile.batches  # TaylorSeer's, where a request uses it
 
     def take(self, taylorseer: bool) -> Context:
@@ -39,6 +40,11 @@ class Batches:
     def release(self, contexts: list[Context]) -> None:
         self.free = sorted(self.free + [(c.batch, c.row) for c in contexts])
 
+    def close(self) -> None:
+        """Hands the caches back; nothing may use these batches afterwards."""
+        for caches in filter(None, self.caches):
+            self.runtime.give_back(caches)
+
     def open(self, c: Context) -> None:
         """Makes a row ready for a new context."""
         if self.caches[c.batch] is None:
@@ -46,11 +52,14 @@ class Batches:
         else:
             self.runtime.clear_row(self.caches[c.batch], c.row)
 
+    def zeros(self) -> Tensor:
+        """Latents or velocities of a batch [rows, latents, channels]."""
+        return self.runtime.zeros((self.profile.rows, self.profile.latents, self.config.latent_dim))
+
     def set_latents(self, c: Context, latents: np.ndarray) -> None:
         """Puts latent tokens [tokens, channels] into a row, zeros after them."""
-        shape = self.profile.rows, self.profile.latents, self.config.latent_dim
         if self.x[c.batch] is None:
-            self.x[c.batch] = self.runtime.zeros(shape)
+            self.x[c.batch] = self.zeros()
         self.x[c.batch] = self.runtime.write_row(self.x[c.batch], c.row, padded(latents, self.profile.latents))
 
     def latents(self, c: Context, length: int) -> np.ndarray:

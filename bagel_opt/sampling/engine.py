@@ -16,6 +16,7 @@ from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.request import RENORM_TYPES
 from bagel_opt.runtime.base import Runtime, Tensor
+from bagel_opt.runtime.programs import ROW
 from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.flow import MAX_ORDER, FlowStep
 from bagel_opt.sampling.job import Job, Token
@@ -36,16 +37,19 @@ class Engine:
         """The outputs of each request, in order; the exception in place of a request that failed by itself."""
         waiting = deque(enumerate(plans))
         self.results = [[] for _ in plans]
-        while waiting or self.active:
-            while waiting and self._admits(waiting[0][1]):
-                self.active.append(Job(*waiting.popleft(), self.batches, self.tokenizer))
-            while idle := [job for job in self.active if job.want is None]:
-                for job in idle:
-                    self._advance(job)
-            if jobs := [job for job in self.active if isinstance(job.want, Token)]:
-                self._serve(jobs, self._decode)
-            if jobs := [job for job in self.active if isinstance(job.want, FlowStep)]:
-                self._serve(jobs, self._denoise)
+        try:
+            while waiting or self.active:
+                while waiting and self._admits(waiting[0][1]):
+                    self.active.append(Job(*waiting.popleft(), self.batches, self.tokenizer))
+                while idle := [job for job in self.active if job.want is None]:
+                    for job in idle:
+                        self._advance(job)
+                if jobs := [job for job in self.active if isinstance(job.want, Token)]:
+                    self._serve(jobs, self._decode)
+                if jobs := [job for job in self.active if isinstance(job.want, FlowStep)]:
+                    self._serve(jobs, self._denoise)
+        finally:
+            self.batches.close()
         return self.results
 
     # ---- requests coming and going
@@ -100,10 +104,15 @@ class Engine:
             at, want = self.batches.at(job.main), job.want
             ids[at], temperature[at], uniform[at] = want.id, want.temperature, want.uniform
         for batch in {job.main.batch for job in jobs}:
-            inputs = [self.batches.of(array, batch) for array in (ids, position, kv_len)]
-            logits = self.runtime.run("decode", inputs, self.batches.caches[batch])[0]
-            choice = [self.batches.of(array, batch) for array in (temperature, uniform)]
-            self.batches.of(ids, batch)[:] = self.runtime.host(self.runtime.run("choose", [logits, *choice])[0])
+            rows, ending, row = slice(None), "", None
+            mine = [job.main.row for job in jobs if job.main.batch == batch]
+            if len(mine) == 1 < self.profile.rows:
+                rows, ending, row = slice(mine[0], mine[0] + 1), ROW, mine[0]
+            inputs = [self.batches.of(array, batch)[rows] for array in (ids, position, kv_len)]
+            logits = self.runtime.run("decode" + ending, inputs, self.batches.caches[batch], row)[0]
+            choice = [self.batches.of(array, batch)[rows] for array in (temperature, uniform)]
+            chosen = self.runtime.run("choose" + ending, [logits, *choice])[0]
+            self.batches.of(ids, batch)[rows] = self.runtime.host(chosen)
         return [int(ids[self.batches.at(job.main)]) for job in jobs]
 
     def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
@@ -137,11 +146,10 @@ class Engine:
         x, v = list(self.batches.x), list(self.batches.x)
         for batch in range(p.batches):
             if x[batch] is None:  # no request draws there; any tensor of the shape will do
-                x[batch] = v[batch] = self.runtime.zeros((p.rows, p.latents, self.config.latent_dim))
+                x[batch] = v[batch] = self.batches.zeros()
             mine = [self.batches.of(array, batch) for array in (t, index, position, n_evaluated, kv_len)]
             if mine[3].any():
-                v[batch], hidden = self.runtime.run("generate", [x[batch], *mine], self.batches.caches[batch])
-                self._remember(batch, hidden, differences, distance)
+                v[batch] = self._evaluate(batch, [x[batch], *mine], differences, distance)
             if self.batches.of(predicted, batch).any():
                 inputs = [self.batches.of(predicted, batch), v[batch], self.batches.factors[batch]]
                 v[batch] = self.runtime.run("taylor_predict", inputs)[0]
@@ -149,6 +157,20 @@ class Engine:
         out = self.runtime.run("step", [*numbers, *x, *v])
         self.batches.x, v = list(out[: p.batches]), out[p.batches :]
         return [self._watched(job, x, v) for job in jobs]
+
+    def _evaluate(self, batch: int, inputs: list, differences: np.ndarray, distance: np.ndarray) -> Tensor:
+        """Velocities of one batch: of all rows at once, or one by one where that computes less."""
+        caches, rows = self.batches.caches[batch], np.flatnonzero(inputs[4])
+        if 3 * len(rows) > 2 * self.profile.rows or (self.batches.of(differences, batch) >= 0).any():
+            v, hidden = self.runtime.run("generate", inputs, caches)
+            self._remember(batch, hidden, differences, distance)
+            return v
+        if self.batches.v[batch] is None:
+            self.batches.v[batch] = self.batches.zeros()
+        for row in map(int, rows):
+            v = self.runtime.run("generate" + ROW, [x[row : row + 1] for x in inputs], caches, row)[0]
+            self.batches.v[batch] = self.runtime.write_row(self.batches.v[batch], row, v[0])
+        return self.batches.v[batch]
 
     def _remember(self, batch: int, hidden: Tensor, differences: np.ndarray, distance: np.ndarray) -> None:
         """Stores the last layer's output for TaylorSeer, where a request of the batch uses it."""

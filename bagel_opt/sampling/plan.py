@@ -1,5 +1,6 @@
 """What a request makes the model read: its contexts as blocks, and the room they need."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -145,6 +146,13 @@ class Plan:
             if self.draws:
                 touched = max(touched, length + padded["vae"])
         return filled, max(filled, touched)
+
+    def fits(self, profile: Profile) -> bool:
+        try:
+            copy.copy(self).check(profile)
+        except ProfileError:
+            return False
+        return True
 
     def check(self, profile: Profile) -> None:
         """Raises ProfileError, naming the field, its value and the need, where the request does not fit.

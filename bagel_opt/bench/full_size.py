@@ -1,0 +1,377 @@
+"""BAGEL at its published sizes with random weights on one GPU: python -m bagel_opt bench --preset h100 [--official DIR]
+
+Ours under torch.compile and the official code, in one process and one run, on the same weights in the same memory.
+"""
+
+import datetime
+import functools
+import gc
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+import bagel_opt
+from bagel_opt.api import Model, shipped_model
+from bagel_opt.bench.official import stand_in
+from bagel_opt.checkpoint import part_rows, published_names
+from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, VAEConfig, ViTConfig
+from bagel_opt.model.attention import _flash_package, choose
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.runtime.torch import TorchRuntime
+from bagel_opt.sampling.job import Job
+from bagel_opt.tokenizer import Tokenizer
+
+PROMPT = " ".join(["a large red circle beside a small blue star"] * 9)
+DEFAULTS = {"cfg_text_scale": 4.0, "cfg_interval": (0.4, 1.0), "timestep_shift": 3.0, "num_timesteps": 50}
+EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
+EDIT_POINTS, TOKENS = 9, 64
+SIZES = {"1024x1024": (1024, 1024), "768x1024": (1024, 768), "512x512": (512, 512)}  # names are width x height
+
+
+def published(tokenizer: Tokenizer) -> BagelConfig:
+    """BAGEL-7B-MoT."""
+    return BagelConfig(
+        llm=LLMConfig(3584, 18944, 28, 28, 4, 152064),
+        vit=ViTConfig(1152, 4304, 26, 16, 14, 70**2),
+        vae=VAEConfig(),
+        vae_resize=ResizeConfig(1024, 512, 16),
+        vit_resize=ResizeConfig(980, 224, 14),
+        special=tokenizer.special,
+        latent_side=64,
+        vit_side=70,
+    )
+
+
+def random_model(config: BagelConfig, device: torch.device) -> Bagel:
+    """Random weights in bfloat16, made where they stay."""
+    with torch.device("meta"):
+        model = Bagel(config)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            p.fill_(1.0)
+        else:
+            p.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.effect_mandelbrot((width, height), (-2, -1.2, 1, 1.2), 30).convert("RGB")
+
+
+class Ours:
+    """The model under torch.compile."""
+
+    def __init__(self, model: Bagel, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16, compiled: bool = True):
+        device = model.latent_in.weight.device
+        model.set_backend(choose("auto", device, dtype))
+        runtime = TorchRuntime(model, device, dtype, compiled)
+        self.model = Model(runtime, model.config, tokenizer, round_up=True)
+        self.drawn: list[float] = []  # seconds of denoising, of each picture
+
+    def draw(self, inputs: list, count: int = 1, **options: object) -> list[Image.Image]:
+        self.drawn.clear()
+        requests = [bagel_opt.Request(inputs, seed=i, **options) for i in range(count)]
+        with timed_draw(self.drawn):
+            return [outputs[-1] for outputs in self.model.run_many(requests)]
+
+    def tokens(self, rows: int = 1) -> list[float]:
+        """Milliseconds per token."""
+        seen: list[float] = []
+        answer = {"output": "text", "do_sample": True, "text_temperature": 1000.0, "max_think_tokens": TOKENS + 2}
+        requests = [bagel_opt.Request(PROMPT, seed=i, **answer) for i in range(rows)]
+        requests[0] = bagel_opt.Request(PROMPT, seed=0, on_token=lambda _: seen.append(time.perf_counter()), **answer)
+        self.model.run_many(requests)
+        return [1000 * (b - a) for a, b in itertools.pairwise(seen)][1:]
+
+    def decode_picture(self) -> None:
+        runtime = self.model.runtime
+        runtime.host(runtime.run("vae_decode", [torch.randn(1, 16, 128, 128, device=runtime.device)])[0])
+
+    def velocity(self, noise: Tensor) -> Tensor:
+        """The first guided velocity of a picture that starts at this noise."""
+        seen: list[Tensor] = []
+        shape = {"height": 1024, "width": 1024, "num_timesteps": 2, "noise": noise}
+        self.model.generate(PROMPT, on_step=lambda event: seen.append(event.v_t), **shape)
+        return seen[0].double()
+
+
+@contextmanager
+def timed_draw(seconds: list[float]) -> Iterator[None]:
+    """Appends how long each request denoised, from its filled contexts to its final latents."""
+    original = Job._draw
+
+    def draw(job: Job) -> Iterator:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        latents = yield from original(job)
+        seconds.append(time.perf_counter() - begun)  # the latents are on the host
+        return latents
+
+    Job._draw = draw
+    try:
+        yield
+    finally:
+        Job._draw = original
+
+
+class OfficialTokenizer:
+    """What the official code asks of its tokenizer, by ours."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.encode = tokenizer.encode
+
+    def decode(self, ids: Tensor) -> str:
+        return "<|im_start|><|im_end|>"  # random tokens may be rows of the table that have no word
+
+
+def assemble(checkout: str, model: Bagel, tokenizer: Tokenizer) -> Any:
+    """The official inferencer, whose parameters are ours, in the same memory."""
+    stand_in()
+    sys.path.insert(0, checkout)
+    from data.transforms import ImageTransform
+    from inferencer import InterleaveInferencer
+    from modeling import bagel as official
+    from modeling.autoencoder import AutoEncoder, AutoEncoderParams
+
+    c, device = model.config, model.latent_in.weight.device
+    llm = official.Qwen2Config(
+        **asdict(c.llm),
+        max_position_embeddings=32768,
+        qk_norm=True,
+        layer_module="Qwen2MoTDecoderLayer",
+        tie_word_embeddings=False,
+    )
+    vit = official.SiglipVisionConfig(
+        **{k: v for k, v in asdict(c.vit).items() if k != "num_positions"}, image_size=980, rope=False
+    )
+    v = c.vae
+    vae_sizes = 256, 3, v.downsample, v.ch, 3, [*v.ch_mult], v.num_res_blocks, v.z_channels, v.scale_factor
+    vae_params = AutoEncoderParams(*vae_sizes, v.shift_factor)
+    config = official.BagelConfig(
+        llm_config=llm,
+        vit_config=vit,
+        vae_config=vae_params,
+        vit_max_num_patch_per_side=c.vit_side,
+        connector_act="gelu_pytorch_tanh",
+        latent_patch_size=c.latent_patch_size,
+        max_latent_size=c.latent_side,
+    )
+    with torch.device("meta"):
+        bagel = official.Bagel(official.Qwen2ForCausalLM(llm), official.SiglipVisionModel(vit), config)
+        bagel.vit_model.vision_model.embeddings.convert_conv2d_to_linear(vit, meta=True)
+        vae = AutoEncoder(vae_params)
+    weights: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        sources = published_names(name)
+        parts = p.split(part_rows(c, name, len(sources), p.shape[0]))
+        weights |= dict(zip(sources, parts, strict=True))
+    vae.load_state_dict({k[4:]: w for k, w in weights.items() if k.startswith("vae.")}, assign=True)
+    bagel.load_state_dict({k: w for k, w in weights.items() if not k.startswith("vae.")}, assign=True)
+    rotary = bagel.language_model.model.rotary_emb
+    exponent = torch.arange(0, c.llm.head_dim, 2, device=device).float() / c.llm.head_dim
+    rotary.inv_freq = rotary.original_inv_freq = 1.0 / c.llm.rope_theta**exponent
+    transforms = ImageTransform(1024, 512, 16), ImageTransform(980, 224, 14)
+    return InterleaveInferencer(bagel.eval(), vae.eval(), OfficialTokenizer(tokenizer), *transforms, asdict(c.special))
+
+
+class Official:
+    """The official code's own inferencer, with our parameters in place of its own."""
+
+    def __init__(self, checkout: str, model: Bagel, tokenizer: Tokenizer):
+        self.inferencer = assemble(checkout, model, tokenizer)
+        self.device = model.latent_in.weight.device
+        self.drawn: list[float] = []
+        self.noise: Tensor | None = None
+        self.flow: list[Tensor] = []
+        bagel = self.inferencer.model
+        generate, flow = bagel.generate_image, bagel._forward_flow
+
+        def timed(**given: Any) -> list[Tensor]:
+            if self.noise is not None:
+                given["packed_init_noises"] = self.noise.to(self.device)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            latents = generate(**given)
+            torch.cuda.synchronize()
+            self.drawn.append(time.perf_counter() - begun)
+            return latents
+
+        def watched(*args: Any, **given: Any) -> Tensor:
+            self.flow.append(flow(*args, **given))
+            return self.flow[-1]
+
+        bagel.generate_image, bagel._forward_flow = timed, watched
+
+    def draw(self, inputs: list, count: int = 1, **options: Any) -> list[Image.Image]:
+        self.drawn.clear()
+        self.flow.clear()
+        options = {"cfg_img_scale": 1.0, **options, "cfg_interval": [*options["cfg_interval"]]}
+        if "height" in options:
+            options["image_shapes"] = options.pop("height"), options.pop("width")
+        return [self.inferencer.interleave_inference(inputs, **options)[-1] for _ in range(count)]
+
+    def tokens(self, rows: int = 1) -> list[float]:
+        seen: list[float] = []
+
+        def tick(*_: Any) -> None:
+            torch.cuda.synchronize()
+            seen.append(time.perf_counter())
+
+        hook = self.inferencer.model.language_model.lm_head.register_forward_hook(tick)
+        answer = {"understanding_output": True, "do_sample": True, "text_temperature": 1000.0}
+        self.inferencer.interleave_inference([PROMPT], max_think_token_n=TOKENS + 2, **answer)
+        hook.remove()
+        return [1000 * (b - a) for a, b in itertools.pairwise(seen)][1:]
+
+    def decode_picture(self) -> None:
+        latent = torch.randn(1, 16, 128, 128, device=self.device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            self.inferencer.vae_model.decode(latent).cpu()
+
+    def velocity(self, noise: Tensor) -> Tensor:
+        self.noise = noise
+        self.draw([PROMPT], height=1024, width=1024, **{**DEFAULTS, "num_timesteps": 2})
+        self.noise = None
+        return self.flow[0].double().cpu()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
+    """Seconds, and milliseconds per step or token, of each work after a warm-up."""
+    found: dict[str, list[float]] = {}
+    ours = isinstance(contender, Ours)
+
+    def draws(name: str, inputs: list, count: int = 1, **options: Any) -> None:
+        progress(name)
+        short = {**options, "num_timesteps": 4}
+        begun = time.perf_counter()
+        contender.draw(inputs, count, **short)
+        found[f"{name}: first call, s"] = [time.perf_counter() - begun]
+        for _ in range(repeats):
+            whole = seconds(lambda: contender.draw(inputs, count, **options))
+            found.setdefault(f"{name}: denoising, s", []).append(max(contender.drawn))
+            found.setdefault(f"{name}: whole, s", []).append(whole)
+
+    torch.cuda.reset_peak_memory_stats()
+    for name, (height, width) in SIZES.items():
+        draws(name, [PROMPT], height=height, width=width, **DEFAULTS)
+    draws("edit 1024x1024, 8 steps", [picture(1024, 1024), "make it red"], **{**EDIT, "num_timesteps": EDIT_POINTS})
+    progress("tokens")
+    contender.tokens()
+    found["token, ms"] = [t for _ in range(repeats) for t in contender.tokens()]
+    if ours:
+        contender.tokens(8)
+        found["token of 8 rows, ms"] = contender.tokens(8)
+        draws("4 pictures 1024x1024", [PROMPT], 4, height=1024, width=1024, **DEFAULTS)
+    contender.decode_picture()
+    found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
+    found["peak memory, GB"] = [torch.cuda.max_memory_allocated() / 1e9]
+    return found
+
+
+def run_full_size(checkout: str | None, repeats: int, progress: Callable[[str], None]) -> dict:
+    """All figures, with the card and the versions. Raises ValueError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise ValueError("the h100 preset needs a CUDA device, and this torch finds none")
+    device = torch.device("cuda")
+    tokenizer = Tokenizer(shipped_model() / "tokenizer.json")
+    config = published(tokenizer)
+    model = random_model(config, device)
+    noise = torch.randn(64 * 64, config.latent_dim, generator=torch.Generator().manual_seed(0))
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"bagel_opt": bagel_opt.__version__, "torch": torch.__version__, "flash": _flash_package()},
+        "figures": {},
+    }
+    velocities = {}
+    if checkout:
+        official = Official(checkout, model, tokenizer)
+        results["figures"]["official"] = figures(official, repeats, lambda what: progress(f"official code: {what}"))
+        velocities["official"] = official.velocity(noise)
+        del official
+    gc.collect()
+    torch.cuda.empty_cache()
+    ours = Ours(model, tokenizer)
+    results["figures"]["ours"] = figures(ours, repeats, lambda what: progress(f"ours: {what}"))
+    velocities["ours"] = ours.velocity(noise)
+    results["scaling"] = scaling(ours, progress)
+    del ours
+    gc.collect()
+    torch.cuda.empty_cache()
+    progress("float32")
+    model = fresh_float32(model)
+    exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
+    results["velocity errors"] = {name: float((v - exact).norm() / exact.norm()) for name, v in velocities.items()}
+    return results
+
+
+def fresh_float32(model: Bagel) -> Bagel:
+    """The same weights in float32, uncompiled; one parameter after another, for want of memory for both."""
+    with torch.device("meta"):
+        wide = Bagel(model.config)
+    for name, narrow in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        setattr(wide.get_submodule(path), last, torch.nn.Parameter(narrow.data.float().contiguous(), False))
+        narrow.data = torch.empty(0)
+    return wide.eval()
+
+
+def scaling(ours: Ours, progress: Callable[[str], None]) -> list[dict[str, float]]:
+    """Milliseconds of one evaluation of the flow against rows and latent tokens, with 128 slots of context."""
+    runtime, c, found = ours.model.runtime, ours.model.config, []
+    for rows, latents in ((2, 256), (2, 1024), (2, 2304), (1, 4096), (2, 4096), (4, 4096), (8, 4096), (12, 4096)):
+        progress(f"scaling: {rows} rows of {latents} tokens")
+        caches = runtime.caches(rows, -(-(latents + 130) // 256) * 256)
+        shape = rows, latents, c.latent_dim
+        counts = [torch.full((rows,), n, device=runtime.device) for n in (0, latents, 128)]
+        index = torch.arange(latents, device=runtime.device).expand(rows, -1)
+        inputs = [torch.randn(shape, device=runtime.device), torch.ones(rows, device=runtime.device), index, *counts]
+        once = functools.partial(runtime.run, "generate", inputs, caches)
+        once()
+        times = [1000 * seconds(once) for _ in range(5)]
+        found.append(
+            {"rows": rows, "latents": latents, "ms": statistics.median(times), "tflop": tflop(c, rows, latents, 128)}
+        )
+        runtime.give_back(caches)
+    return found
+
+
+def tflop(c: BagelConfig, rows: int, latents: int, context: int) -> float:
+    """What one evaluation must compute at least: the generation expert's products and the attention."""
+    q = c.llm.num_attention_heads * c.llm.head_dim
+    kv = 2 * c.llm.num_key_value_heads * c.llm.head_dim
+    weights = c.llm.hidden_size * (2 * q + kv + 3 * c.llm.intermediate_size)
+    attention = 2 * q * (latents + 2 + context)
+    return rows * c.llm.num_hidden_layers * 2 * latents * (weights + attention) / 1e12
+
+
+def table(results: dict) -> Table:
+    """Medians, and how many times faster than the official code."""
+    names = list(results["figures"])
+    shown = Table("", *names, "times", title=f"{results['device']}, torch {results['versions']['torch']}, medians")
+    for row in results["figures"]["ours"]:
+        cells = [results["figures"][name].get(row) for name in names]
+        values = [statistics.median(cell) if cell else None for cell in cells]
+        ratio = f"{values[0] / values[-1]:.2f}" if len(values) > 1 and values[0] else ""
+        shown.add_row(row, *("" if value is None else f"{value:.3g}" for value in values), ratio)
+    return shown
