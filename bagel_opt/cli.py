@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     time_ = command("bench", "Time models side by side, each in a process of its own.", bench)
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
+    time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",
@@ -216,6 +217,8 @@ def bench(a: argparse.Namespace) -> None:
 
     if a.json and not a.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
+    if a.preset:
+        return _full_size(a)
     side = min(map(default_side, a.sources or [None]))
     work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
     with _bar("timing") as update:
@@ -235,6 +238,19 @@ def bench(a: argparse.Namespace) -> None:
         a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if failed := [result["name"] for result in results if "error" in result]:
         raise ValueError(f"could not be timed: {', '.join(failed)}; the table says why")
+
+
+def _full_size(a: argparse.Namespace) -> None:
+    from bagel_opt.bench.full_size import run_full_size, tables
+
+    def save(results: dict) -> None:
+        if a.json:
+            a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    with _bar("timing") as update:
+        results = run_full_size(a.official, a.repeats, lambda what: update(what, 0, 0), save)
+    for table in tables(results):
+        Console(highlight=False).print(table)
 
 
 def inspect(a: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.sampling.job import Job
 from bagel_opt.tokenizer import Tokenizer
 
+# Dense bfloat16 TFLOP/s and TB/s of memory, as NVIDIA states them, by what a device's name holds.
+RATED = {"H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.04)}
 PROMPT = " ".join(["a large red circle beside a small blue star"] * 9)
 DEFAULTS = {"cfg_text_scale": 4.0, "cfg_interval": (0.4, 1.0), "timestep_shift": 3.0, "num_timesteps": 50}
 EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
@@ -138,6 +141,7 @@ class OfficialTokenizer:
 
 def assemble(checkout: str, model: Bagel, tokenizer: Tokenizer) -> Any:
     """The official inferencer, whose parameters are ours, in the same memory."""
+    flash = {name: found for name, found in sys.modules.items() if name.split(".")[0] == "flash_attn"}
     stand_in()
     sys.path.insert(0, checkout)
     from data.transforms import ImageTransform
@@ -145,6 +149,8 @@ def assemble(checkout: str, model: Bagel, tokenizer: Tokenizer) -> Any:
     from modeling import bagel as official
     from modeling.autoencoder import AutoEncoder, AutoEncoderParams
 
+    del sys.modules["flash_attn"]  # what stood in for it; ours takes the real one
+    sys.modules.update(flash)
     c, device = model.config, model.latent_in.weight.device
     llm = official.Qwen2Config(
         **asdict(c.llm),
@@ -258,7 +264,6 @@ def seconds(run: Callable[[], object]) -> float:
 def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
     """Seconds, and milliseconds per step or token, of each work after a warm-up."""
     found: dict[str, list[float]] = {}
-    ours = isinstance(contender, Ours)
 
     def draws(name: str, inputs: list, count: int = 1, **options: Any) -> None:
         progress(name)
@@ -278,18 +283,23 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
     progress("tokens")
     contender.tokens()
     found["token, ms"] = [t for _ in range(repeats) for t in contender.tokens()]
-    if ours:
+    contender.decode_picture()
+    found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
+    found["peak memory so far, GB"] = [torch.cuda.max_memory_allocated() / 1e9]
+    if isinstance(contender, Ours):  # the official code draws and writes for one request at a time
         contender.tokens(8)
         found["token of 8 rows, ms"] = contender.tokens(8)
         draws("4 pictures 1024x1024", [PROMPT], 4, height=1024, width=1024, **DEFAULTS)
-    contender.decode_picture()
-    found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
-    found["peak memory, GB"] = [torch.cuda.max_memory_allocated() / 1e9]
     return found
 
 
-def run_full_size(checkout: str | None, repeats: int, progress: Callable[[str], None]) -> dict:
-    """All figures, with the card and the versions. Raises ValueError without a CUDA device."""
+def run_full_size(
+    checkout: str | None, repeats: int, progress: Callable[[str], None], save: Callable[[dict], None]
+) -> dict:
+    """All figures, with the card and the versions. save(results) is called when there are more. Raises ValueError
+    without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
+    if checkout and not (Path(checkout) / "inferencer.py").is_file():
+        raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
         raise ValueError("the h100 preset needs a CUDA device, and this torch finds none")
     device = torch.device("cuda")
@@ -308,13 +318,21 @@ def run_full_size(checkout: str | None, repeats: int, progress: Callable[[str], 
         official = Official(checkout, model, tokenizer)
         results["figures"]["official"] = figures(official, repeats, lambda what: progress(f"official code: {what}"))
         velocities["official"] = official.velocity(noise)
+        save(results)
         del official
     gc.collect()
     torch.cuda.empty_cache()
     ours = Ours(model, tokenizer)
     results["figures"]["ours"] = figures(ours, repeats, lambda what: progress(f"ours: {what}"))
     velocities["ours"] = ours.velocity(noise)
+    save(results)
     results["scaling"] = scaling(ours, progress)
+    results["bytes per token"] = sum(
+        p.nbytes
+        for name, p in model.named_parameters()
+        if name.startswith(("llm.layers", "llm.lm_head")) and ".gen." not in name
+    )
+    save(results)
     del ours
     gc.collect()
     torch.cuda.empty_cache()
@@ -322,6 +340,7 @@ def run_full_size(checkout: str | None, repeats: int, progress: Callable[[str], 
     model = fresh_float32(model)
     exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
     results["velocity errors"] = {name: float((v - exact).norm() / exact.norm()) for name, v in velocities.items()}
+    save(results)
     return results
 
 
@@ -365,13 +384,25 @@ def tflop(c: BagelConfig, rows: int, latents: int, context: int) -> float:
     return rows * c.llm.num_hidden_layers * 2 * latents * (weights + attention) / 1e12
 
 
-def table(results: dict) -> Table:
-    """Medians, and how many times faster than the official code."""
+def tables(results: dict) -> Iterator[Table]:
+    """Medians, and how many times faster than the official code; and how near to the card's own limits."""
     names = list(results["figures"])
     shown = Table("", *names, "times", title=f"{results['device']}, torch {results['versions']['torch']}, medians")
     for row in results["figures"]["ours"]:
         cells = [results["figures"][name].get(row) for name in names]
         values = [statistics.median(cell) if cell else None for cell in cells]
         ratio = f"{values[0] / values[-1]:.2f}" if len(values) > 1 and values[0] else ""
-        shown.add_row(row, *("" if value is None else f"{value:.3g}" for value in values), ratio)
-    return shown
+        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), ratio)
+    for name, error in results["velocity errors"].items():
+        shown.add_row(f"error of a velocity, {name}", f"{error:.2e}")
+    yield shown
+    rated, bandwidth = next((at for name, at in RATED.items() if name in results["device"]), (None, None))
+    limits = Table("one evaluation of the flow", "ms", "TFLOP/s", "of the rated", title="Against the card's limits")
+    for at in results["scaling"]:
+        speed = at["tflop"] / at["ms"] * 1000
+        share = f"{speed / rated:.0%}" if rated else ""
+        limits.add_row(f"{at['rows']} rows of {at['latents']} tokens", f"{at['ms']:.1f}", f"{speed:.0f}", share)
+    token = statistics.median(results["figures"]["ours"]["token, ms"])
+    read = results["bytes per token"] / token / 1e9  # TB/s
+    limits.add_row("a token, by its weights", f"{token:.2f}", "", f"{read / bandwidth:.0%}" if bandwidth else "")
+    yield limits

@@ -2,11 +2,12 @@
 
 It stands alone, so that it runs in an environment of its own with what that code needs (transformers 4.49, safetensors,
 Pillow, einops, accelerate). FlashAttention is not needed: on a GPU the same kernels inside PyTorch stand in for it, on a
-CPU SDPA per sequence. torchvision and cv2, of which it uses next to nothing, are stood in for too.
+CPU SDPA per sequence. torchvision and cv2, of which it uses next to nothing, are stood in for where they are missing.
 """
 
 import contextlib
 import importlib.machinery
+import importlib.util
 import itertools
 import json
 import math
@@ -73,7 +74,10 @@ class Normalize:
 
 def stand_in() -> None:
     module("flash_attn", flash_attn_varlen_func=varlen)
-    module("cv2")
+    if not importlib.util.find_spec("cv2"):
+        module("cv2")
+    if importlib.util.find_spec("torchvision"):
+        return
     mode = types.SimpleNamespace(BICUBIC=Image.Resampling.BICUBIC)
     functional = module(
         "torchvision.transforms.functional",

@@ -26,7 +26,8 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = load_file(folder / WEIGHTS, str(device))
-        self.lock, self.opened, self.made, self.graphs = threading.Lock(), {}, {}, None
+        self.lock, self.opened, self.made = threading.Lock(), {}, {}
+        self.kept, self.graphs = [], None
         self.fixed_slots = True  # the caches' shapes are compiled in; the mask is cut instead
         self.programs: Any = self
         self.profile = manifest.profiles[0].name

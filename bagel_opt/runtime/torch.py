@@ -54,7 +54,7 @@ class TorchRuntime:
         if device.type == "cuda":
             from bagel_opt.runtime.cuda import Graphs
 
-            self.graphs = Graphs(self.programs)
+            self.graphs = Graphs(self.programs, device)
             model.vae.to(memory_format=torch.channels_last)
             layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
         for layer in layers:
@@ -106,19 +106,15 @@ class TorchRuntime:
                 new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
                 slots = slots_in_use(int(inputs[-1].max()), new, slots)
             caches = [cache[rows, :slots] for cache in caches]
-        tensors = [self._tensor(x) for x in inputs]
         with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
             if self.graphs and program in GRAPHED:
-                return self.graphs.run(program, tensors, caches)
-            out = self.programs[program](*tensors, *caches)
+                return self.graphs.run(program, inputs, caches)
+            out = self.programs[program](*map(self._tensor, inputs), *caches)
         return out[: len(out) - len(caches)]
 
     def _tensor(self, values: np.ndarray | Tensor) -> Tensor:
-        """On the device. From pinned memory, so that the host need not wait for what the device still has to do."""
-        if not isinstance(values, np.ndarray):
-            return values
-        tensor = torch.from_numpy(values)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        """On the device. The copy is staged, so the host need not wait for what the device still has to do."""
+        return torch.from_numpy(values).to(self.device, non_blocking=True) if isinstance(values, np.ndarray) else values
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         tensor = tensor if row is None else tensor[row]
