@@ -18,7 +18,7 @@ import bagel_opt.export.onnx
 from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.cli import main
-from bagel_opt.export import export
+from bagel_opt.export import _replaceable, export
 from bagel_opt.runtime.onnx import OnnxRuntime
 
 PROFILE = Profile("test", 2, 600, 64, 64, 64)
@@ -266,6 +266,13 @@ def test_only_what_an_export_wrote_is_replaced(tmp_path, bundle):
         with pytest.raises(FileExistsError, match="no bundle"):
             export(CHECKPOINT, folder, PROFILE)
         assert sorted(path.name for path in folder.iterdir()) == before
+    older = shutil.copytree(bundle, tmp_path / "older")
+    assert _replaceable(older)
+    manifest = json.loads((older / MANIFEST).read_text())
+    (older / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    assert _replaceable(older)  # which no longer loads, so it is to be exported again
+    (older / "notes.txt").write_text("precious")
+    assert not _replaceable(older)
 
 
 def test_bundles_run_without_torch(bundle, tmp_path):

@@ -202,11 +202,15 @@ class Official:
         self.noise: Tensor | None = None
         self.flow: list[Tensor] = []
         bagel = self.inferencer.model
+        for name in ("update_text", "update_vae", "update_vit"):
+            self._move_inputs(bagel, f"forward_cache_{name}")
+        for name in ("generate_image", "generate_text"):
+            self._move_inputs(bagel, name)
         generate, flow = bagel.generate_image, bagel._forward_flow
 
         def timed(**given: Any) -> list[Tensor]:
             if self.noise is not None:
-                given["packed_init_noises"] = self.noise.to(self.device)
+                given["packed_init_noises"] = self.noise
             torch.cuda.synchronize()
             begun = time.perf_counter()
             latents = generate(**given)
@@ -219,6 +223,16 @@ class Official:
             return self.flow[-1]
 
         bagel.generate_image, bagel._forward_flow = timed, watched
+
+    def _move_inputs(self, model: Any, method: str) -> None:
+        """The official code prepares its inputs on the CPU, and leaves it to accelerate's hooks to move them."""
+        original = getattr(model, method)
+
+        def moved(*args: Any, **given: Any) -> Any:
+            here = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+            return original(*args, **here)
+
+        setattr(model, method, moved)
 
     def draw(self, inputs: list, count: int = 1, **options: Any) -> list[Image.Image]:
         self.drawn.clear()

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, machine, read_manifest
-from bagel_opt.errors import BundleError
+from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, machine
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import signatures
 
@@ -181,9 +181,10 @@ def _replaceable(out: Path) -> bool:
     if not inside:
         return not any(out.iterdir())
     name = MANIFEST if MANIFEST in inside else UNFINISHED
-    try:
-        return inside == {name, *read_manifest(out, name).files}
-    except (BundleError, FileNotFoundError):
+    try:  # of any format version: an older bundle is to be exported again
+        manifest = json.loads((out / name).read_text(encoding="utf-8"))
+        return {"format", "kind", "sha256"} <= manifest.keys() and inside == {name, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
