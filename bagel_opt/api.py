@@ -65,7 +65,7 @@ class Model:
                 raise TypeError(f"requests[{number}] is {type(request).__name__}; allowed is bagel_opt.Request")
             try:
                 plan = make_plan(request, self.config, self.tokenizer)
-                profile = self._choose(plan)
+                profile = self.choose(plan)
             except ValueError as error:
                 raise type(error)(f"request {number}: {error}" if len(requests) > 1 else str(error)) from None
             groups[profile].append((number, plan))
@@ -81,7 +81,7 @@ class Model:
             raise failures[0]
         return results
 
-    def _choose(self, plan: Plan) -> Profile | None:
+    def choose(self, plan: Plan) -> Profile | None:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits. Raises
         ProfileError where there is none, on what the largest lacks."""
         if not self.profiles:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
     time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 
+    serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.", serve)
+    _serve_options(serve_)
+
     show = command("inspect", "Show what a checkpoint or a bundle holds.", inspect)
     show.add_argument(
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
@@ -139,8 +143,12 @@ def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
 
 
 def _model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
+    _load_options(sub)
+
+
+def _load_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("model")
-    group.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
     group.add_argument("--backend", default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
     group.add_argument("--device", help="cpu, cuda or cuda:N")
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
@@ -149,6 +157,37 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
     )
+
+
+def _serve_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "checkpoint", nargs="?", help="bundle, checkpoint folder or repo id (default: the model that ships)"
+    )
+    _load_options(sub)
+    group = sub.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    group.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    group.add_argument("--name", help="the model's name for clients (default: the folder's)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="clients must send one of these as bearer token; better in BAGEL_OPT_API_KEYS, with commas",
+    )
+    group.add_argument(
+        "--remote-images", action="store_true", help="fetch input pictures from public http(s) addresses too"
+    )
+    limits = sub.add_argument_group("limits")
+    for name, value, text in (
+        ("max-queue", 64, "requests that wait or run; more are answered 429"),
+        ("timeout", 600, "seconds until a request is given up"),
+        ("max-body", 32, "MiB of a request's body"),
+        ("max-pixels", 2**24, "pixels of an input picture"),
+        ("max-images", 8, "input pictures of a request"),
+        ("max-n", 8, "pictures that one request may ask for"),
+        ("max-timesteps", 200, "num_timesteps"),
+    ):
+        limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
 
 
 def _text_options(sub: argparse.ArgumentParser) -> None:
@@ -251,6 +290,34 @@ def _full_size(a: argparse.Namespace) -> None:
         results = run_full_size(a.official, a.repeats, lambda what: update(what, 0, 0), save)
     for table in tables(results):
         Console(highlight=False).print(table)
+
+
+def serve(a: argparse.Namespace) -> None:
+    try:
+        from bagel_opt.serve import Limits
+        from bagel_opt.serve import serve as serve_model
+    except ImportError as error:
+        raise ImportError(f"{error}; the server needs: pip install 'bagel-opt[serve]'") from None
+
+    if a.checkpoint is None and a.profile is None:
+        a.profile = "demo"
+    model = _load(a)
+    if not model.profiles:
+        raise ValueError(
+            "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
+        )
+    keys = [*a.api_key, *filter(None, os.environ.get("BAGEL_OPT_API_KEYS", "").split(","))]
+    serve_model(
+        model,
+        a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
+        host=a.host,
+        port=a.port,
+        keys=keys,
+        limits=Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
+        max_queue=a.max_queue,
+        timeout=a.timeout,
+        remote=a.remote_images,
+    )
 
 
 def inspect(a: argparse.Namespace) -> None:

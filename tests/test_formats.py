@@ -73,7 +73,7 @@ def test_branches_stay_together_where_a_profile_has_the_rows(two):
 
     def chosen(inputs, **options):
         plan = make_plan(bagel_opt.Request(inputs, **options), model.config, model.tokenizer)
-        return model._choose(plan).name, plan
+        return model.choose(plan).name, plan
 
     picture = Image.new("RGB", (48, 48))
     assert chosen(["a red circle"], height=32, width=32)[0] == "small"

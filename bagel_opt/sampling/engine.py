@@ -5,6 +5,7 @@ same in one call per batch. Between programs a request is nothing but lengths: w
 them are valid, which position comes next.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -25,34 +26,65 @@ from bagel_opt.tokenizer import Tokenizer
 
 
 class Engine:
-    """Serves one list of requests. Nothing of it outlives the call but the runtime's weights and programs."""
+    """Serves requests that come and go between its steps, in rows that they share."""
 
     def __init__(self, runtime: Runtime, config: BagelConfig, tokenizer: Tokenizer, profile: Profile):
         self.runtime, self.config, self.tokenizer, self.profile = runtime, config, tokenizer, profile
         self.batches = Batches(runtime, config, profile)
+        self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
-        self.results: list[list | Exception] = []
+        self.finished: list[Job] = []
+        self.flow_seconds = 0.0  # what the last flow step took
 
     def run(self, plans: list[Plan]) -> list[list | Exception]:
-        """The outputs of each request, in order; the exception in place of a request that failed by itself."""
-        waiting = deque(enumerate(plans))
-        self.results = [[] for _ in plans]
+        """The outputs of each request, in order; the exception in place of a request that failed by itself. The engine
+        is used up."""
+        jobs = [self.submit(plan) for plan in plans]
         try:
-            while waiting or self.active:
-                while waiting and self._admits(waiting[0][1]):
-                    self.active.append(Job(*waiting.popleft(), self.batches, self.tokenizer))
-                while idle := [job for job in self.active if job.want is None]:
-                    for job in idle:
-                        self._advance(job)
-                if jobs := [job for job in self.active if isinstance(job.want, Token)]:
-                    self._serve(jobs, self._decode)
-                if jobs := [job for job in self.active if isinstance(job.want, FlowStep)]:
-                    self._serve(jobs, self._denoise)
+            while self.waiting or self.active:
+                self.step()
         finally:
             self.batches.close()
-        return self.results
+        return [job.result for job in jobs]
+
+    def submit(self, plan: Plan) -> Job:
+        """Puts a request in line; it joins in the first step with room for it."""
+        job = Job(plan, self.batches, self.tokenizer)
+        self.waiting.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a request between two steps, without a result; its rows are free at once."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        elif job in self.active:
+            job.work.close()
+            self._leave(job)
+
+    def step(self) -> list[Job]:
+        """One round: one program for each request that still reads, tokens for all that write, and one flow step for
+        all that draw. While some write and some draw, each side gets half of the time. -> the requests that ended"""
+        while self.waiting and self._admits(self.waiting[0].plan):
+            self.active.append(self.waiting.popleft())
+            self.active[-1].take_rows()
+        for job in [job for job in self.active if job.want is None]:
+            self._advance(job)
+        began = time.perf_counter()
+        while jobs := self._waiting_for(Token):
+            self._serve(jobs, self._decode)
+            if not self._waiting_for(FlowStep) or time.perf_counter() - began > self.flow_seconds:
+                break
+        if jobs := self._waiting_for(FlowStep):
+            began = time.perf_counter()
+            self._serve(jobs, self._denoise)
+            self.flow_seconds = time.perf_counter() - began
+        ended, self.finished = self.finished, []
+        return ended
 
     # ---- requests coming and going
+
+    def _waiting_for(self, kind: type) -> list[Job]:
+        return [job for job in self.active if isinstance(job.want, kind)]
 
     def _admits(self, plan: Plan) -> bool:
         if not self.active:
@@ -70,7 +102,11 @@ class Engine:
             self._end(job, error)
 
     def _end(self, job: Job, result: list | Exception) -> None:
-        self.results[job.index] = result
+        job.result = result
+        self.finished.append(job)
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
         self.active.remove(job)
         self.batches.release(job.contexts)
 

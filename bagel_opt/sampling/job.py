@@ -32,14 +32,19 @@ class Job:
     cfg_text and cfg_img may be main itself, or each other, where they hold the same.
     """
 
-    def __init__(self, index: int, plan: Plan, batches: Batches, tokenizer: Tokenizer):
-        self.index, self.plan, self.batches, self.tokenizer = index, plan, batches, tokenizer
+    def __init__(self, plan: Plan, batches: Batches, tokenizer: Tokenizer):
+        self.plan, self.batches, self.tokenizer = plan, batches, tokenizer
         self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
-        self.contexts = [batches.take(plan.options.step_cache is not None) for _ in range(plan.contexts())]
-        self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
+        self.contexts: list[Context] = []
+        self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
         self.encoded: dict[tuple[str, int], Any] = {}
         self.work = self._work()
+
+    def take_rows(self) -> None:
+        taylorseer = self.plan.options.step_cache is not None
+        self.contexts = [self.batches.take(taylorseer) for _ in range(self.plan.contexts())]
+        self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in self.plan.roles())
 
     def branches(self) -> list[Context]:
         """The contexts that the wanted flow step evaluates."""
@@ -64,7 +69,7 @@ class Job:
                 yield from self._prefill(self.contexts[role], blocks[shared:])
         self.encoded.clear()
         tokens = yield from self._draw()
-        outputs.append(self._picture(tokens))
+        outputs.append(self.picture(tokens))
         return outputs
 
     def _share(self, context: Context, blocks: list[Block]) -> int:
@@ -169,7 +174,8 @@ class Job:
             )
         return tokens
 
-    def _picture(self, tokens: np.ndarray) -> Image.Image:
+    def picture(self, tokens: np.ndarray) -> Image.Image:
+        """Latent tokens [tokens, channels] through the VAE."""
         latent = images.untokens(tokens, *self.plan.grid, self.config.latent_patch_size)
         return Image.fromarray(self.runtime.host(self.runtime.run("vae_decode", [latent[None]])[0]))
 

@@ -1,0 +1,69 @@
+"""The HTTP application: routes, errors, the page."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from bagel_opt import __version__
+from bagel_opt.serve import chat, errors, images
+from bagel_opt.serve.gate import Gate
+from bagel_opt.serve.schemas import ERRORS, ModelCard, ModelList
+from bagel_opt.serve.service import Injected, Service
+
+PAGE = Path(__file__).parent / "page"
+
+
+def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
+    """The application of one model. When it shuts down it finishes what runs and closes the engine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.close)
+
+    app = FastAPI(title="bagel_opt", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(Gate, keys=keys, body_bytes=service.limits.body_bytes, metrics=service.engine.metrics)
+    app.include_router(images.router)
+    app.include_router(chat.router)
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def models(service: Injected) -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[ModelCard(id=service.name)])
+
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
+    async def model(model: str, service: Injected) -> ModelCard:
+        service.check_model(model)
+        return ModelCard(id=service.name)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "The device failed repeatedly."}})
+    async def ready(service: Injected) -> Response:
+        """The engine serves requests."""
+        good = service.engine.ready
+        return JSONResponse({"status": "ready" if good else "failing"}, 200 if good else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics(service: Injected) -> Response:
+        return Response(generate_latest(service.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    for file in sorted(PAGE.glob("*")):
+        _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
+    return app
+
+
+def _serve_file(app: FastAPI, path: str, file: Path) -> None:
+    @app.get(path, include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(file)

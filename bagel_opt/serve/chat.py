@@ -1,0 +1,107 @@
+"""/v1/chat/completions: texts and pictures in, a text or a picture out."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from starlette.requests import Request as HttpRequest
+
+from bagel_opt.request import Request
+from bagel_opt.serve.engine import Ticket
+from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.limits import decode_data_url, decode_picture
+from bagel_opt.serve.schemas import ERRORS, ChatBody, ChatResponse, ImagePart, TextPart
+from bagel_opt.serve.service import Injected, Service, TextStream, encoded, input_tokens, sse
+
+router = APIRouter(prefix="/v1/chat", responses=ERRORS)
+
+
+@router.post("/completions", response_model=ChatResponse)
+async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> Response:
+    """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images."""
+    service.check_model(body.model)
+    inputs = await _inputs(body, service)
+    images = sum(isinstance(item, bytes) for item in inputs)
+    service.limits.check(1, body.num_timesteps, images, image="messages")
+    options = body.drawing_options() | body.text_options()
+    options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
+
+    def make() -> list[Request]:
+        items = [x if isinstance(x, str) else decode_picture(x, service.limits, "messages") for x in inputs]
+        return [Request(items, output="image" if body.draws else "text", **options)]
+
+    [ticket] = await service.submit(make, "chat_image" if body.draws else "chat_text")
+    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    if body.stream:
+        return service.stream(ticket, _events(service, body, ticket, about))
+    [outputs] = await service.results(http, [ticket])
+    message = {"role": "assistant", "refusal": None, **await _message(outputs)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(ticket)}
+    return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": _usage(ticket)})
+
+
+async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict) -> AsyncIterator[str]:
+    usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def chunk(delta: dict, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        extra = {"usage": None} if usage else {}
+        return sse({**about, "object": "chat.completion.chunk", "choices": [choice], **extra})
+
+    yield chunk({"role": "assistant", "content": ""})
+    text, field = TextStream(service.engine.model.tokenizer), "reasoning_content" if body.draws else "content"
+    async for event in ticket:
+        if isinstance(event, int) and (delta := text.push(event)):
+            yield chunk({field: delta})
+    if isinstance(ticket.outputs[0], str) and (rest := text.until(ticket.outputs[0])):
+        yield chunk({field: rest})
+    if body.draws:
+        yield chunk({"images": (await _message(ticket.outputs))["images"]})
+    yield chunk({}, _reason(ticket))
+    if usage:
+        yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(ticket)})
+    yield "data: [DONE]\n\n"
+
+
+async def _inputs(body: ChatBody, service: Service) -> list[str | bytes]:
+    """What was said, in order; pictures as the bytes of their files. Where a message has one text, its pictures come before it, as
+    the official code feeds them."""
+    inputs: list[str | bytes] = []
+    for index, message in enumerate(body.messages):
+        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        parts = [*(parts or []), *(message.images or [])]
+        if sum(isinstance(part, TextPart) for part in parts) == 1:
+            parts.sort(key=lambda part: isinstance(part, TextPart))
+        for part in parts:
+            inputs.append(part.text if isinstance(part, TextPart) else await _bytes(part, service, f"messages.{index}"))
+    if not inputs:
+        raise ApiError(400, "messages: nothing was said", "messages")
+    return inputs
+
+
+async def _bytes(part: ImagePart, service: Service, param: str) -> bytes:
+    return await asyncio.to_thread(decode_data_url, part.image_url.url, param)
+
+
+async def _message(outputs: list[str | Image.Image]) -> dict:
+    *thought, last = outputs
+    if isinstance(last, str):
+        return {"content": last}
+    url = f"data:image/png;base64,{await encoded(last)}"
+    images = [{"type": "image_url", "image_url": {"url": url}}]
+    return {"content": None, "images": images} | ({"reasoning_content": thought[0]} if thought else {})
+
+
+def _reason(ticket: Ticket) -> str:
+    cut = not ticket.plan.draws and len(ticket.tokens) == ticket.plan.max_tokens - 1
+    return "length" if cut else "stop"
+
+
+def _usage(ticket: Ticket) -> dict:
+    prompt = sum(input_tokens(ticket.plan))
+    written = len(ticket.tokens) + ticket.plan.grid[0] * ticket.plan.grid[1]
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -1,0 +1,84 @@
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+import re
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from bagel_opt.errors import ProfileError
+from bagel_opt.serve.engine import CancelledError, DeadlineError, QueueFullError
+
+log = logging.getLogger("bagel_opt.serve")
+
+
+class ApiError(Exception):
+    """An answer other than success. `param`: the field that is to blame."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def refused(error: ValueError) -> ApiError:
+    """What the model says of a bad request. Its messages begin with the option's name where one is to blame."""
+    named = re.match(r"(\w+)=", str(error))
+    return ApiError(400, str(error), named and named[1])
+
+
+def body(error: ApiError) -> dict:
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any failure of a request; what is not the client's doing is logged and not told."""
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full")
+        case DeadlineError():
+            return ApiError(504, str(error), code="deadline_exceeded")
+        case CancelledError():
+            return ApiError(499, str(error), code="client_closed_request")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+        case ValidationError() | RequestValidationError():
+            return _invalid(error)
+        case ProfileError() | FloatingPointError():  # a thought or a guidance that led too far
+            return refused(error)
+    log.error("request failed: %s", type(error).__name__, exc_info=error)
+    return ApiError(500, "the server failed on this request", code="internal_error")
+
+
+def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, ".".join(where) or None)
+
+
+def response(error: Exception) -> JSONResponse:
+    found = as_api_error(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(error.retry_after)
+    if found.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body(found), found.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return response(error)
+
+    for kind in (ApiError, QueueFullError, DeadlineError, CancelledError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, handle)
+    for kind in (ValidationError, ProfileError, FloatingPointError, Exception):
+        app.add_exception_handler(kind, handle)

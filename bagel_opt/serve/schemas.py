@@ -1,0 +1,251 @@
+"""Bodies of requests: OpenAI's fields, and BAGEL's own options beside them under their official names.
+
+Fields without an effect here are taken where they change nothing that was asked for; any other unknown one is refused.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bagel_opt.request import RENORM_TYPES
+
+Scale = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
+    user: str | None = Field(None, description="Ignored.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same bytes.")
+    think: bool = Field(False, description="Think before drawing or answering.")
+    max_think_tokens: int | None = Field(None, ge=1, le=2**31, description="Longest thought or answer.")
+    do_sample: bool | None = Field(None, description="Sample text instead of taking the likeliest token.")
+    text_temperature: float | None = Field(None, ge=1e-3, le=1000)
+
+    def text_options(self) -> dict:
+        names = "think", "max_think_tokens", "do_sample", "text_temperature"
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class Drawing(BaseModel):
+    """BAGEL's options of a picture."""
+
+    cfg_text_scale: Scale | None = None
+    cfg_img_scale: Scale | None = None
+    cfg_interval: tuple[Share, Share] | None = Field(None, description="Flow times with guidance: low < t <= high.")
+    cfg_renorm_min: Share | None = None
+    cfg_renorm_type: Literal[RENORM_TYPES] | None = None
+    timestep_shift: float | None = Field(None, ge=1e-3, le=1000)
+    num_timesteps: int | None = Field(None, ge=2, le=2**31)
+    negative_prompt: str | None = Field(None, max_length=TEXT_LIMIT)
+    step_cache: Literal["taylorseer"] | None = None
+    height: int | None = Field(None, ge=1, le=2**31)
+    width: int | None = Field(None, ge=1, le=2**31)
+
+    def drawing_options(self) -> dict:
+        return {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}
+
+
+class ImageBody(Body, Drawing):
+    prompt: str = Field(min_length=1, max_length=TEXT_LIMIT)
+    n: int = Field(1, ge=1, description="Pictures; they take seed, seed + 1, ...")
+    size: str | None = Field(None, pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description='"WIDTHxHEIGHT" or "auto".')
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description="Ignored.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Ignored.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Ignored.")
+
+    @model_validator(mode="after")
+    def check(self) -> "ImageBody":
+        if self.size not in (None, "auto"):
+            if self.height or self.width:
+                raise ValueError("give size, or height and width, not both")
+            self.width, self.height = map(int, re.split("x", self.size))
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together")
+        if self.stream and self.n > 1:
+            raise ValueError("a stream has one picture: n=1")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream=true")
+        return self
+
+
+class EditBody(ImageBody):
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="Ignored.")
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str = Field(max_length=TEXT_LIMIT)
+
+
+class ImageUrl(BaseModel):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """A turn. BAGEL has no roles: what was said is read in order, whoever said it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=TEXT_LIMIT)] | list[Part] | None = None
+    images: list[ImagePart] | None = Field(None, description="Pictures of an earlier answer.")
+    name: str | None = Field(None, description="Ignored.")
+    reasoning_content: str | None = Field(None, description="A thought of an earlier answer; ignored.")
+    refusal: None = None
+    annotations: list[None] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[None] | None = Field(None, max_length=0)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
+
+
+class ChatBody(Body, Drawing):
+    messages: list[Message] = Field(min_length=1, max_length=256)
+    modalities: list[Literal["text", "image"]] | None = Field(
+        None, min_length=1, max_length=2, description='["image"] draws; its pictures come in message.images.'
+    )
+    n: Literal[1] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 2)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 2)
+    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token.")
+    top_p: Literal[1] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    stop: list[None] | None = Field(None, max_length=0)
+    logprobs: Literal[False] | None = None
+    tools: list[None] | None = Field(None, max_length=0)
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, Any] | None = Field(None, description="Ignored.")
+    service_tier: str | None = Field(None, description="Ignored.")
+
+    @property
+    def draws(self) -> bool:
+        return "image" in (self.modalities or ())
+
+    @model_validator(mode="after")
+    def check(self) -> "ChatBody":
+        lengths = {"max_tokens": self.max_tokens, "max_completion_tokens": self.max_completion_tokens}
+        lengths |= {"max_think_tokens": self.max_think_tokens}
+        if sum(value is not None for value in lengths.values()) > 1:
+            raise ValueError(f"give one of {', '.join(lengths)}")
+        if self.temperature is not None and (self.do_sample is not None or self.text_temperature is not None):
+            raise ValueError("give temperature, or do_sample and text_temperature, not both")
+        if not self.draws and (given := self.drawing_options()):
+            raise ValueError(f'{", ".join(given)}: only with modalities ["image"]')
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together")
+        return self
+
+    def text_options(self) -> dict:
+        options = super().text_options()
+        if (longest := self.max_completion_tokens or self.max_tokens) is not None:
+            options["max_think_tokens"] = longest + 1  # which counts the start token too
+        if self.temperature is not None:
+            options["do_sample"] = self.temperature > 0
+            if self.temperature > 0:
+                options["text_temperature"] = max(self.temperature, 1e-3)
+        return options
+
+
+# ---- answers
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+ERRORS: dict = {"4XX": {"model": Error}, "5XX": {"model": Error}}
+
+
+class Picture(BaseModel):
+    b64_json: str
+    seed: int
+    thought: str | None = None
+
+
+class ImagesResponse(BaseModel):
+    """Streams send image_generation.* or image_edit.* events instead: progress, partial_image, completed."""
+
+    created: int
+    data: list[Picture]
+    size: str
+    quality: str
+    background: str
+    output_format: str
+    usage: dict
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    images: list[ImagePart] | None = None
+    reasoning_content: str | None = Field(None, description="The thought before a picture.")
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatResponse(BaseModel):
+    """Streams send chat.completion.chunk events instead, then [DONE]."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: dict[str, int]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "bagel_opt"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
