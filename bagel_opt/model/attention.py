@@ -153,12 +153,14 @@ def _(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: 
 def _onnx(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
     """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose.
 
-    ONNX Runtime computes over all slots that it is given, so it gets those up to the longest row's end. Their number is
-    unknown to the tracer, which is told that there are as many as in the cache.
+    ONNX Runtime computes over all slots that it is given, so it gets those up to the longest row's end, in steps of 64:
+    otherwise it would group a row's sums by the length of its neighbours. Their number is unknown to the tracer, which
+    is told that there are as many as in the cache.
     """
     shape = q_BQHD.shape
     ints = {"dtype": torch.int64, "shape": (1,), "version": 24}
-    end = torch.onnx.ops.symbolic("ReduceMax", (seen.kv_len_B,), {"keepdims": 1}, **ints)
+    longest = torch.onnx.ops.symbolic("ReduceMax", (seen.kv_len_B,), {"keepdims": 1}, **ints)
+    end = (longest + 63) // 64 * 64
     zero, one = (torch.tensor([value], device=end.device) for value in (0, 1))
     k, v = (
         torch.onnx.ops.symbolic("Slice", (x, zero, end, one), {}, dtype=x.dtype, shape=x.shape, version=24)
