@@ -13,10 +13,12 @@ from starlette.requests import Request as HttpRequest
 from bagel_opt.request import Request
 from bagel_opt.serve.engine import Ticket
 from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import decode_data_url, decode_picture
-from bagel_opt.serve.schemas import ERRORS, ChatBody, ChatResponse, ImagePart, TextPart
+from bagel_opt.serve.schemas import ERRORS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
 from bagel_opt.serve.service import Injected, Service, TextStream, encoded, input_tokens, sse
 
+PARTS = 64  # texts and pictures of one request
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 
 
@@ -24,9 +26,10 @@ router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> Response:
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images."""
     service.check_model(body.model)
-    inputs = await _inputs(body, service)
-    images = sum(isinstance(item, bytes) for item in inputs)
+    parts = _parts(body)
+    images = sum(isinstance(part, ImagePart) for part, _ in parts)
     service.limits.check(1, body.num_timesteps, images, image="messages")
+    inputs = [part.text if isinstance(part, TextPart) else await _bytes(part, service, where) for part, where in parts]
     options = body.drawing_options() | body.text_options()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
 
@@ -67,24 +70,32 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
     yield "data: [DONE]\n\n"
 
 
-async def _inputs(body: ChatBody, service: Service) -> list[str | bytes]:
-    """What was said, in order; pictures as the bytes of their files. Where a message has one text, its pictures come before it, as
-    the official code feeds them."""
-    inputs: list[str | bytes] = []
+def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
+    """What was said, in order, each with its place. Where a message has one text, its pictures come before it, as the
+    official code feeds them."""
+    found: list[tuple[TextPart | ImagePart, str]] = []
     for index, message in enumerate(body.messages):
         parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
         parts = [*(parts or []), *(message.images or [])]
         if sum(isinstance(part, TextPart) for part in parts) == 1:
             parts.sort(key=lambda part: isinstance(part, TextPart))
-        for part in parts:
-            inputs.append(part.text if isinstance(part, TextPart) else await _bytes(part, service, f"messages.{index}"))
-    if not inputs:
+        found += [(part, f"messages.{index}") for part in parts]
+    if not found:
         raise ApiError(400, "messages: nothing was said", "messages")
-    return inputs
+    if len(found) > PARTS or sum(len(p.text) for p, _ in found if isinstance(p, TextPart)) > TEXT_LIMIT:
+        raise ApiError(400, f"messages: more than {PARTS} parts or {TEXT_LIMIT} characters", "messages")
+    return found
 
 
 async def _bytes(part: ImagePart, service: Service, param: str) -> bytes:
-    return await asyncio.to_thread(decode_data_url, part.image_url.url, param)
+    """A picture's file, out of a data URL or, where that is allowed, fetched."""
+    url = part.image_url.url
+    if url[:5].lower() == "data:" or not service.remote:
+        return await asyncio.to_thread(decode_data_url, url, param)
+    try:
+        return await asyncio.to_thread(fetch, url, service.limits.body_bytes)
+    except ValueError as error:
+        raise ApiError(400, f"{param}: the picture's address: {error}", param) from None
 
 
 async def _message(outputs: list[str | Image.Image]) -> dict:

@@ -153,7 +153,7 @@ class EngineThread:
         tickets = []
         for plan, engine in planned:
             steps = len(plan.steps)
-            previews = {round(steps * (i + 1) / (partial_images + 1)) - 1 for i in range(partial_images)}
+            previews = {-(-steps * (i + 1) // (partial_images + 1)) - 1 for i in range(partial_images)}
             tickets.append(Ticket(plan, engine, kind, deadline, loop, progress, frozenset(previews)))
         self.tickets.update(tickets)
         for ticket in tickets:

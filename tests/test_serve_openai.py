@@ -1,0 +1,214 @@
+"""The openai client, unchanged, against the server: pictures, edits, answers, streams, errors."""
+
+import base64
+import io
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import FEW, ask, data_url, png, serving
+from support import CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load(CHECKPOINT, "onnx")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+def picture(b64):
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def equal(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_generate(client, model):
+    answer = client.images.generate(
+        prompt="a red circle", model="test", n=2, size="96x64", user="u", quality="high", extra_body={"seed": 3, **FEW}
+    )
+    want = [model.generate("a red circle", width=96, height=64, seed=seed, **FEW) for seed in (3, 4)]
+    assert [equal(picture(d.b64_json), w) for d, w in zip(answer.data, want, strict=True)] == [True, True]
+    assert [d.seed for d in answer.data] == [3, 4]
+    assert answer.size == "96x64"
+    assert answer.usage.output_tokens == 2 * 4 * 6
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+
+
+def test_formats(client):
+    for name in ("jpeg", "webp"):
+        body = {"seed": 3, **FEW}
+        answer = client.images.generate(prompt="a", output_format=name, output_compression=60, extra_body=body)
+        assert picture(answer.data[0].b64_json).format == name.upper()
+
+
+def test_partial_images(client):
+    options = {"prompt": "a", "extra_body": {"seed": 1, **FEW}}
+    events = list(client.images.generate(stream=True, partial_images=2, **options))
+    assert [e.type.split(".")[1] for e in events] == ["progress", "partial_image"] * 2 + ["progress", "completed"]
+    assert [e.partial_image_index for e in events if "partial" in e.type] == [0, 1]
+    assert [(e.index, e.total) for e in events if "progress" in e.type] == [(0, 3), (1, 3), (2, 3)]
+    assert events[-1].b64_json == client.images.generate(**options).data[0].b64_json
+    assert picture(events[1].b64_json).size == picture(events[-1].b64_json).size
+    assert events[-1].usage.total_tokens > 0
+
+
+def test_the_last_estimate_is_the_picture(client):
+    """x_t - t * v_t of the only flow step is where the step ends."""
+    body = {"seed": 1, "num_timesteps": 2}
+    events = list(client.images.generate(prompt="a", stream=True, partial_images=1, extra_body=body))
+    assert [e.type for e in events][-2:] == ["image_generation.partial_image", "image_generation.completed"]
+    assert np.abs(np.subtract(*(np.asarray(picture(e.b64_json), int) for e in events[-2:]))).max() <= 1
+
+
+def test_edit(client, model):
+    first, second = png(64), png(96, (0, 90, 200))
+    body = {"seed": 2, "cfg_interval": [0.2, 0.9], "cfg_img_scale": 1.2, **FEW}
+    answer = client.images.edit(image=first, prompt="make it green", extra_body=body)
+    options = {"seed": 2, "cfg_interval": (0.2, 0.9), "cfg_img_scale": 1.2, **FEW}
+    want = model.edit(Image.open(io.BytesIO(first)), "make it green", **options)
+    assert equal(picture(answer.data[0].b64_json), want)
+    events = list(client.images.edit(image=[first, second], prompt="merge", stream=True, extra_body={"seed": 2, **FEW}))
+    want = model.run([Image.open(io.BytesIO(first)), Image.open(io.BytesIO(second)), "merge"], seed=2, **FEW)[0]
+    assert events[-1].type == "image_edit.completed"
+    assert equal(picture(events[-1].b64_json), want)
+
+
+def test_think(client):
+    body = {"seed": 1, "think": True, "max_think_tokens": 6, **FEW}
+    answer = client.images.generate(prompt="a", extra_body=body)
+    assert isinstance(answer.data[0].thought, str)
+    events = list(client.images.generate(prompt="a", stream=True, extra_body=body))
+    assert events[-1].thought == answer.data[0].thought
+    assert answer.usage.output_tokens_details.text_tokens <= 5
+
+
+def test_answer_about_a_picture(client, model):
+    image = Image.open(io.BytesIO(png()))
+    answer = client.chat.completions.create(model="test", messages=ask(png()), max_completion_tokens=7)
+    assert answer.choices[0].message.content == model.understand(image, "what is it?", max_think_tokens=8)
+    assert answer.usage.completion_tokens == 7
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens > 20
+
+
+def test_sampled_answers_repeat_with_the_seed(client, model):
+    answers = [
+        client.chat.completions.create(model="test", messages=ask(text="hello"), seed=9, temperature=1.5, max_tokens=9)
+        for _ in range(2)
+    ]
+    texts = [answer.choices[0].message.content for answer in answers]
+    want = model.chat("hello", seed=9, do_sample=True, text_temperature=1.5, max_think_tokens=10)
+    assert texts == [want, want]
+
+
+def test_streamed_answer(client):
+    options = {"model": "test", "messages": ask(png()), "max_tokens": 12}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 4
+
+
+def test_picture_in_chat_and_back(client):
+    body = {"modalities": ["image"], **FEW}
+    options = {"model": "test", "seed": 4, "extra_body": body}
+    answer = client.chat.completions.create(messages=ask(text="a red circle"), **options)
+    url = answer.choices[0].message.images[0]["image_url"]["url"]
+    direct = client.images.generate(prompt="a red circle", extra_body={"seed": 4, **FEW})
+    assert url == "data:image/png;base64," + direct.data[0].b64_json
+    chunks = list(client.chat.completions.create(messages=ask(text="a red circle"), stream=True, **options))
+    assert [c.choices[0].delta.images[0]["image_url"]["url"] for c in chunks if c.choices[0].delta.model_extra] == [url]
+    history = [*ask(text="a red circle"), answer.choices[0].message.model_dump(), *ask(text="make it green")]
+    edited = client.chat.completions.create(messages=history, **options)
+    assert edited.choices[0].message.images[0]["image_url"]["url"] != url
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["test"]
+    assert client.models.retrieve("test").id == "test"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"size": "100x64"}, "width"),
+        ({"size": "6400x6400"}, None),
+        ({"size": "big"}, "size"),
+        ({"n": 99}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 2, "stream": True}, None),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "word " * 3000}, None),
+        ({"response_format": "url"}, "response_format"),
+        ({"background": "transparent"}, "background"),
+        ({"extra_body": {"num_timesteps": 10**6}}, "num_timesteps"),
+        ({"extra_body": {"num_timesteps": "many"}}, "num_timesteps"),
+        ({"extra_body": {"cfg_text_scale": -1}}, "cfg_text_scale"),
+        ({"extra_body": {"cfg_interval": [0.9, 0.1]}}, "cfg_interval"),
+        ({"extra_body": {"height": 64}}, None),
+        ({"extra_body": {"seed": -1}}, "seed"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(client, options, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.generate(**{"prompt": "a", "model": "test", **options})
+    assert refused.value.type == "invalid_request_error"
+    assert refused.value.param == param
+    assert refused.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"messages": []}, 400),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400),
+        ({"messages": [{"role": "user", "content": []}]}, 400),
+        ({"top_p": 0.5}, 400),
+        ({"n": 2}, 400),
+        ({"stop": ["a"]}, 400),
+        ({"modalities": ["audio"]}, 400),
+        ({"extra_body": {"cfg_text_scale": 2}}, 400),
+        ({"temperature": 1, "extra_body": {"do_sample": True}}, 400),
+        ({"max_tokens": 10**6}, 400),
+        ({"model": "gpt-4"}, 404),
+    ],
+)
+def test_what_chat_refuses(client, options, status):
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**{"model": "test", "messages": ask(text="a"), **options})
+    assert refused.value.status_code == status
+    assert refused.value.body["message"]
+
+
+def test_the_size_of_an_edit_is_its_pictures(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(image=png(64), prompt="a", size="128x128", extra_body=FEW)
+    assert refused.value.param == "size"
+    with pytest.raises(openai.BadRequestError, match="mask"):
+        client.images.edit(image=png(64), mask=png(64), prompt="a", extra_body=FEW)
+
+
+def test_pictures_that_are_none(client):
+    for url in ("http://127.0.0.1/a.png", "file:///etc/passwd", "data:image/png;base64,####", data_url(png()[:60])):
+        parts = [{"type": "image_url", "image_url": {"url": url}}]
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="test", messages=[{"role": "user", "content": parts}])
+        assert refused.value.param.startswith("messages")
