@@ -75,6 +75,42 @@ def test_the_same_bits_whoever_else_is_served(model, engine, plan):
         assert same(job.result, alone[kind]), kinds[kind]
 
 
+@pytest.mark.parametrize("program", ["decode", "generate"])
+@pytest.mark.parametrize("kv_len", [0, 62, 63, 126, 190])
+def test_a_row_has_the_same_bits_in_any_row_beside_anyone(model, program, kv_len):
+    """Alone in the program of one row, and in the whole batch beside short and long rows. Lengths next to multiples of
+    16 are where sums would be grouped by the longest row's length."""
+    runtime, p, rng = model.runtime.for_profile(model.profile), model.profile, np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    mine, latents = [draw(*cache.shape[1:]) for cache in runtime.caches(1, p.slots)], draw(p.latents, 64)
+
+    def run(row, others, whole):
+        caches = [draw(*cache.shape) for cache in runtime.caches(p.rows, p.slots)]
+        for cache, values in zip(caches, mine, strict=True):
+            cache[row] = values
+        position, kv_lens = np.full(p.rows, 9), np.full(p.rows, others)
+        position[row], kv_lens[row] = 5, kv_len
+        if program == "decode":
+            ids = rng.integers(0, 100, p.rows)
+            ids[row] = 7
+            inputs = [ids, position, kv_lens]
+        else:
+            x, t, index = draw(p.rows, p.latents, 64), draw(p.rows), np.tile(np.arange(p.latents), (p.rows, 1))
+            x[row], t[row] = latents, 0.5
+            inputs = [x, t, index, position, np.full(p.rows, p.latents), kv_lens]
+        if whole:
+            return runtime.run(program, inputs, caches)[0][row]
+        return runtime.run(f"{program}_row", [x[row : row + 1] for x in inputs], caches, row)[0][0]
+
+    want = run(0, 0, whole=False)
+    for row in range(p.rows):
+        for others in (0, 5, 70, 130, 333, p.slots - p.latents - 2):
+            assert np.array_equal(run(row, others, whole=True), want), (row, others)
+
+
 def test_rows_of_a_request_given_up_are_free_at_once(engine, plan):
     drawing, waiting = (engine.submit(plan(["a"], **SHORT)) for _ in range(2))
     while drawing.want is None:
@@ -98,6 +134,18 @@ def test_an_answer_need_not_wait_for_a_picture(engine, plan):
     text = engine.submit(plan(["b"], output="text", max_think_tokens=400))
     picture = engine.submit(plan(["a"], num_timesteps=4, cfg_text_scale=1.0))
     assert finish(engine)[0] is picture
+
+
+def test_small_requests_may_pass_large_ones_but_not_for_ever(engine, plan):
+    """A picture of two rows waits for another's; eight short answers pass it in the free row, the ninth does not."""
+    first = engine.submit(plan(["a"], **{**SHORT, "num_timesteps": 200}))
+    engine.step()
+    second = engine.submit(plan(["a"], **SHORT))
+    texts = [engine.submit(plan(["b"], output="text", max_think_tokens=2)) for _ in range(9)]
+    ended = finish(engine)
+    assert ended[:8] == texts[:8]
+    assert ended[8] is first
+    assert {*ended[9:]} == {second, texts[8]}
 
 
 def test_a_long_prompt_is_read_between_the_steps_of_others(engine, plan):

@@ -24,6 +24,8 @@ from bagel_opt.sampling.job import Job, Token
 from bagel_opt.sampling.plan import Plan, slots_together
 from bagel_opt.tokenizer import Tokenizer
 
+PATIENCE = 8  # how many may pass a request that waits for more rows than are free
+
 
 class Engine:
     """Serves requests that come and go between its steps, in rows that they share."""
@@ -64,9 +66,7 @@ class Engine:
     def step(self) -> list[Job]:
         """One round: one program for each request that still reads, tokens for all that write, and one flow step for
         all that draw. While some write and some draw, each side gets half of the time. -> the requests that ended"""
-        while self.waiting and self._admits(self.waiting[0].plan):
-            self.active.append(self.waiting.popleft())
-            self.active[-1].take_rows()
+        self._admit()
         for job in [job for job in self.active if job.want is None]:
             self._advance(job)
         began = time.perf_counter()
@@ -85,6 +85,21 @@ class Engine:
 
     def _waiting_for(self, kind: type) -> list[Job]:
         return [job for job in self.active if isinstance(job.want, kind)]
+
+    def _admit(self) -> None:
+        """Gives rows to those in line. A later request that fits may pass one that does not, but not for ever."""
+        passed: list[Job] = []
+        for job in list(self.waiting):
+            if self._admits(job.plan):
+                self.waiting.remove(job)
+                self.active.append(job)
+                job.take_rows()
+                for other in passed:
+                    other.passed += 1
+            else:
+                passed.append(job)
+                if job.passed >= PATIENCE:
+                    return
 
     def _admits(self, plan: Plan) -> bool:
         if not self.active:

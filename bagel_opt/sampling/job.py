@@ -36,6 +36,7 @@ class Job:
         self.plan, self.batches, self.tokenizer = plan, batches, tokenizer
         self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
         self.contexts: list[Context] = []
+        self.passed = 0  # how many requests that came later went first
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
         self.encoded: dict[tuple[str, int], Any] = {}

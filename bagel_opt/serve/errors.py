@@ -16,12 +16,12 @@ from bagel_opt.serve.engine import CancelledError, DeadlineError, QueueFullError
 log = logging.getLogger("bagel_opt.serve")
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer other than success. `param`: the field that is to blame."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(status, message)
+        self.param, self.code = param, code
 
 
 def refused(error: ValueError) -> ApiError:
@@ -32,8 +32,8 @@ def refused(error: ValueError) -> ApiError:
 
 def body(error: ApiError) -> dict:
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    kind = kinds.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error")
+    return {"error": {"message": error.detail, "type": kind, "param": error.param, "code": error.code}}
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -69,16 +69,16 @@ def response(error: Exception) -> JSONResponse:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(error.retry_after)
-    if found.status == 401:
+    if found.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body(found), found.status, headers)
+    return JSONResponse(body(found), found.status_code, headers)
 
 
 def install(app: FastAPI) -> None:
     async def handle(_: Request, error: Exception) -> JSONResponse:
         return response(error)
 
-    for kind in (ApiError, QueueFullError, DeadlineError, CancelledError, HTTPException, RequestValidationError):
+    for kind in (QueueFullError, DeadlineError, CancelledError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
     for kind in (ValidationError, ProfileError, FloatingPointError, Exception):
         app.add_exception_handler(kind, handle)

@@ -54,7 +54,7 @@ class Service:
     async def results(self, http: HttpRequest, tickets: list[Ticket]) -> list[list]:
         """The outputs of all; the first failure, or the client's leaving, ends the others."""
         async with self.watched(http.receive, tickets):
-            return [await ticket.result() for ticket in tickets]
+            return await asyncio.gather(*(ticket.result() for ticket in tickets))
 
     @contextlib.asynccontextmanager
     async def watched(self, receive: Receive, tickets: list[Ticket]) -> AsyncIterator[None]:
