@@ -157,6 +157,10 @@ def test_file_that_is_no_picture(fails, command):
     assert "give a PNG, JPEG or WebP picture" in err
 
 
+def test_serving_needs_a_profile(fails):
+    assert "--profile is missing" in fails("serve", CHECKPOINT)
+
+
 def test_truncated_picture(fails):
     Path("half.jpg").write_bytes(PICTURE.read_bytes()[:500])
     assert "truncated" in fails("understand", "half.jpg", "a", "--checkpoint", CHECKPOINT)

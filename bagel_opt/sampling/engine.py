@@ -124,6 +124,7 @@ class Engine:
     def _leave(self, job: Job) -> None:
         self.active.remove(job)
         self.batches.release(job.contexts)
+        job.encoded.clear()
 
     def _serve(self, jobs: list[Job], program: Callable[[list[Job]], list]) -> None:
         try:

@@ -16,7 +16,7 @@ from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import decode_data_url, decode_picture
 from bagel_opt.serve.schemas import ERRORS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
-from bagel_opt.serve.service import Injected, Service, TextStream, encoded, input_tokens, sse
+from bagel_opt.serve.service import EventStream, Injected, Service, TextStream, encoded, input_tokens, sse
 
 PARTS = 64  # texts and pictures of one request
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
@@ -40,7 +40,7 @@ async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> R
     [ticket] = await service.submit(make, "chat_image" if body.draws else "chat_text")
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
-        return service.stream(ticket, _events(service, body, ticket, about))
+        return EventStream(service, ticket, _events(service, body, ticket, about))
     [outputs] = await service.results(http, [ticket])
     message = {"role": "assistant", "refusal": None, **await _message(outputs)}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(ticket)}

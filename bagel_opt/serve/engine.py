@@ -198,6 +198,8 @@ class EngineThread:
                 self._give_up(command[1], CancelledError("the client has gone"))
 
     def _start(self, ticket: Ticket) -> None:
+        if not self.running:
+            self.last_end = time.perf_counter()
         job = ticket.job = ticket.engine.submit(ticket.plan)
         self.running[job] = ticket
 
@@ -220,7 +222,7 @@ class EngineThread:
         began = time.perf_counter()
         try:
             ended = engine.step()
-        except Exception as error:  # a fault of the engine itself: its requests fail, and a new one goes on
+        except Exception as error:  # a fault of the engine itself: all its requests fail, and it starts afresh
             log.exception("the engine failed")
             ended = [job for job in self.running if job.batches is engine.batches]
             for job in ended:
@@ -237,7 +239,6 @@ class EngineThread:
             self.failures = 0
         elif not isinstance(job.result, ProfileError | FloatingPointError):  # those are the request's own fault
             self.failures += 1
-            log.error("a program failed: %s", job.result)
         self._tell(job, job.result)
 
     def _expire(self) -> None:

@@ -78,7 +78,5 @@ def install(app: FastAPI) -> None:
     async def handle(_: Request, error: Exception) -> JSONResponse:
         return response(error)
 
-    for kind in (QueueFullError, DeadlineError, CancelledError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, handle)
-    for kind in (ValidationError, ProfileError, FloatingPointError, Exception):
+    for kind in (HTTPException, RequestValidationError):  # which FastAPI answers itself; all others reach the gate
         app.add_exception_handler(kind, handle)

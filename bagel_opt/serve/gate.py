@@ -65,6 +65,10 @@ class Gate:
                 await response(refusal)(scope, receive, answer)
             else:
                 await self.app(scope, limited, answer)
+        except Exception as error:  # of a program, or of this code; once an answer has begun it can only break off
+            if status != 499:
+                raise
+            await response(error)(scope, receive, answer)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")  # a label for each path that clients invent would fill the memory

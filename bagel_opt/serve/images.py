@@ -15,7 +15,7 @@ from bagel_opt.serve.engine import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.limits import decode_picture
 from bagel_opt.serve.schemas import ERRORS, EditBody, ImageBody, ImagesResponse
-from bagel_opt.serve.service import Injected, Service, TextStream, encoded, input_tokens, sse
+from bagel_opt.serve.service import EventStream, Injected, Service, TextStream, encoded, input_tokens, sse
 
 router = APIRouter(prefix="/v1/images", responses=ERRORS)
 
@@ -78,7 +78,7 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: lis
 
     tickets = await service.submit(make, kind, body.stream, body.partial_images)
     if body.stream:
-        return service.stream(tickets[0], _events(service, body, tickets[0], kind))
+        return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
     data = []
     for ticket, (*thought, picture) in zip(tickets, await service.results(http, tickets), strict=True):
         data.append({"b64_json": await _encoded(picture, body), "seed": ticket.plan.options.seed})

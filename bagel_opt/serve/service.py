@@ -72,9 +72,6 @@ class Service:
             watcher.cancel()
             self.engine.cancel(tickets)
 
-    def stream(self, ticket: Ticket, events: AsyncIterator[str]) -> "EventStream":
-        return EventStream(self, ticket, events)
-
 
 def _service(http: HttpRequest) -> Service:
     return http.app.state.service
