@@ -99,7 +99,7 @@ def prefill(model, plan, blocks):
     profile = model.profile or fit_profile([plan], round_up=False)
     batches, context = Batches(model.runtime, model.config, profile), Context(0, profile.rows - 1)
     batches.open(context)
-    for _ in Job(0, plan, batches, model.tokenizer)._prefill(context, blocks):
+    for _ in Job(plan, batches, model.tokenizer)._prefill(context, blocks):
         pass
     order, start = [], 0
     for block in blocks:

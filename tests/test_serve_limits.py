@@ -98,7 +98,7 @@ def test_pictures_are_measured_before_they_are_decoded(server):
         assert refused.value.param == "image"
     with pytest.raises(openai.BadRequestError, match="image"):
         server.client().images.edit(image=[png(16)] * 4, prompt="a", extra_body=FEW)
-    with pytest.raises(openai.BadRequestError, match="messages"):
+    with pytest.raises(openai.BadRequestError, match="3 that this server allows"):
         server.client().chat.completions.create(model="test", messages=ask(png(16)) * 4)
 
 

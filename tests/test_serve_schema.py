@@ -13,7 +13,7 @@ from bagel_opt.serve import Limits
 
 @pytest.fixture(scope="module")
 def api(load):
-    with serving(load(CHECKPOINT, "onnx"), limits=Limits(timesteps=8)) as server:
+    with serving(load(CHECKPOINT, "onnx"), limits=Limits(timesteps=50, pictures=2)) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

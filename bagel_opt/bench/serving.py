@@ -34,7 +34,7 @@ class Answer:
 
 
 def requests(count: int, timesteps: int) -> list[tuple[str, str, dict]]:
-    """(kind, path, body): of ten, five pictures, two edits, three questions; each with its own seed and words."""
+    """(kind, path, body): of ten, six pictures, an edit and three questions; each with its own seed and words."""
     made = []
     picture = Image.new("RGB", (128, 128), "white")
     ImageDraw.Draw(picture).ellipse((30, 30, 90, 90), fill="red")

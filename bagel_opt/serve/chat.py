@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.requests import Request as HttpRequest
 
-from bagel_opt.request import Request
+from bagel_opt.request import Options, Request
 from bagel_opt.serve.engine import Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.fetch import fetch
@@ -28,7 +28,8 @@ async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> R
     service.check_model(body.model)
     parts = _parts(body)
     images = sum(isinstance(part, ImagePart) for part, _ in parts)
-    service.limits.check(1, body.num_timesteps, images, image="messages")
+    timesteps = (body.num_timesteps or Options.num_timesteps) if body.draws else 0
+    service.limits.check(1, timesteps, images, image="messages")
     inputs = [part.text if isinstance(part, TextPart) else await _bytes(part, service, where) for part, where in parts]
     options = body.drawing_options() | body.text_options()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed

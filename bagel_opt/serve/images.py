@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
-from bagel_opt.request import Request
+from bagel_opt.request import Options, Request
 from bagel_opt.serve.engine import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.limits import decode_picture
@@ -68,7 +68,7 @@ async def edits(http: HttpRequest, service: Injected) -> Response:
 
 async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: list[bytes], kind: str) -> Response:
     service.check_model(body.model)
-    service.limits.check(body.n, body.num_timesteps, len(files))
+    service.limits.check(body.n, body.num_timesteps or Options.num_timesteps, len(files))
     seed = secrets.randbits(32) if body.seed is None else body.seed
     options = body.drawing_options() | body.text_options()
 

@@ -26,9 +26,9 @@ class Limits:
     pictures: int = 8
     timesteps: int = 200
 
-    def check(self, pictures: int, timesteps: int | None, images: int, image: str = "image") -> None:
+    def check(self, pictures: int, timesteps: int, images: int, image: str = "image") -> None:
         """Raises ApiError naming the field; `image`: the one that has the pictures."""
-        values = {"n": (pictures, self.pictures), "num_timesteps": (timesteps or 0, self.timesteps)}
+        values = {"n": (pictures, self.pictures), "num_timesteps": (timesteps, self.timesteps)}
         for name, (value, most) in (values | {image: (images, self.images)}).items():
             if value > most:
                 raise ApiError(400, f"{name}: {value} is more than the {most} that this server allows", name)

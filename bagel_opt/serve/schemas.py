@@ -3,7 +3,6 @@
 Fields without an effect here are taken where they change nothing that was asked for; any other unknown one is refused.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -69,7 +68,7 @@ class ImageBody(Body, Drawing):
         if self.size not in (None, "auto"):
             if self.height or self.width:
                 raise ValueError("give size, or height and width, not both")
-            self.width, self.height = map(int, re.split("x", self.size))
+            self.width, self.height = map(int, self.size.split("x"))
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together")
         if self.stream and self.n > 1:

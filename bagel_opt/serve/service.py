@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends
@@ -31,6 +31,7 @@ class Service:
     engine: EngineThread
     limits: Limits
     remote: bool = False
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # pictures take much memory
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.name):
@@ -49,7 +50,9 @@ class Service:
                 raise errors.refused(error) from None
 
         self.engine.check_room()
-        return self.engine.submit(await asyncio.to_thread(plan), kind, progress, partial_images)
+        async with self.planning:
+            planned = await asyncio.to_thread(plan)
+        return self.engine.submit(planned, kind, progress, partial_images)
 
     async def results(self, http: HttpRequest, tickets: list[Ticket]) -> list[list]:
         """The outputs of all; the first failure, or the client's leaving, ends the others."""
