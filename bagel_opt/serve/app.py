@@ -16,6 +16,17 @@ from bagel_opt.serve.schemas import ERRORS, ModelCard, ModelList
 from bagel_opt.serve.service import Injected, Service
 
 PAGE = Path(__file__).parent / "page"
+# The page needs nothing from elsewhere, and nobody may frame it.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
@@ -36,12 +47,12 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     @app.get("/v1/models", responses=ERRORS)
     async def models(service: Injected) -> ModelList:
         """The one model that is served."""
-        return ModelList(data=[ModelCard(id=service.name)])
+        return ModelList(data=[_card(service)])
 
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str, service: Injected) -> ModelCard:
         service.check_model(model)
-        return ModelCard(id=service.name)
+        return _card(service)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -63,7 +74,12 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     return app
 
 
+def _card(service: Service) -> ModelCard:
+    config = service.engine.model.config
+    return ModelCard(id=service.name, default_size=config.default_size, size_multiple=config.token_pixels)
+
+
 def _serve_file(app: FastAPI, path: str, file: Path) -> None:
     @app.get(path, include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(file)
+        return FileResponse(file, headers=PAGE_HEADERS)

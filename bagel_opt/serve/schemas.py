@@ -243,6 +243,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "bagel_opt"
+    default_size: int = Field(description="Side in pixels of a picture whose size is not asked for.")
+    size_multiple: int = Field(description="Sides are multiples of it.")
 
 
 class ModelList(BaseModel):

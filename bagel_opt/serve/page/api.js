@@ -1,0 +1,81 @@
+// Requests to the server as streams of events.
+
+export class ApiError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function send(path, init) {
+  const key = sessionStorage.getItem("key");
+  const headers = { ...init.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  let response;
+  try {
+    response = await fetch(path, { ...init, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "The server does not answer.");
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  throw new ApiError(response.status, body.error?.message ?? `The server answered with status ${response.status}.`);
+}
+
+/** The data of each server-sent event, parsed. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
+      if (!data || data === "[DONE]") continue;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(500, event.error.message);
+      yield event;
+    }
+  }
+}
+
+const json = (body, signal) => ({ method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" }, signal });
+
+export async function model() {
+  return (await (await send("/v1/models", {})).json()).data[0];
+}
+
+export async function draw(prompt, options, signal) {
+  return events(await send("/v1/images/generations", json({ prompt, ...options, stream: true, partial_images: 3 }, signal)));
+}
+
+export async function edit(prompt, pictures, options, signal) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries({ prompt, ...options, stream: true, partial_images: 3 })) {
+    if (Array.isArray(value)) value.forEach((one) => form.append(`${name}[]`, one));
+    else form.append(name, value);
+  }
+  pictures.forEach((picture) => form.append("image[]", picture, "picture"));
+  return events(await send("/v1/images/edits", { method: "POST", body: form, signal }));
+}
+
+export async function ask(prompt, pictures, options, signal) {
+  const urls = await Promise.all(pictures.map(dataUrl));
+  const content = [...urls.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: prompt }];
+  return events(await send("/v1/chat/completions", json({ messages: [{ role: "user", content }], ...options, stream: true }, signal)));
+}
+
+function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("The picture cannot be read."));
+    reader.readAsDataURL(blob);
+  });
+}
+
+/** A file in base64 as a blob. */
+export function blob(base64) {
+  return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type: "image/png" });
+}

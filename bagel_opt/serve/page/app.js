@@ -1,0 +1,229 @@
+import * as api from "./api.js";
+import { readOptions, renderOptions, writeOptions } from "./options.js";
+
+const $ = (id) => document.getElementById(id);
+const WORDS = {
+  draw: { go: "Draw", label: "What to draw", busy: "Drawing" },
+  edit: { go: "Edit", label: "What to change", busy: "Editing" },
+  ask: { go: "Ask", label: "Your question", busy: "Answering" },
+};
+const past = []; // what was made: {mode, prompt, inputs, options, size, seed, think, url, blob, answer, thought, seconds}
+let inputs = []; // pictures to edit or ask about, as blobs
+let running = null; // an AbortController
+let shown = null;
+
+const mode = () => document.querySelector("input[name=mode]:checked").value;
+
+function setMode(name) {
+  document.querySelector(`input[name=mode][value=${name}]`).checked = true;
+  showMode();
+}
+
+function showMode() {
+  const words = WORDS[mode()];
+  $("go").textContent = words.go;
+  $("promptLabel").textContent = words.label;
+  $("inputs").hidden = mode() === "draw";
+  for (const element of document.querySelectorAll("[data-modes]")) element.hidden = !element.dataset.modes.split(" ").includes(mode());
+}
+
+// ---- pictures that go in
+
+function showInputs() {
+  for (const image of $("pictures").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  $("pictures").replaceChildren(...inputs.map((picture, index) => {
+    const item = document.createElement("li");
+    const image = Object.assign(document.createElement("img"), { src: URL.createObjectURL(picture), alt: `Input picture ${index + 1}` });
+    const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "×" });
+    remove.setAttribute("aria-label", `Remove input picture ${index + 1}`);
+    remove.onclick = () => { inputs = inputs.filter((one) => one !== picture); showInputs(); $("files").focus(); };
+    item.append(image, remove);
+    return item;
+  }));
+}
+
+function addInputs(files) {
+  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  if (!pictures.length) return;
+  inputs = [...inputs, ...pictures];
+  if (mode() === "draw") setMode("edit");
+  showInputs();
+}
+
+// ---- what comes out
+
+function showPicture(url, alt) {
+  for (const id of ["empty", "answer"]) $(id).hidden = true;
+  Object.assign($("picture"), { src: url, alt, hidden: false });
+}
+
+function showAnswer(text) {
+  for (const id of ["empty", "picture"]) $(id).hidden = true;
+  Object.assign($("answer"), { textContent: text, hidden: false });
+}
+
+function showThought(text) {
+  $("thoughtText").textContent = text.replace(/<\/?think>/g, "").trim();
+  $("thought").hidden = !text;
+}
+
+function show(entry) {
+  shown = entry;
+  if (entry.url) showPicture(entry.url, entry.prompt);
+  else showAnswer(entry.answer);
+  showThought(entry.thought);
+  $("status").textContent = [entry.prompt, entry.seed !== undefined && `seed ${entry.seed}`, `${entry.seconds.toFixed(1)} s`].filter(Boolean).join(" · ");
+  $("error").textContent = "";
+  $("tools").hidden = false;
+  for (const id of ["download", "reuse"]) $(id).hidden = !entry.url;
+  if (entry.url) $("download").href = entry.url;
+  for (const button of $("history").querySelectorAll("button")) button.setAttribute("aria-current", button.entry === entry);
+}
+
+function remember(entry) {
+  past.push(entry);
+  const item = document.createElement("li");
+  const button = Object.assign(document.createElement("button"), { type: "button", entry, title: entry.prompt });
+  button.append(entry.url
+    ? Object.assign(document.createElement("img"), { src: entry.url, alt: entry.prompt })
+    : Object.assign(document.createElement("span"), { textContent: entry.answer }));
+  button.onclick = () => show(entry);
+  item.append(button);
+  $("history").prepend(item);
+  $("past").hidden = false;
+  show(entry);
+}
+
+// ---- running
+
+function busy(on) {
+  $("go").disabled = on;
+  for (const id of ["cancel", "progress"]) $(id).hidden = !on;
+  if (on) $("progress").removeAttribute("value");
+}
+
+async function makePicture(entry, signal) {
+  const options = { ...entry.options, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
+  if (entry.mode === "draw") options.size = entry.size;
+  const stream = entry.mode === "draw" ? await api.draw(entry.prompt, options, signal) : await api.edit(entry.prompt, entry.inputs, options, signal);
+  let preview = null;
+  for await (const event of stream) {
+    const kind = event.type.split(".")[1];
+    if (kind === "progress") {
+      Object.assign($("progress"), { max: event.total, value: event.index + 1 });
+      $("status").textContent = `${WORDS[entry.mode].busy}: step ${event.index + 1} of ${event.total}`;
+    } else if (kind === "thought") {
+      showThought(entry.thought += event.delta);
+    } else if (kind === "partial_image") {
+      const url = URL.createObjectURL(api.blob(event.b64_json));
+      showPicture(url, "Preview");
+      if (preview) URL.revokeObjectURL(preview);
+      preview = url;
+    } else if (kind === "completed") {
+      entry.blob = api.blob(event.b64_json);
+      Object.assign(entry, { url: URL.createObjectURL(entry.blob), seed: event.seed, thought: event.thought ?? "" });
+    }
+  }
+  if (!entry.url) throw new api.ApiError(0, "The server broke off.");
+}
+
+async function makeAnswer(entry, signal) {
+  const options = { ...entry.options, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
+  let text = "";
+  for await (const chunk of await api.ask(entry.prompt, entry.inputs, options, signal)) {
+    text += chunk.choices[0]?.delta.content ?? "";
+    const [, thought, answer] = text.match(/^\s*(<think>[^]*?(?:<\/think>|$))?([^]*)$/);
+    Object.assign(entry, { thought: thought ?? "", answer: answer.trim() });
+    showThought(entry.thought);
+    showAnswer(entry.answer);
+  }
+}
+
+async function run(entry) {
+  running?.abort();
+  const controller = running = new AbortController();
+  const began = performance.now();
+  for (const id of ["error", "status"]) $(id).textContent = "";
+  $("tools").hidden = true;
+  showThought("");
+  $("status").textContent = `${WORDS[entry.mode].busy} …`;
+  busy(true);
+  try {
+    await (entry.mode === "ask" ? makeAnswer : makePicture)(entry, controller.signal);
+    remember({ ...entry, seconds: (performance.now() - began) / 1000 });
+  } catch (error) {
+    if (running !== controller) return;
+    if (shown) show(shown);
+    else for (const id of ["picture", "answer"]) { $(id).hidden = true; $("empty").hidden = false; }
+    $("status").textContent = error.name === "AbortError" ? "Cancelled." : "";
+    if (error.status === 401) askForKey(() => run(entry));
+    else if (error.name !== "AbortError") $("error").textContent = error.message;
+  } finally {
+    if (running === controller) { running = null; busy(false); }
+  }
+}
+
+function askForKey(then) {
+  $("keyForm").onsubmit = () => { sessionStorage.setItem("key", $("key").value); then(); };
+  $("keyDialog").showModal();
+}
+
+function submit() {
+  if (running || !$("form").reportValidity()) return;
+  if (mode() === "edit" && !inputs.length) { $("error").textContent = "Add a picture to edit."; $("files").focus(); return; }
+  const seed = $("seed").value.trim();
+  run({
+    mode: mode(), prompt: $("prompt").value.trim(), inputs: mode() === "draw" ? [] : [...inputs], options: readOptions(mode()),
+    size: $("size").value, think: $("think").checked, thought: "", ...(seed && { seed: Number(seed) }),
+  });
+}
+
+function repeat(entry) {
+  setMode(entry.mode);
+  inputs = [...entry.inputs];
+  showInputs();
+  $("prompt").value = entry.prompt;
+  $("size").value = entry.size;
+  $("seed").value = entry.seed ?? "";
+  $("think").checked = entry.think;
+  writeOptions(entry.options);
+  submit();
+}
+
+// ---- the page
+
+async function showModel() {
+  try {
+    const { id, default_size: side, size_multiple: multiple } = await api.model();
+    $("model").textContent = id;
+    const snapped = (share) => Math.max(multiple, Math.round(side * share / multiple) * multiple);
+    const sizes = [["Square", 1, 1], ["Landscape 4:3", 1, 3 / 4], ["Portrait 3:4", 3 / 4, 1], ["Wide 16:9", 1, 9 / 16], ["Tall 9:16", 9 / 16, 1]];
+    $("size").replaceChildren(...sizes.map(([name, width, height]) => {
+      const size = `${snapped(width)}x${snapped(height)}`;
+      return new Option(`${name}, ${size.replace("x", "×")}`, size);
+    }));
+  } catch (error) {
+    if (error.status === 401) askForKey(showModel);
+    else $("error").textContent = error.message;
+  }
+}
+
+renderOptions($("options"));
+showMode();
+showModel();
+$("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+$("form").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(); });
+$("form").addEventListener("change", (event) => { if (event.target.name === "mode") showMode(); });
+$("files").addEventListener("change", () => { addInputs($("files").files); $("files").value = ""; });
+$("cancel").addEventListener("click", () => running?.abort());
+$("defaults").addEventListener("click", () => writeOptions({}));
+$("reuse").addEventListener("click", () => { inputs = [shown.blob]; setMode("edit"); showInputs(); $("prompt").focus(); });
+$("repeat").addEventListener("click", () => repeat(shown));
+document.addEventListener("paste", (event) => addInputs(event.clipboardData.files));
+for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", over);
+    if (name === "drop") addInputs(event.dataTransfer.files);
+  });
+}

@@ -1,0 +1,197 @@
+"""The page in a headless Chromium, against a server with the model that ships."""
+
+import base64
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import serving
+
+import bagel_opt
+
+pytest.importorskip("selenium")
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (BROWSER and DRIVER):
+    pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)", allow_module_level=True)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,1000"
+)
+RED, BLUE = (215, 38, 38), (38, 90, 225)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(bagel_opt.load(profile="demo", device="cpu")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, freshly loaded; nothing of it may be refused by its own policy or fail in a script."""
+    browser.get(server.url)
+    wait(browser, lambda: find(browser, "#size option"))
+    yield browser
+    wrong = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [message for message in wrong if "/v1/" not in message] == []  # a failed request is logged too
+
+
+def find(browser, selector):
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def one(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def wait(browser, good):
+    return WebDriverWait(browser, 60, 0.05).until(lambda _: good())
+
+
+def text(browser, selector):
+    return one(browser, selector).text
+
+
+def write(browser, selector, value):
+    field = one(browser, selector)
+    field.clear()
+    field.send_keys(value)
+
+
+def few_steps(browser):
+    one(browser, "#more summary").click()
+    write(browser, "#num_timesteps", "9")
+
+
+def run(browser, prompt):
+    before = len(find(browser, "#history button"))
+    write(browser, "#prompt", prompt)
+    one(browser, "#go").click()
+    wait(browser, lambda: len(find(browser, "#history button")) > before)
+
+
+def choose(browser, mode):
+    one(browser, f"input[value={mode}]").find_element(By.XPATH, "..").click()
+
+
+def picture(browser):
+    """The picture that is shown, as an array."""
+    # the page's policy lets scripts connect to the server alone, so the bytes go through a canvas instead
+    script = """
+      const image = document.getElementById("picture"), canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+      canvas.getContext("2d").drawImage(image, 0, 0);
+      return canvas.toDataURL();"""
+    data = browser.execute_script(script).split(",")[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def share(pixels, colour):
+    return float((np.abs(pixels - colour).max(axis=-1) < 60).mean())
+
+
+def test_draw_edit_and_ask(page):
+    few_steps(page)
+    write(page, "#seed", "1")
+    run(page, "a large red circle in the center on a white background")
+    drawn = picture(page)
+    assert drawn.shape == (128, 128, 3)
+    assert share(drawn, RED) > 0.05
+    assert "seed 1" in text(page, "#status")
+    one(page, "#reuse").click()
+    assert one(page, "input[value=edit]").is_selected()
+    assert len(find(page, "#pictures img")) == 1
+    run(page, "make the circle blue")
+    edited = picture(page)
+    assert share(edited, BLUE) > 0.05 > 0.01 > share(edited, RED)
+    one(page, "#reuse").click()
+    choose(page, "ask")
+    run(page, "what color is the circle?")
+    assert "blue" in text(page, "#answer")
+    # what was made before is still there, and comes again with its seed
+    find(page, "#history button")[-1].click()
+    assert np.array_equal(picture(page), drawn)
+    one(page, "#repeat").click()
+    wait(page, lambda: len(find(page, "#history button")) == 4)
+    assert np.array_equal(picture(page), drawn)
+
+
+def test_thinking_shows_the_thought_and_options_are_sent(page, server):
+    seen = []
+    original = server.engine.submit
+    server.engine.submit = lambda planned, *rest: seen.extend(planned) or original(planned, *rest)
+    few_steps(page)
+    one(page, "#think").click()
+    write(page, "#cfg_interval", "0.3")
+    Select(one(page, "#cfg_renorm_type")).select_by_value("channel")
+    Select(one(page, "#size")).select_by_index(1)
+    run(page, "a small green star at the top")
+    server.engine.submit = original
+    one(page, "#thought summary").click()
+    assert "star" in text(page, "#thoughtText")
+    [(plan, _)] = seen
+    assert (plan.options.cfg_interval, plan.options.cfg_renorm_type) == ((0.3, 1.0), "channel")
+    assert (plan.options.width, plan.options.height) == (128, 96)
+    assert picture(page).shape == (96, 128, 3)
+
+
+def test_by_keyboard_alone(page):
+    body = one(page, "body")
+    body.send_keys(Keys.TAB)
+    assert page.switch_to.active_element.get_attribute("name") == "mode"
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert text(page, "#promptLabel") == "Your question"
+    page.switch_to.active_element.send_keys(Keys.TAB, Keys.TAB)
+    wait(page, lambda: page.switch_to.active_element.get_attribute("id") in ("files", "prompt"))
+    one(page, "#prompt").send_keys("hello", Keys.CONTROL, Keys.ENTER)
+    wait(page, lambda: find(page, "#history button"))
+    assert text(page, "#answer")
+
+
+def test_cancelling(page, server):
+    server.runtime.open.clear()
+    try:
+        write(page, "#prompt", "a ring")
+        one(page, "#go").click()
+        wait(page, lambda: one(page, "#cancel").is_displayed())
+        one(page, "#cancel").click()
+        wait(page, lambda: text(page, "#status") == "Cancelled.")
+        assert one(page, "#go").is_enabled()
+    finally:
+        server.runtime.open.set()
+    wait(page, lambda: not server.engine.tickets)
+    assert server.rows_in_use() == 0
+
+
+def test_errors_are_one_line(page, server):
+    choose(page, "edit")
+    write(page, "#prompt", "make it green")
+    one(page, "#go").click()
+    assert text(page, "#error") == "Add a picture to edit."
+    choose(page, "draw")
+    server.runtime.failing["step"] = RuntimeError("device lost")
+    try:
+        one(page, "#go").click()
+        wait(page, lambda: "the server failed on this request" in text(page, "#error"))
+    finally:
+        server.runtime.failing.clear()
+    assert one(page, "#go").is_enabled()
