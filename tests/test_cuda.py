@@ -1,0 +1,47 @@
+"""What runtime/cuda.py puts together in another way than the model does, on the CPU: without streams or compilation."""
+
+import contextlib
+
+import pytest
+import torch
+
+from bagel_opt.config import LLMConfig
+from bagel_opt.model import attention
+from bagel_opt.model.transformer import Layer, rope
+from bagel_opt.runtime import cuda
+
+
+class Stream:
+    def wait_stream(self, other):
+        """Everything on the CPU is in order."""
+
+
+@pytest.fixture
+def two_streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    found = object.__new__(cuda.TwoStreams)
+    found.side, found.enter, found.leave = Stream(), cuda.enter, cuda.leave
+    found.enter_one, found.leave_one = cuda.enter, cuda.leave
+    return found
+
+
+@pytest.mark.parametrize(("text", "latents"), [(2, 5), (7, 0), (1, 0)])
+def test_experts_side_by_side_compute_the_layer(two_streams, text, latents):
+    torch.manual_seed(0)
+    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval()
+    rows, slots, start = 2 if latents else 1, 16, torch.tensor([3, 6])
+    start = start[:rows]
+    und, gen = torch.randn(rows, text, 64), torch.randn(rows, latents, 64) if latents else None
+    caches = [torch.randn(rows, slots, 2, 16) for _ in range(2)]
+    cos, sin = rope(torch.tensor([[5], [9]])[:rows], 16, 1e4)
+    seen = attention.visible("sdpa", start + text + latents, text + latents, slots, causal=not latents)
+    results = []
+    for call in (Layer.__call__, two_streams):
+        k, v = (cache.clone() for cache in caches)
+        with torch.no_grad():
+            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, "sdpa"))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
