@@ -65,8 +65,7 @@ def test_together_it_gives_what_it_gives_alone(eager):
 
 
 def test_guidance_is_worth_something(right):
-    plain = sum(right("prompts", cfg_text_scale=1.0) + right("edits", cfg_text_scale=1.0))
-    assert sum(right("prompts") + right("edits")) > plain
+    assert sum(right("prompts")) > sum(right("prompts", cfg_text_scale=1.0))
 
 
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
