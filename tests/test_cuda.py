@@ -4,11 +4,21 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
 from bagel_opt.model.transformer import Layer, rope
-from bagel_opt.runtime import cuda
+from bagel_opt.runtime import cuda, hopper
+
+
+def plain_product(x, weight, bias=None, residual_MN=None):
+    return F.linear(x, weight, bias) + (0 if residual_MN is None else residual_MN)
+
+
+def plain_gated_product(x, weight):
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Stream:
@@ -16,13 +26,15 @@ class Stream:
         """Everything on the CPU is in order."""
 
 
-@pytest.fixture
-def two_streams(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["compiled", "fused"])
+def two_streams(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(hopper, "LEAST_ROWS", 4)
+    monkeypatch.setattr(hopper, "product", plain_product)
+    monkeypatch.setattr(hopper, "gated_product", plain_gated_product)
     found = object.__new__(cuda.TwoStreams)
-    found.side, found.enter, found.leave = Stream(), cuda.enter, cuda.leave
-    found.enter_one, found.leave_one = cuda.enter, cuda.leave
+    found.side, found.way = Stream(), cuda.Way(lambda part, options=None: part, fused=request.param)
     return found
 
 

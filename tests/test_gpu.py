@@ -11,6 +11,8 @@ import bagel_opt
 from bagel_opt.demo.loop import Settings
 from bagel_opt.demo.train import train
 from bagel_opt.model import attention
+from bagel_opt.runtime import hopper
+from bagel_opt.runtime.cuda import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -68,3 +70,30 @@ def test_training_in_cuda_graphs_is_training(tmp_path):
     for got, want in zip(*logs, strict=True):
         for loss in ("error", "kl", "draw_flow", "edit_flow", "ask_text", "think_flow", "think_text"):
             assert got.get(loss) == pytest.approx(want.get(loss), rel=0.02)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(512, 64, 64), (777, 3584, 4608), (1030, 1152, 320)])
+def test_fused_products(m, k, n):
+    if not hopper.usable(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("needs Hopper and quack-kernels")
+    torch.manual_seed(0)
+    x, residual, weight, bias, gate_up = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (m, n), (n, k), (n,), (2 * n, k))
+    )
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=-1)
+    for got, want in (
+        (hopper.product(x, weight, bias), x.double() @ weight.double().T + bias),
+        (hopper.product(x, weight, residual_MN=residual), x.double() @ weight.double().T + residual),
+        (hopper.gated_product(x, gate_up), torch.nn.functional.silu(gate) * up),
+    ):
+        assert relative(got.double(), want) < 3e-3
+
+
+def test_programs_can_be_forgotten_and_captured_again():
+    graphs = Graphs({"add": lambda x, cache: (x + cache.sum(), cache)}, torch.device("cuda"))
+    for value in (1.0, 2.0):
+        caches, x = [torch.full((4,), value, device="cuda")], torch.ones(3, device="cuda")
+        for _ in range(2):
+            assert graphs.run("add", [x], caches)[0].tolist() == [1 + 4 * value] * 3
+        graphs.forget(caches)
+        assert not graphs.captured

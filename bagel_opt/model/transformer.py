@@ -33,8 +33,11 @@ class Expert(nn.Module):
 
     def project(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], normed and rotated."""
-        qkv = self.qkv(self.norm1(x_BTC)).unflatten(-1, (sum(self.heads), -1))
-        q, k, v = qkv.split(self.heads, dim=2)
+        return self.to_heads(self.qkv(self.norm1(x_BTC)), cos, sin)
+
+    def to_heads(self, qkv_BTC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `project` does after its product."""
+        q, k, v = qkv_BTC.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x_BTC: Tensor, attended_BTHD: Tensor) -> Tensor:

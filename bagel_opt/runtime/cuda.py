@@ -1,32 +1,82 @@
 """What makes compiled programs fast on a GPU: a layer in compiled pieces on two streams, and whole programs as CUDA graphs.
 
-B rows, T tokens of the understanding expert, N latent tokens, S cache slots; see model/transformer.py.
+B rows, S cache slots, G key-value heads, D channels per head; see model/transformer.py.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel_opt.model import cache
 from bagel_opt.model.attention import Visible, attend
 from bagel_opt.model.transformer import Expert, Layer
+from bagel_opt.runtime import hopper
 
 
-def enter(
-    expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, start_B: Tensor, offset: int
-) -> Tensor:
-    """An expert's part before the attention: queries; its keys and values go to slots start + offset onwards."""
-    q, k, v = expert.project(x, cos, sin)
-    cache.write(k_BSGD, k, start_B + offset)
-    cache.write(v_BSGD, v, start_B + offset)
+class Caches(NamedTuple):
+    """Where a layer's new keys and values go: slots start onwards of each row."""
+
+    k_BSGD: Tensor
+    v_BSGD: Tensor
+    start_B: Tensor
+
+
+def store(q: Tensor, k: Tensor, v: Tensor, into: Caches) -> Tensor:
+    """Writes keys and values of new tokens, and passes their queries on."""
+    cache.write(into.k_BSGD, k, into.start_B)
+    cache.write(into.v_BSGD, v, into.start_B)
     return q
+
+
+def enter(expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> Tensor:
+    """An expert's part before the attention: queries; its keys and values are stored."""
+    return store(*expert.project(x, cos, sin), into)
+
+
+def to_heads(expert: Expert, qkv: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> Tensor:
+    """`enter` after its product."""
+    return store(*expert.to_heads(qkv, cos, sin), into)
 
 
 def leave(expert: Expert, x: Tensor, attended: Tensor) -> Tensor:
     """An expert's part after the attention."""
     return expert.finish(x, attended)
+
+
+def norm(part: nn.RMSNorm, x: Tensor) -> Tensor:
+    return part(x)
+
+
+class Way:
+    """An expert's way through a layer: compiled, or for many tokens on Hopper in products that others are fused into."""
+
+    def __init__(self, compiled: Callable[..., Callable], fused: bool):
+        self.fused = fused
+        self._enter, self._leave, self._to_heads, self._norm = map(compiled, (enter, leave, to_heads, norm))
+        # Products with a single vector become reductions, which read the weights faster than a library's kernels do.
+        tuned = {"coordinate_descent_tuning": True}
+        self._enter_one, self._leave_one = (compiled(part, options=tuned) for part in (enter, leave))
+
+    def enter(self, expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> Tensor:
+        if not self._fuses(x):
+            return (self._enter_one if x.shape[:2] == (1, 1) else self._enter)(expert, x, cos, sin, into)
+        normed = self._norm(expert.norm1, x).flatten(0, 1)
+        qkv = hopper.product(normed, expert.qkv.weight, expert.qkv.bias)
+        return self._to_heads(expert, qkv.view(*x.shape[:2], -1), cos, sin, into)
+
+    def leave(self, expert: Expert, x: Tensor, attended: Tensor) -> Tensor:
+        if not self._fuses(x):
+            return (self._leave_one if x.shape[:2] == (1, 1) else self._leave)(expert, x, attended)
+        rows = hopper.product(attended.flatten(2).flatten(0, 1), expert.o.weight, residual_MN=x.flatten(0, 1))
+        hidden = hopper.gated_product(self._norm(expert.norm2, rows), expert.gate_up.weight)
+        return hopper.product(hidden, expert.down.weight, residual_MN=rows).view(x.shape)
+
+    def _fuses(self, x: Tensor) -> bool:
+        return self.fused and x.shape[0] * x.shape[1] >= hopper.LEAST_ROWS
 
 
 class TwoStreams:
@@ -37,14 +87,9 @@ class TwoStreams:
     copy them all.
     """
 
-    def __init__(self, device: torch.device):
-        self.side = torch.cuda.Stream(device)
-        self.enter, self.leave = (torch.compile(part, dynamic=False, fullgraph=True) for part in (enter, leave))
-        # Products with a single vector become reductions, which read the weights faster than a library's kernels do.
-        tuned = {"coordinate_descent_tuning": True}
-        self.enter_one, self.leave_one = (
-            torch.compile(part, dynamic=False, fullgraph=True, options=tuned) for part in (enter, leave)
-        )
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.side = torch.cuda.Stream(device, priority=-1)
+        self.way = Way(functools.partial(torch.compile, dynamic=False, fullgraph=True), hopper.usable(device, dtype))
 
     def __call__(
         self,
@@ -59,21 +104,20 @@ class TwoStreams:
         seen: Visible,
         backend: str,
     ) -> tuple:
+        way, into = self.way, Caches(k, v, start_B)
         if gen is None:
-            one = und.shape[:2] == (1, 1)
-            q = (self.enter_one if one else self.enter)(layer.und, und, cos, sin, k, v, start_B, 0)
-            und = (self.leave_one if one else self.leave)(layer.und, und, attend(backend, q, k, v, seen))
-            return und, None, k, v
+            q = way.enter(layer.und, und, cos, sin, into)
+            return way.leave(layer.und, und, attend(backend, q, k, v, seen)), None, k, v
         main, side = torch.cuda.current_stream(), self.side
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            q_und = self.enter(layer.und, und, cos, sin, k, v, start_B, 0)
-        q_gen = self.enter(layer.gen, gen, cos, sin, k, v, start_B, und.shape[1])
+            q_und = way.enter(layer.und, und, cos, sin, into)
+        q_gen = way.enter(layer.gen, gen, cos, sin, into._replace(start_B=start_B + und.shape[1]))
         main.wait_stream(side)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            und = self.leave(layer.und, und, attend(backend, q_und, k, v, seen))
-        gen = self.leave(layer.gen, gen, attend(backend, q_gen, k, v, seen))
+            und = way.leave(layer.und, und, attend(backend, q_und, k, v, seen))
+        gen = way.leave(layer.gen, gen, attend(backend, q_gen, k, v, seen))
         main.wait_stream(side)
         return und, gen, k, v
 
@@ -112,11 +156,13 @@ class Graphs:
 
     def __init__(self, programs: dict[str, Callable], device: torch.device):
         self.programs, self.device = programs, device
-        self.captured, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.captured: dict[tuple, Graph] = {}
 
     def run(self, program: str, inputs: list[np.ndarray | Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
         key = program, *(tuple(x.shape) for x in inputs), caches[0].data_ptr() if caches else 0
         if key not in self.captured:
+            if not self.captured:
+                self.pool = torch.cuda.graph_pool_handle()  # torch drops a pool with the last graph that used it
             tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
             self.captured[key] = Graph(self.programs[program], tensors, caches, self.pool)
         return self.captured[key](inputs)

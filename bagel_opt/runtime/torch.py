@@ -16,7 +16,7 @@ from bagel_opt.runtime.base import slots_in_use
 from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
 
 _FLAGS = threading.Lock()
-KEPT = 4  # caches that no request uses, for the next ones
+KEPT = 2  # caches that no request uses, for the next ones
 # Programs of fixed shapes that run again and again. Prefill, which runs once a request, launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
@@ -48,7 +48,7 @@ class TorchRuntime:
         if model.llm.backend == "flash":
             from bagel_opt.runtime.cuda import TwoStreams
 
-            model.llm.call_layer = TwoStreams(device)
+            model.llm.call_layer = TwoStreams(device, dtype)
         else:
             layers += model.llm.layers
         if device.type == "cuda":

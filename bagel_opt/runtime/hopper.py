@@ -1,0 +1,54 @@
+"""Matrix products with what follows them in one kernel, on Hopper GPUs: by quack-kernels, which flash-attn-4 brings.
+
+M rows (all tokens of all rows of a batch), K channels in, N channels out.
+"""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+# In tiles of 128 x 192, two consumer groups taking turns, so that one's epilogue hides behind the other's product.
+CONFIG = {"tile_m": 128, "tile_n": 192, "pingpong": True, "cluster_m": 2, "cluster_n": 1, "device_capacity": 9}
+NARROW = CONFIG | {"tile_n": 128}  # where N is no more than the model's hidden size, whose tiles then come out even
+LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
+
+
+def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias + residual, rounded once. -> [M, N]"""
+    return _call(x_MK, weight_NK, C=residual_MN, bias=bias_N, config=NARROW if residual_MN is not None else CONFIG)
+
+
+def gated_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """silu(gate) * up, where gate and up are the halves of x @ weight.T, never rounded nor stored. -> [M, N / 2]"""
+    return _call(x_MK, weight_NK, activation="swiglu", concat_layout=("B",), config=CONFIG)
+
+
+def _call(x_MK: Tensor, weight_NK: Tensor, config: dict, **given: object) -> Tensor:
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_act
+
+    config = GemmConfig(**config, is_dynamic_persistent=False)
+    return gemm_act(x_MK, weight_NK.T, store_preact=False, tuned=False, config=config, **given)[1]
+
+
+@functools.cache
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are installed and run here, which is tried."""
+    if dtype not in (torch.float16, torch.bfloat16) or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    if not importlib.util.find_spec("quack"):
+        return False
+    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
+    try:
+        product(x, weight, weight[:, 0].contiguous())
+        product(x, weight[:64], residual_MN=x)
+        gated_product(x, weight)
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        logging.getLogger("bagel_opt").warning("quack-kernels fails here, so layers run without it (%s)", why)
+        return False
+    return True
