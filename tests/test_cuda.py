@@ -57,3 +57,26 @@ def test_experts_side_by_side_compute_the_layer(two_streams, text, latents):
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_caches_of_one_batch_after_another_share_memory():
+    memory, gone = cuda.CacheMemory(LLMConfig(64, 96, 3, 4, 2, 10), torch.float32, torch.device("cpu")), []
+    small = memory.take(1, 8, gone.append)
+    assert {cache.shape for cache in small} == {(1, 8, *small[0].shape[2:])}
+    for cache in small:
+        cache.fill_(torch.nan)
+    place = small[0].data_ptr()
+    memory.give_back(small)
+    again = memory.take(2, 4, gone.append)
+    assert again[0].data_ptr() == place
+    assert not torch.stack(again).any()
+    assert not gone
+    beside = memory.take(1, 8, gone.append)
+    assert beside[0].data_ptr() != place
+    memory.give_back(again)
+    memory.give_back(beside)
+    large = memory.take(3, 8, gone.append)
+    assert len(gone) == 2
+    memory.give_back(large)
+    assert memory.take(1, 8, gone.append)[0].data_ptr() == large[0].data_ptr()
+    assert len(gone) == 2

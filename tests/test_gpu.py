@@ -92,8 +92,8 @@ def test_fused_products(m, k, n):
 def test_programs_can_be_forgotten_and_captured_again():
     graphs = Graphs({"add": lambda x, cache: (x + cache.sum(), cache)}, torch.device("cuda"))
     for value in (1.0, 2.0):
-        caches, x = [torch.full((4,), value, device="cuda")], torch.ones(3, device="cuda")
+        cache, x = torch.full((4,), value, device="cuda"), torch.ones(3, device="cuda")
         for _ in range(2):
-            assert graphs.run("add", [x], caches)[0].tolist() == [1 + 4 * value] * 3
-        graphs.forget(caches)
+            assert graphs.run("add", [x], [cache])[0].tolist() == [1 + 4 * value] * 3
+        graphs.forget(cache)
         assert not graphs.captured

@@ -4,6 +4,8 @@ B rows, S cache slots, G key-value heads, D channels per head; see model/transfo
 """
 
 import functools
+import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bagel_opt.config import LLMConfig
 from bagel_opt.model import cache
 from bagel_opt.model.attention import Visible, attend
 from bagel_opt.model.transformer import Expert, Layer
@@ -159,7 +162,8 @@ class Graphs:
         self.captured: dict[tuple, Graph] = {}
 
     def run(self, program: str, inputs: list[np.ndarray | Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
-        key = program, *(tuple(x.shape) for x in inputs), caches[0].data_ptr() if caches else 0
+        where = (caches[0].data_ptr(), caches[0].shape, caches[-1].data_ptr()) if caches else ()
+        key = program, *(tuple(x.shape) for x in inputs), where
         if key not in self.captured:
             if not self.captured:
                 self.pool = torch.cuda.graph_pool_handle()  # torch drops a pool with the last graph that used it
@@ -167,8 +171,35 @@ class Graphs:
             self.captured[key] = Graph(self.programs[program], tensors, caches, self.pool)
         return self.captured[key](inputs)
 
-    def forget(self, caches: list[Tensor]) -> None:
-        """Drops the programs captured for caches that are no more."""
-        first = caches[0]
-        inside = range(first.data_ptr(), first.data_ptr() + first.nbytes)
-        self.captured = {key: graph for key, graph in self.captured.items() if key[-1] not in inside}
+    def forget(self, memory: Tensor) -> None:
+        """Drops the programs captured for caches in memory that is to be no more."""
+        inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+        self.captured = {k: graph for k, graph in self.captured.items() if not (k[-1] and k[-1][0] in inside)}
+
+
+class CacheMemory:
+    """Memory for the KV caches of one batch after another, of whatever size, so that programs captured for caches of a
+    size find the next ones of that size at the same place. Batches at the same time get a memory each."""
+
+    def __init__(self, config: LLMConfig, dtype: torch.dtype, device: torch.device):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.lock, self.kept, self.lent = threading.Lock(), [], {}
+
+    def take(self, rows: int, slots: int, forget: Callable[[Tensor], None]) -> list[Tensor]:
+        """Zeroed caches. Calls forget with each memory that it lets go, since it is too small."""
+        c = self.config
+        shape = 2 * c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim
+        size = math.prod(shape)
+        with self.lock:
+            fitting = [memory for memory in self.kept if memory.numel() >= size]
+            while self.kept and not fitting:
+                forget(self.kept.pop())  # freed before more is taken
+            memory = fitting[0] if fitting else torch.empty(size, dtype=self.dtype, device=self.device)
+            self.kept = [other for other in self.kept if other is not memory]
+            self.lent[memory.data_ptr()] = memory
+        caches = memory[:size].zero_().view(shape)
+        return [*caches.unbind()]
+
+    def give_back(self, caches: list[Tensor]) -> None:
+        with self.lock:
+            self.kept.append(self.lent.pop(caches[0].data_ptr()))

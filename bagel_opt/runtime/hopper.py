@@ -6,31 +6,43 @@ M rows (all tokens of all rows of a batch), K channels in, N channels out.
 import functools
 import importlib.util
 import logging
+import math
 
 import torch
 from torch import Tensor
 
-# In tiles of 128 x 192, two consumer groups taking turns, so that one's epilogue hides behind the other's product.
-CONFIG = {"tile_m": 128, "tile_n": 192, "pingpong": True, "cluster_m": 2, "cluster_n": 1, "device_capacity": 9}
-NARROW = CONFIG | {"tile_n": 128}  # where N is no more than the model's hidden size, whose tiles then come out even
+# Tiles of a product in steps of a GPU's multiprocessors, of which the best has few and fills the last step. Those of 256
+# columns are one multiprocessor's at a time; of the others two take turns, and one's epilogue hides behind the other.
+WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
+NARROW = {"tile_m": 128, "tile_n": 128, "pingpong": True}
+BETWEEN = {"tile_m": 128, "tile_n": 192, "pingpong": True}
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias + residual, rounded once. -> [M, N]"""
-    return _call(x_MK, weight_NK, C=residual_MN, bias=bias_N, config=NARROW if residual_MN is not None else CONFIG)
+    return _call(
+        x_MK, weight_NK, BETWEEN if residual_MN is None else _tile(x_MK, weight_NK), C=residual_MN, bias=bias_N
+    )
 
 
 def gated_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the halves of x @ weight.T, never rounded nor stored. -> [M, N / 2]"""
-    return _call(x_MK, weight_NK, activation="swiglu", concat_layout=("B",), config=CONFIG)
+    return _call(x_MK, weight_NK, BETWEEN, activation="swiglu", concat_layout=("B",))
 
 
-def _call(x_MK: Tensor, weight_NK: Tensor, config: dict, **given: object) -> Tensor:
+def _tile(x_MK: Tensor, weight_NK: Tensor) -> dict:
+    """The wide tiles, unless the last step would leave much idle."""
+    tiles = -(-x_MK.shape[0] // WIDE["tile_m"]) * -(-weight_NK.shape[0] // WIDE["tile_n"])
+    steps = tiles / torch.cuda.get_device_properties(x_MK.device).multi_processor_count
+    return WIDE if steps / math.ceil(steps) > 0.94 else NARROW
+
+
+def _call(x_MK: Tensor, weight_NK: Tensor, tile: dict, **given: object) -> Tensor:
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_act
 
-    config = GemmConfig(**config, is_dynamic_persistent=False)
+    config = GemmConfig(**tile, cluster_m=2, cluster_n=1, device_capacity=9, is_dynamic_persistent=False)
     return gemm_act(x_MK, weight_NK.T, store_preact=False, tuned=False, config=config, **given)[1]
 
 

@@ -16,7 +16,6 @@ from bagel_opt.runtime.base import slots_in_use
 from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
 
 _FLAGS = threading.Lock()
-KEPT = 2  # caches that no request uses, for the next ones
 # Programs of fixed shapes that run again and again. Prefill, which runs once a request, launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
@@ -37,7 +36,7 @@ class TorchRuntime:
         self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
         self.fixed_slots = compiled or model.llm.backend == "flex"  # each number of slots would be compiled
-        self.lock, self.kept, self.graphs = threading.Lock(), [], None
+        self.graphs = None
         if self.fixed_slots:
             # Each shape of each program compiles once, which is more than torch takes for normal.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -52,9 +51,9 @@ class TorchRuntime:
         else:
             layers += model.llm.layers
         if device.type == "cuda":
-            from bagel_opt.runtime.cuda import Graphs
+            from bagel_opt.runtime.cuda import CacheMemory, Graphs
 
-            self.graphs = Graphs(self.programs, device)
+            self.graphs, self.memory = Graphs(self.programs, device), CacheMemory(model.config.llm, dtype, device)
             model.vae.to(memory_format=torch.channels_last)
             layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
         for layer in layers:
@@ -65,23 +64,16 @@ class TorchRuntime:
         return self
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
+        if self.graphs:
+            return self.memory.take(rows, slots, self.graphs.forget)
         c = self.config.llm
-        with self.lock:
-            for caches in self.kept:
-                if caches[0].shape[:2] == (rows, slots):
-                    self.kept = [other for other in self.kept if other is not caches]
-                    torch._foreach_zero_(caches)
-                    return caches
         sizes = c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim
         return empty_cache(*sizes, dtype=self.dtype, device=self.device)
 
     def give_back(self, caches: list[Tensor]) -> None:
         """Kept where programs have been captured with them."""
         if self.graphs:
-            with self.lock:
-                self.kept.append(caches)
-                if len(self.kept) > KEPT:
-                    self.graphs.forget(self.kept.pop(0))
+            self.memory.give_back(caches)
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype if hidden else torch.float32, device=self.device)
