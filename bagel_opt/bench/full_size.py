@@ -136,7 +136,7 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
     """Seconds, and milliseconds per step or token, of each work after a warm-up."""
     found: dict[str, list[float]] = {}
 
-    def draws(name: str, inputs: list, count: int = 1, **options: Any) -> None:
+    def draws(name: str, inputs: list, count: int = 1, repeats: int = repeats, **options: Any) -> None:
         progress(name)
         short = {**options, "num_timesteps": 4}
         begun = time.perf_counter()
@@ -157,10 +157,11 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
     contender.decode_picture()
     found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
     found["peak memory so far, GB"] = [torch.cuda.max_memory_allocated() / 1e9]
+    found["and held by torch, GB"] = [torch.cuda.max_memory_reserved() / 1e9]
     if isinstance(contender, Ours):  # the official code draws and writes for one request at a time
         contender.tokens(8)
         found["token of 8 rows, ms"] = contender.tokens(8)
-        draws("4 pictures 1024x1024", [PROMPT], 4, height=1024, width=1024, **DEFAULTS)
+        draws("4 pictures 1024x1024", [PROMPT], 4, 1, height=1024, width=1024, **DEFAULTS)
     return found
 
 
