@@ -11,28 +11,25 @@ import math
 import torch
 from torch import Tensor
 
-# Tiles of a product in steps of a GPU's multiprocessors, of which the best has few and fills the last step. Those of 256
-# columns are one multiprocessor's at a time; of the others two take turns, and one's epilogue hides behind the other.
+# Tiles of a product. Two of the smaller ones take turns on a multiprocessor, so one's epilogue hides behind the other.
 WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
 NARROW = {"tile_m": 128, "tile_n": 128, "pingpong": True}
-BETWEEN = {"tile_m": 128, "tile_n": 192, "pingpong": True}
+GATED = {"tile_m": 128, "tile_n": 192, "pingpong": True}
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias + residual, rounded once. -> [M, N]"""
-    return _call(
-        x_MK, weight_NK, BETWEEN if residual_MN is None else _tile(x_MK, weight_NK), C=residual_MN, bias=bias_N
-    )
+    return _call(x_MK, weight_NK, _tile(x_MK, weight_NK), C=residual_MN, bias=bias_N)
 
 
 def gated_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the halves of x @ weight.T, never rounded nor stored. -> [M, N / 2]"""
-    return _call(x_MK, weight_NK, BETWEEN, activation="swiglu", concat_layout=("B",))
+    return _call(x_MK, weight_NK, GATED, activation="swiglu", concat_layout=("B",))
 
 
 def _tile(x_MK: Tensor, weight_NK: Tensor) -> dict:
-    """The wide tiles, unless the last step would leave much idle."""
+    """The wide tiles, unless many multiprocessors would be idle while the last ones are computed."""
     tiles = -(-x_MK.shape[0] // WIDE["tile_m"]) * -(-weight_NK.shape[0] // WIDE["tile_n"])
     steps = tiles / torch.cuda.get_device_properties(x_MK.device).multi_processor_count
     return WIDE if steps / math.ceil(steps) > 0.94 else NARROW
