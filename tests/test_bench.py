@@ -4,15 +4,17 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import bench
-from bagel_opt.bench import official, worker
+from bagel_opt.bench import charts, full_size, official, worker
 from bagel_opt.cli import main
 from bagel_opt.model.attention import attention
 
@@ -115,3 +117,15 @@ def test_table_compares_with_the_first_row():
     cells = bench.table(rows).columns[-1]._cells
     assert cells == ["1.00", "2.00"]
     assert math.isclose(float(cells[1]), 2)
+
+
+def test_charts_of_full_size_results(tmp_path, monkeypatch):
+    results = Path(__file__).parent.parent / "profiles/results/2026-11-23-h200.json"
+    monkeypatch.setattr(sys, "argv", ["charts", str(results), "--out", str(tmp_path / "new")])
+    charts.main()
+    for name in ("bars.png", "scaling.png"):
+        with Image.open(tmp_path / "new" / name) as picture:
+            assert len(picture.getcolors(1 << 20)) > 20
+    figures, limits = full_size.tables(json.loads(results.read_text()))
+    assert figures.columns[-1]._cells[1] == "1.85"
+    assert limits.columns[-1]._cells[4] == "65%"
