@@ -136,6 +136,14 @@ def _serve_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--remote-images", action="store_true", help="fetch input pictures from public http(s) addresses too"
     )
+    many = sub.add_argument_group("replicas, on Ray Serve")
+    many.add_argument("--replicas", type=_count, metavar="N", help="engines with a model each, behind one address")
+    many.add_argument("--max-replicas", type=_count, metavar="N", help="start more while requests wait, up to so many")
+    many.add_argument(
+        "--requests-per-replica", type=_count, default=4, metavar="N", help="that autoscaling aims at (%(default)s)"
+    )
+    many.add_argument("--cpus-per-replica", type=float, default=1, metavar="N", help="(%(default)s)")
+    many.add_argument("--gpus-per-replica", type=float, default=0, metavar="N", help="(%(default)s)")
     limits = sub.add_argument_group("limits")
     for name, value, text in (
         ("max-queue", 64, "requests that wait or run; more are answered 429"),

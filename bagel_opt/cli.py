@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bagel_opt.api import Model, load
 from bagel_opt.arguments import parser
+from bagel_opt.bundle import MANIFEST
 from bagel_opt.profile import profile_names
 from bagel_opt.recipe import load_recipe
 from bagel_opt.request import Options
@@ -131,30 +133,61 @@ def _full_size(a: argparse.Namespace) -> None:
 
 def serve(a: argparse.Namespace) -> None:
     try:
-        from bagel_opt.serve import Limits
-        from bagel_opt.serve import serve as serve_model
+        import bagel_opt.serve as server
     except ImportError as error:
         raise ImportError(f"{error}; the server needs: pip install 'bagel-opt[serve]'") from None
 
+    settings = _serve_settings(a)
+    if a.replicas is None:
+        server.serve(_load(a), settings.pop("name"), a.host, a.port, **settings)
+        return
+    try:
+        from bagel_opt.serve.ray import serve_replicas
+    except ImportError as error:
+        raise ImportError(f"{error}; replicas need: pip install 'bagel-opt[ray]'") from None
+    serve_replicas(**_replica_settings(a), host=a.host, port=a.port)
+
+
+def serve_settings(options: dict[str, str]) -> dict:
+    """Of bagel_opt.serve.ray.application, from the options of `bagel-opt serve` by name."""
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    source = [given.pop("checkpoint")] if "checkpoint" in given else []
+    switches = {"remote-images", "no-check"}
+    flags = [f"--{name}" if name in switches else f"--{name}={value}" for name, value in given.items()]
+    return _replica_settings(parser(COMMANDS).parse_args(["serve", *source, "--replicas=1", *flags]))
+
+
+def _serve_settings(a: argparse.Namespace) -> dict:
+    from bagel_opt.inspect import describe
+    from bagel_opt.serve import Limits
+
     if a.checkpoint is None and a.profile is None:
         a.profile = "demo"
-    model = _load(a)
-    if not model.profiles:
+    list(describe(a.checkpoint, [], "float32"))  # what cannot be loaded should not cost starting a cluster
+    if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
         raise ValueError(
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
         )
-    keys = [*a.api_key, *filter(None, os.environ.get("BAGEL_OPT_API_KEYS", "").split(","))]
-    serve_model(
-        model,
-        a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
-        host=a.host,
-        port=a.port,
-        keys=keys,
-        limits=Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
-        max_queue=a.max_queue,
-        timeout=a.timeout,
-        remote=a.remote_images,
-    )
+    return {
+        "name": a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
+        "keys": [*a.api_key, *filter(None, os.environ.get("BAGEL_OPT_API_KEYS", "").split(","))],
+        "limits": Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
+        "max_queue": a.max_queue,
+        "timeout": a.timeout,
+        "remote": a.remote_images,
+    }
+
+
+def _replica_settings(a: argparse.Namespace) -> dict:
+    from bagel_opt.serve.ray import Replicas
+
+    settings = _serve_settings(a)
+    most = max(a.replicas, a.max_replicas or 1)
+    return {
+        "load": functools.partial(load, a.checkpoint, profile=a.profile, **_load_settings(a)),
+        "replicas": Replicas(a.replicas, most, a.requests_per_replica, a.cpus_per_replica, a.gpus_per_replica),
+        **settings,
+    }
 
 
 def inspect(a: argparse.Namespace) -> None:
@@ -187,10 +220,12 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
 
 def _load(a: argparse.Namespace) -> Model:
     with _bar("loading") as update:
-        settings = {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "check")}
-        return load(
-            a.checkpoint, profile=a.profile, progress=lambda done, total: update("loading", done, total), **settings
-        )
+        progress = functools.partial(update, "loading")
+        return load(a.checkpoint, profile=a.profile, progress=progress, **_load_settings(a))
+
+
+def _load_settings(a: argparse.Namespace) -> dict:
+    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "check")}
 
 
 def _open(path: str) -> Image.Image:

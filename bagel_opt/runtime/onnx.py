@@ -1,6 +1,7 @@
 """The ONNX Runtime runtime on the CPU. Tensors are NumPy arrays; caches are updated in the memory they lie in."""
 
 import copy
+import os
 import threading
 from pathlib import Path
 
@@ -18,7 +19,9 @@ PACKED_BELOW = 2**30
 
 # One pool of threads for all programs. With a pool each, those of the last program still spin while the next one runs,
 # and take its cores: steps of a small model took four times as long.
-ort.set_global_thread_pool_sizes(0, 0)  # as many threads as there are cores
+# As many threads as there are cores, or as OMP_NUM_THREADS allows, which Ray sets to a replica's share.
+THREADS = os.environ.get("OMP_NUM_THREADS", "")
+ort.set_global_thread_pool_sizes(int(THREADS) if THREADS.isdecimal() else 0, 0)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
