@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from bagel_opt.request import Options, Request
 from bagel_opt.serve.engine import Ticket
 from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.events import CHAT_EVENTS, documented
 from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import decode_data_url, decode_picture
 from bagel_opt.serve.schemas import ERRORS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
@@ -22,7 +23,7 @@ PARTS = 64  # texts and pictures of one request
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 
 
-@router.post("/completions", response_model=ChatResponse)
+@router.post("/completions", response_model=ChatResponse, responses=documented(*CHAT_EVENTS))
 async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> Response:
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images."""
     service.check_model(body.model)

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from bagel_opt.request import Options, Request
 from bagel_opt.serve.engine import Step, Ticket
 from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.events import IMAGE_EVENTS, documented
 from bagel_opt.serve.limits import decode_picture
 from bagel_opt.serve.schemas import ERRORS, EditBody, ImageBody, ImagesResponse
 from bagel_opt.serve.service import EventStream, Injected, Service, TextStream, encoded, input_tokens, sse
@@ -20,7 +21,7 @@ from bagel_opt.serve.service import EventStream, Injected, Service, TextStream, 
 router = APIRouter(prefix="/v1/images", responses=ERRORS)
 
 
-@router.post("/generations", response_model=ImagesResponse)
+@router.post("/generations", response_model=ImagesResponse, responses=documented(*IMAGE_EVENTS))
 async def generations(body: ImageBody, http: HttpRequest, service: Injected) -> Response:
     """Draws pictures from a text."""
     return await _draw(service, http, body, [], "image_generation")
@@ -39,6 +40,7 @@ FORM["required"].append("image")
 @router.post(
     "/edits",
     response_model=ImagesResponse,
+    responses=documented(*IMAGE_EVENTS),
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
 )
 async def edits(http: HttpRequest, service: Injected) -> Response:

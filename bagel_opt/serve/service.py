@@ -22,6 +22,8 @@ from bagel_opt.serve.engine import EngineThread, Ticket
 from bagel_opt.serve.limits import Limits
 from bagel_opt.tokenizer import Tokenizer
 
+KEEP_ALIVE = 15  # seconds without an event after which a stream sends a comment, so that no proxy gives it up
+
 
 @dataclass(frozen=True)
 class Service:
@@ -91,11 +93,21 @@ class EventStream(StreamingResponse):
         self.service, self.ticket = service, ticket
 
     async def _guarded(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        coming = asyncio.ensure_future(anext(events))
         try:
-            async for event in events:
-                yield event
+            while True:
+                done, _ = await asyncio.wait([coming], timeout=KEEP_ALIVE)
+                if not done:
+                    yield ": waiting\n\n"
+                    continue
+                yield coming.result()
+                coming = asyncio.ensure_future(anext(events))
+        except StopAsyncIteration:
+            pass
         except Exception as error:
             yield sse(errors.body(errors.as_api_error(error)), "error")
+        finally:
+            coming.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.service.watched(receive, [self.ticket]):
