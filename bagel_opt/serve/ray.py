@@ -4,6 +4,7 @@
 max-replicas=8`, or a Serve config file with this import path, takes the same options. It needs bagel-opt[ray].
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -96,10 +97,19 @@ def serve_replicas(
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own before
             signal.signal(number, lambda *_: over.set())
         over.wait()
-        serve.delete(NAME)  # replicas finish what they have, while the proxy still passes it on
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        stopping = threading.Thread(target=_stop, daemon=True)
+        stopping.start()
+        stopping.join(settings["timeout"] + 60)
+        if stopping.is_alive():  # it waits for parts of Ray that were killed too
+            os._exit(1)
+
+
+def _stop() -> None:
+    """Replicas finish what they have, while the proxy still passes it on; then all ends."""
+    serve.delete(NAME)
+    serve.shutdown()
+    ray.shutdown()
 
 
 def app(options: dict[str, str]) -> serve.Application:
