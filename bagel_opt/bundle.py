@@ -179,7 +179,7 @@ def load_bundle(
             f"device={str(device)!r}; allowed for {folder} is {manifest.device!r}, which it was exported for"
         )
     check_files(folder, manifest, progress, check)
-    runtime = _onnx_runtime(folder, manifest) if manifest.kind == "onnx" else _torch_runtime(folder, manifest, device)
+    runtime = (_onnx_runtime if manifest.kind == "onnx" else _torch_runtime)(folder, manifest, device)
     return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles)
 
 
@@ -191,12 +191,22 @@ def machine(device: "torch.device") -> str:  # noqa: F821
     return cpu if device.type == "cpu" else "{} and sm_{}{}".format(cpu, *torch.cuda.get_device_capability(device))
 
 
-def _onnx_runtime(folder: Path, manifest: Manifest) -> "Runtime":  # noqa: F821
+def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> "Runtime":  # noqa: F821
     try:
         from bagel_opt.runtime.onnx import OnnxRuntime
     except ImportError:
-        raise ImportError("an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[onnx]'") from None
-    return OnnxRuntime(folder, manifest)
+        extra = "onnx" if manifest.device == "cpu" else "onnx-gpu"
+        raise ImportError(f"an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[{extra}]'") from None
+    if manifest.device == "cpu":
+        return OnnxRuntime(folder, manifest)
+    try:
+        from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, usable_memory
+    except ImportError as error:
+        raise ImportError(f"a bundle for CUDA needs {error.name}: pip install 'bagel-opt[onnx-gpu]'") from None
+    number = str(device or "cuda").partition(":")[2] or "0"
+    if not number.isdecimal():
+        raise ValueError(f"device={str(device)!r}; allowed are 'cuda' and 'cuda:' with a GPU's number")
+    return OnnxGpuRuntime(folder, manifest, usable_memory(int(number)))
 
 
 def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> "Runtime":  # noqa: F821

@@ -157,18 +157,24 @@ class Checkpoint:
             model = Bagel(self.config)
         self.check(model)
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        parameters = list(model.named_parameters())
-        with contextlib.closing(Reader(self)) as reader:
-            for done, (name, parameter) in enumerate(parameters):
-                start = 0
-                for part in published_names(name):
-                    tensor = reader.read(part)
-                    if tensor.ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
-                        tensor = tensor.permute(0, 2, 3, 1).reshape(parameter.shape)
-                    parameter.data[start : start + tensor.shape[0]].copy_(tensor)
-                    start += tensor.shape[0]
-                progress(done + 1, len(parameters))
+        parameters = dict(model.named_parameters())
+        for done, (name, parts) in enumerate(self.read(model)):
+            start = 0
+            for part in parts:
+                parameters[name].data[start : start + len(part)].copy_(part)
+                start += len(part)
+            progress(done + 1, len(parameters))
         return model
+
+    def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
+        stacked in it, in the file's dtype."""
+        with contextlib.closing(Reader(self)) as reader:
+            for name, parameter in model.named_parameters():
+                parts = [reader.read(part) for part in published_names(name)]
+                if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
+                    parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
+                yield name, parts
 
 
 class Reader:

@@ -13,12 +13,9 @@ from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest,
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import signatures
 
-FORMATS = {  # and the precisions that each can hold
-    "onnx": ("float32", "float16"),  # ONNX Runtime's CPU provider has no bfloat16
-    "aoti": ("float32", "bfloat16", "float16"),
-    "export": ("float32", "bfloat16", "float16"),
-    "compile": ("float32", "bfloat16", "float16"),
-}
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = dict.fromkeys(("onnx", "aoti", "export", "compile"), DTYPES)  # and the precisions that each can hold
+ONNX_ON_CPU = ("float32", "float16")  # ONNX Runtime's CPU provider has no bfloat16
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 
 
@@ -38,7 +35,8 @@ def export(
 
     profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: for "compile", as for
-    `load`; in the others it is part of the programs. device: where a format of torch is to run, "cpu" or "cuda".
+    `load`; in the others it is part of the programs. device: where the bundle is to run, "cpu" or "cuda". ONNX for CUDA
+    can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -46,15 +44,16 @@ def export(
     which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
     what `load` raises for the checkpoint.
     """
-    devices = ("cpu",) if format == "onnx" else ("cpu", "cuda")
+    onnx = format == "onnx"
     for name, value, allowed in (
         ("format", format, FORMATS),
-        ("dtype", dtype, FORMATS.get(format, ())),
-        ("device", device, devices),
+        ("device", device, ("cpu", "cuda")),
+        ("dtype", dtype, ONNX_ON_CPU if onnx and device == "cpu" else FORMATS.get(format, ())),
         ("attention", attention, (attention,) if format == "compile" else ("auto",)),
     ):
         if value not in allowed:
             of = "" if name == "format" else f" for format={format!r}"
+            of += f" on device={device!r}" if name == "dtype" and onnx else ""
             raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
     out, profiles = Path(out).resolve(), _profiles(profile)
     if out.exists() and not _replaceable(out):
@@ -64,7 +63,7 @@ def export(
         import torch
         from safetensors.torch import save_file
 
-        if format == "onnx":
+        if onnx:
             import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
@@ -73,21 +72,28 @@ def export(
     from bagel_opt.checkpoint import Checkpoint
     from bagel_opt.model.attention import choose
 
-    kind, where = getattr(torch, dtype), torch_device(device)
-    chosen = "onnx" if format == "onnx" else choose(attention, where, kind) if format == "compile" else "sdpa"
+    kind = getattr(torch, dtype)
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
-    model = source.load(where, kind, lambda done, total: progress("loading", done, total))
-    model.set_backend(chosen)
+    if onnx:
+        from bagel_opt.export.onnx import Shapes
+
+        model = Shapes(source.config, kind, device)
+        source.check(model.plain)
+        chosen, compiled_for = model.model.llm.backend, ""
+    else:
+        where = torch_device(device)
+        chosen = choose(attention, where, kind) if format == "compile" else "sdpa"
+        model = source.load(where, kind, lambda done, total: progress("loading", done, total))
+        model.set_backend(chosen)
+        compiled_for = machine(where) if format == "aoti" else ""
     for left in out.parent.glob(f"{out.name}.partial-*"):  # of exports that were killed
         if not _runs(left.name.rpartition("-")[2]):
             shutil.rmtree(left, ignore_errors=True)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        if format == "onnx":
-            from bagel_opt.export.onnx import stored_weights
-
-            save_file(stored_weights(model), partial / WEIGHTS)
+        if onnx:
+            model.write_weights(partial, ((name, torch.cat(parts)) for name, parts in source.read(model.plain)))
         else:
             save_file(dict(model.named_parameters()), partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
@@ -101,7 +107,7 @@ def export(
             config=source.config,
             programs=_write_programs(model, profiles, partial, format, progress),
             versions={name: _version(name) for name in LIBRARIES},
-            machine=machine(where) if format == "aoti" else "",
+            machine=compiled_for,
             files=list_files(partial),
         )
         manifest.write(partial)
@@ -129,7 +135,7 @@ def _profiles(given: "Profile | str | Path | Sequence[Profile | str | Path]") ->
 
 
 def _write_programs(
-    model: "Bagel",  # noqa: F821
+    model: "Bagel | Shapes",  # noqa: F821
     profiles: list[Profile],
     folder: Path,
     format: str,
@@ -153,9 +159,7 @@ def _write_programs(
         keys = {name: repr((name, s, profile.slots if s.cache_rows else 0)) for name, s in wanted.items()}
         missing = {name: s for name, s in wanted.items() if keys[name] not in known}
         suffix = f"-{number + 1}" if number else ""
-        for name, entry in write(
-            model, missing, suffix, profile, folder, model.latent_in.weight.dtype, progress
-        ).items():
+        for name, entry in write(model, missing, suffix, profile, folder, progress).items():
             known[keys[name]] = entry
         programs[profile.name] = {name: known[key] for name, key in keys.items()}
     if format == "aoti":

@@ -1,19 +1,29 @@
-"""Programs as ONNX graphs of opset 24 whose weights lie outside, in the bundle's one safetensors file."""
+"""Programs as ONNX graphs of opset 24 whose weights lie outside, in the bundle's one safetensors file.
+
+Graphs are made from shapes alone: no weight is read for them.
+"""
 
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from onnxscript.onnx_opset import opset24 as op
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from bagel_opt.bundle import WEIGHTS, Location, locate_weights
+from bagel_opt.bundle import WEIGHTS, locate_weights
+from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_grouped
+from bagel_opt.export.processes import in_processes
+from bagel_opt.export.weights import write_weights
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.transformer import Expert, GateUp
 from bagel_opt.profile import Profile
 from bagel_opt.runtime.programs import Signature, cache_names, programs
 
@@ -28,8 +38,68 @@ class Program(nn.Module):
         self.model = model
         self.call = call
 
-    def forward(self, *inputs: torch.Tensor) -> tuple:
+    def forward(self, *inputs: Tensor) -> tuple:
         return self.call(*inputs)
+
+
+class Apart(nn.Module):
+    """The gate and up products as two, so that no node has to cut their outputs apart."""
+
+    def __init__(self, joint: GateUp):
+        super().__init__()
+        sides = joint.in_features, joint.out_features // 2
+        self.gate, self.up = (nn.Linear(*sides, bias=False, device="meta") for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate(x), self.up(x)
+
+
+class Shapes:
+    """A model without weights, to trace programs with, and how its weights are stored.
+
+    For the CPU provider those of linear layers are stored as [in, out], which its kernel for a single token reads as
+    it lies; as [out, in] it would be transposed anew for each token. CUDA reads either. fused: with the operators of
+    onnx_fused.py; None is for CUDA in 16 bits, since they have no fast kernels for float32.
+    """
+
+    def __init__(self, config: BagelConfig, dtype: torch.dtype, device: str, fused: bool | None = None):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.fused = device == "cuda" and dtype != torch.float32 if fused is None else fused
+        with torch.device("meta"):
+            self.plain = Bagel(config)
+            self.model = Bagel(config)
+        for expert in [module for module in self.model.modules() if isinstance(module, Expert)]:
+            expert.gate_up = Apart(expert.gate_up)
+            if self.fused:
+                expert.qkv = SplitQKV(expert.qkv)
+        linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        self.transposed = {f"{name}.weight" for name in linear} if device == "cpu" else set()
+        self.stored = {
+            name: tuple(w.shape) for pair in self.plain.named_parameters() for name, w in self.as_stored(*pair)
+        }
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            for name, p in list(self.model.named_parameters()):
+                path, _, last = name.rpartition(".")
+                empty = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=False)
+                setattr(self.model.get_submodule(path), last, empty)
+        self.model.eval().set_backend("onnx" if device == "cpu" else "onnx-cudnn" if self.fused else "onnx-cuda")
+
+    def as_stored(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A parameter of `Bagel` under the names and in the order of channels in which graphs want it."""
+        parts = [(name, weight)]
+        if name.endswith(".gate_up.weight"):
+            stem = name.removesuffix("weight")
+            parts = list(zip((f"{stem}gate.weight", f"{stem}up.weight"), weight.chunk(2), strict=True))
+        elif self.fused and name.startswith("llm.layers."):
+            parts = store_grouped(self.config.llm, name, weight)
+        for part, tensor in parts:
+            yield part, tensor.t() if part in self.transposed else tensor
+
+    def write_weights(self, folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes the parameters of `Bagel`, in its order, to the bundle's file."""
+        tensors = (stored for parameter in parameters for stored in self.as_stored(*parameter))
+        write_weights(folder / WEIGHTS, self.stored, self.dtype, tensors)
 
 
 def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
@@ -40,57 +110,79 @@ def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
     return product if len(rows) == 1 else op.Reshape(product, [*rows, weight.shape[0]])
 
 
-def export_program(
-    model: Bagel, name: str, call: Callable, signature: Signature, profile: Profile, dtype: torch.dtype
-) -> ir.Model:
-    """Traces one program with torch.export and translates it. Weights are still in memory."""
-    inputs, caches, free = example_inputs(model.config, signature, profile, dtype, torch.device("cpu"))
+def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
+    """Each pixel four times, by nodes that run in any precision."""
+    batch, channels, _, _ = x.shape
+    wide = op.Expand(op.Unsqueeze(x, [3, 5]), [1, 1, 1, 2, 1, 2])
+    sides = op.Mul(op.Shape(x, start=2), [2, 2])
+    return op.Reshape(wide, op.Concat(op.Constant(value_ints=[batch, channels]), sides, axis=0))
+
+
+TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_nearest2d.vec: upsample}
+
+
+def export_program(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
+    """Traces one program with torch.export and translates it. Weights are inputs of the graph, under their names."""
+    with shapes.fake:
+        inputs, caches, free = example_inputs(shapes.config, signature, profile, shapes.dtype, torch.device("cpu"))
     input_names, output_names = list(signature.inputs), list(signature.outputs)
     if caches:
-        names = cache_names(model.config)
+        names = cache_names(shapes.config)
         input_names += names
         output_names += [f"{name}.out" for name in names]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
-        program = torch.onnx.export(
-            Program(model, call).eval(),
+        exported = torch.onnx.export(
+            Program(shapes.model, call).eval(),
             (*inputs, *caches),
             dynamo=True,
             opset_version=OPSET,
             input_names=input_names,
             output_names=output_names,
             dynamic_shapes={"inputs": (*free, *(None for _ in caches))} if any(free) else None,
-            custom_translation_table={torch.ops.aten.linear.default: linear},
+            custom_translation_table=TRANSLATIONS,
+            optimize=False,  # it would read weights, and there are none
             verbose=False,
-        )
-    program.model.graph.name = name
-    return program.model
+        ).model
+    exported.graph.name = name
+    _weights_to_inputs(exported.graph, shapes)
+    optimizer.optimize(exported)
+    if shapes.fused:
+        fuse(exported)
+    return exported
 
 
-def stored_weights(model: Bagel) -> dict[str, torch.Tensor]:
-    """The weights as the bundle has them: those of linear layers as [in, out], which ONNX Runtime's kernel for a single
-    token reads as it lies. As [out, in] it would be transposed anew for each token."""
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: p.t().contiguous() if name in linear else p for name, p in model.named_parameters()}
-
-
-def point_outside(graph: ir.Graph, weights: dict[str, Location]) -> list[str]:
-    """Replaces each weight in the graph by its place in the safetensors file; the names of those in use."""
-    used = []
+def _weights_to_inputs(graph: ir.Graph, shapes: Shapes) -> None:
     for node in graph:
-        if node.op_type == "Gemm":
+        if node.op_type == "Gemm" and shapes.device == "cpu":
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix("call.").removeprefix("model.")
-        if (place := weights.get(name)) is not None:
-            tensor = value.const_value
-            where = WEIGHTS, place.offset, place.length
-            value.shape = ir.Shape(place.shape)
-            value.const_value = ir.ExternalTensor(*where, dtype=tensor.dtype, shape=value.shape, name=name)
-            value.name = name
-            used.append(name)
-    return used
+        if name in shapes.stored:
+            del graph.initializers[value.name]
+            value.name, value.shape, value.const_value = name, ir.Shape(shapes.stored[name]), None
+            graph.inputs.append(value)
+
+
+def _used_weights(graph: ir.Graph, shapes: Shapes) -> list[str]:
+    """Removes inputs for weights that are in no use; the names of the others."""
+    weights = [value for value in graph.inputs if value.name in shapes.stored]
+    for value in weights:
+        if not value.uses():
+            graph.inputs.remove(value)
+    return [value.name for value in weights if value.uses()]
+
+
+def _point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
+    """Makes initializers of weights that are inputs: ONNX Runtime's CPU provider can then prepare them once."""
+    places, inputs = locate_weights(folder / WEIGHTS), {value.name: value for value in graph.inputs}
+    for name in used:
+        value, place = inputs[name], places[name]
+        graph.inputs.remove(value)
+        where = WEIGHTS, place.offset, place.length
+        value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)
+        graph.register_initializer(value)
 
 
 def strip(program: ir.Model) -> None:
@@ -108,23 +200,41 @@ def strip(program: ir.Model) -> None:
 
 
 def export_onnx(
-    model: Bagel,
+    shapes: Shapes,
     signatures: dict[str, Signature],
     suffix: str,
     profile: Profile,
     folder: Path,
-    dtype: torch.dtype,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, dict]:
-    """Writes programs to folder/NAME.onnx, NAME with a suffix; the manifest's entries. progress(program, done, total)."""
-    calls, weights, entries = programs(model), locate_weights(folder / WEIGHTS), {}
-    for done, (name, signature) in enumerate(signatures.items()):
-        progress(f"exporting {name}", done, len(signatures))
-        exported = export_program(model, name, calls[name], signature, profile, dtype)
-        used = point_outside(exported.graph, weights)
-        strip(exported)
+    """Writes programs to folder/NAME.onnx, NAME with a suffix; the manifest's entries. progress(program, done, total).
+
+    For the CPU provider the weights must have been written before. Tracing is Python's work, so each core has a process
+    of its own for it.
+    """
+    entries: dict[str, dict] = {}
+    tasks = [(name, signature, folder / f"{name}{suffix}.onnx") for name, signature in signatures.items()]
+    tasks.sort(key=lambda task: -task[1].cache_rows)  # those with all layers first
+    model = shapes.config, str(shapes.dtype).removeprefix("torch."), shapes.device, shapes.fused, profile
+    for name, used in in_processes(f"{__name__}:write_programs", model, tasks):
         file = f"{name}{suffix}.onnx"
-        ir.save(exported, folder / file)
-        entries[name] = {"file": file, "weights": used, **dataclasses.asdict(signature)}
-    progress("exported", len(signatures), len(signatures))
-    return entries
+        entries[name] = {"file": file, "weights": used, **dataclasses.asdict(signatures[name])}
+        progress(f"exported {name}", len(entries), len(signatures))
+    return {name: entries[name] for name in signatures}
+
+
+def write_programs(
+    model: tuple[BagelConfig, str, str, bool, Profile], tasks: list[tuple[str, Signature, Path]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Traces and writes programs (name, signature, file). -> each one's name and the weights that it uses"""
+    config, dtype, device, fused, profile = model
+    shapes = Shapes(config, getattr(torch, dtype), device, fused)
+    calls = programs(shapes.model)
+    for name, signature, path in tasks:
+        exported = export_program(shapes, name, calls[name], signature, profile)
+        used = _used_weights(exported.graph, shapes)
+        if device == "cpu":
+            _point_outside(exported.graph, path.parent, used)
+        strip(exported)
+        ir.save(exported, path)
+        yield name, used

@@ -69,16 +69,16 @@ def export_packaged(
     suffix: str,
     profile: Profile,
     folder: Path,
-    dtype: torch.dtype,
     progress: Callable[[str, int, int], None],
     examples: bool = False,
 ) -> dict[str, dict]:
     """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, with their example inputs where
     they are to be compiled; the manifest's entries."""
     calls, entries = programs(model), {}
+    dtype, device = model.latent_in.weight.dtype, model.latent_in.weight.device
     for done, (name, signature) in enumerate(signatures.items()):
         progress(f"exporting {name}", done, len(signatures))
-        inputs, caches, free = example_inputs(model.config, signature, profile, dtype, model.latent_in.weight.device)
+        inputs, caches, free = example_inputs(model.config, signature, profile, dtype, device)
         parts = {}
         with torch.no_grad():
             cuts = list(cut(model, name, calls[name], tuple(inputs), caches, tuple(free)))

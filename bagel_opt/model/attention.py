@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
+# Nodes of a graph: for ONNX Runtime's CPU provider, and for its CUDA provider in float32 and in 16 bits.
+ONNX = ("onnx", "onnx-cuda", "onnx-cudnn")
 
 _flex = torch.compile(flex_attention, dynamic=False)  # uncompiled, it materialises all scores
 
@@ -62,7 +64,7 @@ def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bo
         return Visible(kv_len_B, causal, create_block_mask(sees, rows, None, queries, slots, device=kv_len_B.device))
     if backend == "flash":
         return Visible(kv_len_B.int(), causal, None)
-    if backend == "onnx":
+    if backend in ONNX:
         return Visible(kv_len_B, causal, None)
     key_S = torch.arange(slots, device=kv_len_B.device)
     last_BQ = kv_len_B[:, None] - 1
@@ -75,8 +77,8 @@ def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: V
     """Attention of prepared visibility: [B, Q, H, D]."""
     if backend == "flash":
         return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B, seen.causal)
-    if backend == "onnx":
-        return _onnx(q_BQHD, k_BSGD, v_BSGD, seen)
+    if backend in ONNX:
+        return _onnx(backend, q_BQHD, k_BSGD, v_BSGD, seen)
     if backend != "flex":  # a mask may cover the first slots alone, those in use
         k_BSGD, v_BSGD = (x[:, : seen.mask.shape[-1]] for x in (k_BSGD, v_BSGD))
     q_BHQD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BQHD, k_BSGD, v_BSGD))
@@ -150,22 +152,21 @@ def _(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: 
     return torch.empty_like(q_BQHD)
 
 
-def _onnx(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
-    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose.
+def _onnx(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
+    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose."""
+    if backend == "onnx-cudnn":
+        if not seen.causal:
+            from bagel_opt.export.onnx_fused import attend
 
-    ONNX Runtime computes over all slots that it is given, so it gets those up to the longest row's end, in steps of 64:
-    otherwise it would group a row's sums by the length of its neighbours. Their number is unknown to the tracer, which
-    is told that there are as many as in the cache.
-    """
+            return attend(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B)
+        # queries are ordered for it; this node wants those of a group together
+        grouped = q_BQHD.unflatten(2, (-1, k_BSGD.shape[2])).transpose(2, 3).flatten(2, 3)
+        out = _onnx("onnx-cuda", grouped, k_BSGD, v_BSGD, seen)
+        return out.unflatten(2, (k_BSGD.shape[2], -1)).transpose(2, 3).flatten(2, 3)
     shape = q_BQHD.shape
-    ints = {"dtype": torch.int64, "shape": (1,), "version": 24}
-    longest = torch.onnx.ops.symbolic("ReduceMax", (seen.kv_len_B,), {"keepdims": 1}, **ints)
-    end = (longest + 63) // 64 * 64
-    zero, one = (torch.tensor([value], device=end.device) for value in (0, 1))
-    k, v = (
-        torch.onnx.ops.symbolic("Slice", (x, zero, end, one), {}, dtype=x.dtype, shape=x.shape, version=24)
-        for x in (k_BSGD.flatten(2), v_BSGD.flatten(2))
-    )
+    k, v = k_BSGD.flatten(2), v_BSGD.flatten(2)
+    if backend == "onnx":
+        k, v = _in_use(seen.kv_len_B, k, v)
     return torch.onnx.ops.symbolic(
         "Attention",
         (q_BQHD.flatten(2), k, v, None, None, None, seen.kv_len_B),
@@ -174,3 +175,19 @@ def _onnx(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tens
         shape=(shape[0], shape[1], shape[2] * shape[3]),
         version=24,
     ).unflatten(-1, shape[2:])
+
+
+def _in_use(kv_len_B: Tensor, *kv_BSC: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values up to the longest row's end, in steps of 64.
+
+    ONNX Runtime's CPU provider computes over all slots that it is given, and would group a row's sums by the length of
+    its neighbours. How many slots are left is unknown to the tracer, which is told that there are as many as before.
+    """
+    ints = {"dtype": torch.int64, "shape": (1,), "version": 24}
+    longest = torch.onnx.ops.symbolic("ReduceMax", (kv_len_B,), {"keepdims": 1}, **ints)
+    end = (longest + 63) // 64 * 64
+    zero, one = (torch.tensor([value], device=end.device) for value in (0, 1))
+    return tuple(
+        torch.onnx.ops.symbolic("Slice", (x, zero, end, one), {}, dtype=x.dtype, shape=x.shape, version=24)
+        for x in kv_BSC
+    )

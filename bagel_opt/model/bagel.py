@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.model.attention import Visible
+from bagel_opt.model.attention import ONNX, Visible
 from bagel_opt.model.transformer import Started, Transformer
 from bagel_opt.model.vae import VAE
 from bagel_opt.model.vit import Connector, ViT
@@ -50,7 +50,7 @@ class Bagel(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Chooses the attention of the transformer. The ViT's 72-channel heads stay with SDPA, but in ONNX."""
         self.llm.backend = backend
-        self.vit_encoder.backend = "onnx" if backend == "onnx" else "sdpa"
+        self.vit_encoder.backend = "onnx" if backend == "onnx" else "onnx-cuda" if backend in ONNX else "sdpa"
 
     # ---- programs of one row: they extend its context
 

@@ -16,34 +16,56 @@ from bagel_opt.model import attention, cache
 from bagel_opt.model.attention import Visible
 
 
+class QKV(nn.Linear):
+    """Products for queries, keys and values in one. -> q [B, T, H, D], k and v [B, T, G, D]"""
+
+    def __init__(self, c: LLMConfig):
+        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        super().__init__(c.hidden_size, sum(self.heads) * c.head_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.split(super().forward(x))
+
+    def split(self, qkv_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` does after its product."""
+        return qkv_BTC.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+
+
+class GateUp(nn.Linear):
+    """The MLP's gate and up products in one. -> (gate, up)"""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x).chunk(2, dim=-1)
+
+
 class Expert(nn.Module):
     """One expert's share of a layer: everything but the attention. q/k/v and gate/up are single products."""
 
     def __init__(self, c: LLMConfig):
         super().__init__()
-        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         self.norm1 = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim)
+        self.qkv = QKV(c)
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
         self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.norm2 = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.gate_up = GateUp(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def project(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], normed and rotated."""
-        return self.to_heads(self.qkv(self.norm1(x_BTC)), cos, sin)
+        return self.rotated(*self.qkv(self.norm1(x_BTC)), cos, sin)
 
-    def to_heads(self, qkv_BTC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What `project` does after its product."""
-        q, k, v = qkv_BTC.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        return rotate(self.q_norm(q_BTHD), cos, sin), rotate(self.k_norm(k_BTGD), cos, sin), v_BTGD
 
     def finish(self, x_BTC: Tensor, attended_BTHD: Tensor) -> Tensor:
         """Residual of the attention's output, then the MLP."""
         x_BTC = x_BTC + self.o(attended_BTHD.flatten(2))
-        gate, up = self.gate_up(self.norm2(x_BTC)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.norm2(x_BTC))
         return x_BTC + self.down(F.silu(gate) * up)
 
 
@@ -70,8 +92,8 @@ class Layer(nn.Module):
         if gen_BNC is not None:
             parts = zip((q, k, v), self.gen.project(gen_BNC, cos, sin), strict=True)
             q, k, v = (torch.cat(part, dim=1) for part in parts)
-        k_BSGD = cache.write(k_BSGD, k, start_B, onnx=backend == "onnx")
-        v_BSGD = cache.write(v_BSGD, v, start_B, onnx=backend == "onnx")
+        onnx = backend in attention.ONNX
+        k_BSGD, v_BSGD = (cache.write(old, new, start_B, onnx) for old, new in ((k_BSGD, k), (v_BSGD, v)))
         out = attention.attend(backend, q, k_BSGD, v_BSGD, seen)
         n_und = und_BTC.shape[1]
         und_BTC = self.und.finish(und_BTC, out[:, :n_und])
@@ -144,6 +166,17 @@ def rope(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the channel pairs (i, i + D / 2) of each head."""
+    """Rotates the channel pairs (i, i + D / 2) of each head. In ONNX that is one node."""
+    if torch.onnx.is_in_onnx_export():
+        return _rotary_embedding(x_BTHD, cos, sin)
     a, b = x_BTHD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)
+
+
+def _rotary_embedding(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RotaryEmbedding of opset 23 in its 3-D form, which wants an angle for each token."""
+    tokens, heads = x_BTHD.shape[1:3]
+    tables = (table.expand(-1, tokens, -1, -1).squeeze(2).to(x_BTHD.dtype) for table in (cos, sin))
+    x = x_BTHD.flatten(2)
+    shape = {"dtype": x.dtype, "shape": x.shape, "version": 23}
+    return torch.onnx.ops.symbolic("RotaryEmbedding", (x, *tables), {"num_heads": heads}, **shape).view(x_BTHD.shape)

@@ -42,7 +42,7 @@ def enter(expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> 
 
 def to_heads(expert: Expert, qkv: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> Tensor:
     """`enter` after its product."""
-    return store(*expert.to_heads(qkv, cos, sin), into)
+    return store(*expert.rotated(*expert.qkv.split(qkv), cos, sin), into)
 
 
 def leave(expert: Expert, x: Tensor, attended: Tensor) -> Tensor:

@@ -26,16 +26,31 @@ ort.set_global_thread_pool_sizes(int(THREADS) if THREADS.isdecimal() else 0, 0)
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
+def load_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
+    """A program that runs on the first of the providers, and on no other. Raises BundleError, and ImportError where the
+    provider's own libraries cannot be loaded."""
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ORT's exceptions have no common base
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
+        raise ImportError(
+            f"ONNX Runtime {ort.__version__} cannot load its {wanted}: libraries of CUDA or cuDNN are missing here, or of "
+            "another version than it was built for; install them with pip install 'bagel-opt[onnx-gpu]'"
+        )
+    return session
+
+
 class OnnxRuntime:
     """Runs a bundle's programs. A program is loaded when it is first needed; all share one copy of the weights."""
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self.folder, self.manifest = folder, manifest
+        self._prepare(folder, manifest)
         self.dtype = DTYPES[manifest.dtype]
-        self.cache_names = cache_names(manifest.config)
-        self.programs = manifest.programs[manifest.profiles[0].name]
-        self.sessions: dict[str, ort.InferenceSession] = {}  # by file
-        self.lock = threading.Lock()
         mapped = np.memmap(folder / WEIGHTS, np.uint8, "r")
         self.weights = {
             name: ort.OrtValue.ortvalue_from_numpy(
@@ -43,6 +58,13 @@ class OnnxRuntime:
             )
             for name, at in locate_weights(folder / WEIGHTS).items()
         }
+
+    def _prepare(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.cache_names = cache_names(manifest.config)
+        self.programs = manifest.programs[manifest.profiles[0].name]
+        self.sessions: dict[str, ort.InferenceSession] = {}  # by file
+        self.lock = threading.Lock()
 
     def for_profile(self, profile: Profile) -> "OnnxRuntime":
         other = copy.copy(self)
@@ -53,22 +75,16 @@ class OnnxRuntime:
         entry = self.programs[program]
         with self.lock:
             if entry["file"] not in self.sessions:
-                options = ort.SessionOptions()
-                options.log_severity_level = 3
-                options.use_per_session_threads = False
-                if (self.folder / WEIGHTS).stat().st_size > PACKED_BELOW:
-                    options.add_session_config_entry("session.disable_prepacking", "1")
-                for name in entry["weights"]:
-                    options.add_initializer(name, self.weights[name])
-                path = self.folder / entry["file"]
-                try:
-                    self.sessions[entry["file"]] = ort.InferenceSession(
-                        path, options, providers=["CPUExecutionProvider"]
-                    )
-                except Exception as error:  # ORT's exceptions have no common base
-                    reason = str(error).splitlines()[0]
-                    raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+                self.sessions[entry["file"]] = self._load(self.folder / entry["file"], entry)
             return self.sessions[entry["file"]]
+
+    def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        if (self.folder / WEIGHTS).stat().st_size > PACKED_BELOW:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        for name in entry["weights"]:
+            options.add_initializer(name, self.weights[name])
+        return load_session(path, options, ["CPUExecutionProvider"])
 
     def caches(self, rows: int, slots: int) -> list[np.ndarray]:
         shape = cache_shape(self.manifest.config, rows, slots)

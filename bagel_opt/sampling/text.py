@@ -1,6 +1,7 @@
 """The choice of the next token."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -11,6 +12,14 @@ class ChooseToken(nn.Module):
         """temperature: 0 is greedy. uniform: in [0, 1). -> ids_B"""
         greedy = logits_BV.argmax(-1)
         scaled = logits_BV / torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-        mass = scaled.softmax(-1).cumsum(-1)
+        mass = _summed(scaled.softmax(-1))
         sampled = (mass <= uniform_B[:, None] * mass[:, -1:]).sum(-1).clamp(max=logits_BV.shape[1] - 1)
         return (torch.where(temperature_B > 0, sampled, greedy),)
+
+
+def _summed(x_BV: Tensor) -> Tensor:
+    """Cumulative sums, by blocks of 512: ONNX Runtime's kernel on a GPU adds up everything before each number anew."""
+    size = x_BV.shape[1]
+    inner = F.pad(x_BV, (0, -size % 512)).unflatten(1, (-1, 512)).cumsum(-1)
+    total = inner[..., -1]
+    return (inner + (total.cumsum(-1) - total)[..., None]).flatten(1)[:, :size]

@@ -1,0 +1,137 @@
+"""What makes ONNX graphs fast on an NVIDIA GPU in 16 bits: ONNX Runtime's own operators (domain com.microsoft), chosen by
+what they took on an H200 (README, "ONNX Runtime on a GPU").
+
+C channels, I the MLP's channels, H query heads on G key-value heads of D channels.
+"""
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, nn
+
+from bagel_opt.config import LLMConfig
+from bagel_opt.model.transformer import QKV
+
+DOMAIN = "com.microsoft"
+# The gated norm's own norm, switched off: with a large e, x / sqrt(mean(x^2) + e) * sqrt(e) is x. Both are powers of 2,
+# so in float32, in which the operator computes, nothing is rounded; sqrt(e) is stored in the model's own type.
+ROOT = {ir.DataType.FLOAT: 2.0**40, ir.DataType.BFLOAT16: 2.0**40, ir.DataType.FLOAT16: 2.0**14}
+
+
+class SplitQKV(nn.Module):
+    """Queries by themselves, whose product is large, so that no node has to copy them; keys and values together."""
+
+    def __init__(self, joint: QKV):
+        super().__init__()
+        self.heads, size = joint.heads, joint.in_features
+        head = joint.out_features // sum(joint.heads)
+        self.q = nn.Linear(size, joint.heads[0] * head, device="meta")
+        self.kv = nn.Linear(size, 2 * joint.heads[1] * head, device="meta")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, kv = self.q(x), self.kv(x)
+        groups = self.heads[1]
+        return q.unflatten(-1, (self.heads[0], -1)), *kv.unflatten(-1, (2 * groups, -1)).split(groups, dim=2)
+
+
+def store_grouped(c: LLMConfig, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
+    """A parameter of an expert with its query heads in the order that attention wants: first one of each group. Then
+    [B, Q, H * D] is also [B, Q * H / G, G * D], and grouped queries are more queries of as many heads as there are keys.
+    """
+    groups, size = c.num_key_value_heads, c.head_dim
+    per_group, queries = c.num_attention_heads // groups, c.num_attention_heads * size
+
+    def ordered(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (groups, per_group, size)).transpose(0, 1).flatten(0, 2)
+
+    stem, _, kind = name.rpartition(".")
+    if stem.endswith(".qkv"):
+        return [(f"{stem}.q.{kind}", ordered(weight[:queries])), (f"{stem}.kv.{kind}", weight[queries:])]
+    if stem.endswith(".o"):
+        return [(name, ordered(weight.t()).t())]
+    return [(name, weight)]
+
+
+def attend(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor) -> Tensor:
+    """MultiHeadAttention over the first kv_len keys, which runs on cuDNN; queries ordered as by `store_grouped`."""
+    rows, queries, heads, size = q_BQHD.shape
+    groups = k_BSGD.shape[2]
+    q = q_BQHD.reshape(rows, queries * heads // groups, groups * size)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::MultiHeadAttention",
+        (q, k_BSGD.flatten(2), v_BSGD.flatten(2), None, kv_len_B.int()),
+        {"num_heads": groups},
+        dtype=q.dtype,
+        shape=q.shape,
+        version=1,
+    ).view(q_BQHD.shape)
+
+
+def fuse(program: ir.Model) -> None:
+    """Joins residuals with the norms after them, and SiLU with the product by `up`."""
+    graph, unit = program.graph, {}
+    for node in list(graph):
+        if node.op_type == "RMSNormalization":
+            _fuse_residual(graph, node)
+        elif node.op_type == "Mul":
+            _fuse_swiglu(graph, node, unit)
+    program.opset_imports[DOMAIN] = 1
+
+
+def _fuse_residual(graph: ir.Graph, norm: ir.Node) -> None:
+    add = norm.inputs[0].producer()
+    if add is None or add.op_type != "Add" or add.inputs[0].shape != add.inputs[1].shape:
+        return
+    fused = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [*add.inputs, norm.inputs[1]],
+        {"epsilon": norm.attributes["epsilon"].value},
+        domain=DOMAIN,
+        num_outputs=4,
+    )
+    for unused in fused.outputs[1:3]:
+        unused.name = ""
+    _replace(graph, {add.outputs[0]: fused.outputs[3], norm.outputs[0]: fused.outputs[0]}, fused, add)
+
+
+def _fuse_swiglu(graph: ir.Graph, product: ir.Node, unit: dict[int, ir.Value]) -> None:
+    """(gate * sigmoid(gate)) * up"""
+    for silu, up in (product.inputs, product.inputs[::-1]):
+        inner = silu.producer()
+        if inner is None or inner.op_type != "Mul":
+            continue
+        for gate, share in (inner.inputs, inner.inputs[::-1]):
+            sigmoid = share.producer()
+            if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is gate:
+                channels, root = gate.shape[-1], ROOT[gate.dtype]
+                if channels not in unit:
+                    values = torch.full((channels,), root).to(getattr(torch, gate.dtype.name.lower(), torch.float32))
+                    unit[channels] = _initializer(graph, f"unit.{channels}", values)
+                fused = ir.node(
+                    "GatedRMSNorm",
+                    [up, unit[channels], gate],
+                    {"activation": "silu", "epsilon": root**2},
+                    domain=DOMAIN,
+                )
+                _replace(graph, {product.outputs[0]: fused.outputs[0]}, fused, product)
+                graph.remove([inner, sigmoid], safe=True)
+                return
+
+
+def _initializer(graph: ir.Graph, name: str, values: Tensor) -> ir.Value:
+    tensor = TorchTensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, values: dict[ir.Value, ir.Value], fused: ir.Node, after: ir.Node) -> None:
+    old = list(values)
+    for value, new in values.items():
+        new.shape, new.type, new.name = value.shape, value.type, f"{value.name}.fused"
+    outputs = {value: value.name for value in old if value.is_graph_output()}
+    graph.insert_after(after, fused)
+    ir.convenience.replace_all_uses_with(old, [values[value] for value in old], replace_graph_outputs=True)
+    graph.remove(list(dict.fromkeys(value.producer() for value in old)), safe=True)
+    for value, name in outputs.items():
+        values[value].name = name

@@ -1,0 +1,213 @@
+"""The ONNX Runtime runtime on an NVIDIA GPU. Tensors stay there, and weights lie there once, as inputs of all programs.
+
+ONNX Runtime copies initializers for each session; memory that is bound as an input is used where it is.
+"""
+
+import itertools
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+
+from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
+from bagel_opt.runtime.gpu_memory import BY_NUMBER, KINDS, DeviceTensor, GpuMemory
+from bagel_opt.runtime.onnx import OnnxRuntime, load_session
+from bagel_opt.runtime.programs import cache_shape
+
+PROVIDER = "CUDAExecutionProvider"
+# Replayed as CUDA graphs: launching their kernels one by one takes longer than many of them do.
+GRAPHED = ("decode", "generate")
+# Run once a request and wide, so what they take for their values goes back afterwards.
+RARE = ("text", "vit", "vit_context", "vae_context", "vae_encode", "vae_decode")
+READ_AT_ONCE = 256 * 2**20  # bytes of the file that are mapped at a time
+SDPA_KERNELS = str(
+    1 | 2 | 8 | 16
+)  # those allowed: flash, memory-efficient, cuDNN (not by default on all GPUs) and math
+GRAPH_NUMBERS = itertools.count(1)
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+
+
+class Bound(NamedTuple):
+    """A program with its weights and caches bound, and, if it is replayed as a graph, all its inputs and outputs."""
+
+    binding: ort.IOBinding
+    options: ort.RunOptions
+    inputs: dict[str, DeviceTensor]
+    outputs: dict[str, DeviceTensor]
+
+
+class OnnxGpuRuntime(OnnxRuntime):
+    """Runs a bundle's programs. One runs at a time; a program is loaded when it is first needed."""
+
+    def __init__(self, folder: Path, manifest: Manifest, memory: GpuMemory):
+        self._prepare(folder, manifest)
+        self.memory = memory
+        self.running = threading.Lock()
+        self.bound: dict[tuple, Bound] = {}
+        self.returned: list[list[DeviceTensor]] = []  # caches for the next request
+        self.weights = {
+            name: memory.from_numpy(array, manifest.dtype)
+            for name, array in read_weights(folder / WEIGHTS, KINDS[manifest.dtype][0])
+        }
+
+    # ---- memory
+
+    def caches(self, rows: int, slots: int) -> list[DeviceTensor]:
+        shape = cache_shape(self.manifest.config, rows, slots)
+        with self.running:
+            for caches in self.returned:
+                if caches[0].shape == shape:
+                    self.returned.remove(caches)
+                    for cache in caches:
+                        self.memory.clear(cache)
+                    return caches
+            for caches in self.returned:  # of other sizes: their memory may be needed
+                stale = caches[0].pointer
+                self.bound = {key: bound for key, bound in self.bound.items() if stale not in key}
+            self.returned.clear()
+            return [self.memory.zeros(shape, self.manifest.dtype) for _ in self.cache_names]
+
+    def give_back(self, caches: list[DeviceTensor]) -> None:
+        """Kept, with the graphs that were captured with them."""
+        with self.running:
+            self.returned.append(caches)
+
+    def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> DeviceTensor:
+        return self.memory.zeros(shape, self.manifest.dtype if hidden else "float32")
+
+    def write_row(self, tensor: DeviceTensor, row: int, values: np.ndarray | DeviceTensor) -> DeviceTensor:
+        if isinstance(values, DeviceTensor):
+            self.memory.copy(tensor[row].pointer, values.pointer, values.nbytes)
+        else:
+            self.memory.upload(values, tensor[row])
+        return tensor
+
+    def clear_row(self, caches: list[DeviceTensor], row: int) -> None:
+        for cache in caches:
+            self.memory.clear(cache[row])
+
+    def copy_row(self, source: list[DeviceTensor], row: int, target: list[DeviceTensor], to: int, length: int) -> None:
+        for a, b in zip(source, target, strict=True):
+            if length:
+                self.memory.copy(b[to].pointer, a[row].pointer, a[row][:length].nbytes)
+
+    def host(self, tensor: DeviceTensor, row: int | None = None) -> np.ndarray:
+        return self.memory.numpy(tensor if row is None else tensor[row])
+
+    # ---- programs
+
+    def run(self, program: str, inputs: list, caches: list[DeviceTensor] = (), row: int | None = None) -> tuple:
+        entry, graphed = self.programs[program], program.startswith(GRAPHED)
+        if row is not None:
+            caches = [cache[row : row + 1] for cache in caches]
+        with self.running:
+            key = (entry["file"], *(cache.pointer for cache in caches[:1]))
+            if key not in self.bound:
+                self.bound[key] = self._bind(program, entry, caches, graphed)
+            bound = self.bound[key]
+            for (name, (_, kind)), value in zip(entry["inputs"].items(), inputs, strict=True):
+                self._give(bound, name, self.manifest.dtype if kind == "model" else kind, value, graphed)
+            for name in entry["outputs"]:
+                if not graphed:
+                    bound.binding.bind_output(name, self.memory.name, self.memory.device)
+            try:
+                self.session(program).run_with_iobinding(bound.binding, bound.options)
+            except Exception as error:  # ORT's exceptions have no common base
+                reason = str(error).splitlines()[0]
+                raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason}") from None
+            if graphed:
+                return tuple(bound.outputs.values())
+            return tuple(map(_wrapped, bound.binding.get_outputs()[: len(entry["outputs"])]))
+
+    def _bind(self, program: str, entry: dict, caches: list[DeviceTensor], graphed: bool) -> Bound:
+        session = self.session(program)
+        bound = Bound(session.io_binding(), ort.RunOptions(), {}, {})
+        for name in entry["weights"]:
+            self._bind_input(bound, name, self.weights[name])
+        for output in session.get_outputs()[: len(entry["outputs"])]:
+            if graphed:
+                bound.outputs[output.name] = self.memory.empty(tuple(output.shape), TYPES[output.type])
+                self._bind_output(bound, output.name, bound.outputs[output.name])
+            else:  # the order in which they are bound is that in which they come back
+                bound.binding.bind_output(output.name, self.memory.name, self.memory.device)
+        for name, cache in zip(self.cache_names, caches, strict=False):
+            # Input and output are the same memory, so that TensorScatter writes the new entries alone.
+            self._bind_input(bound, name, cache)
+            self._bind_output(bound, f"{name}.out", cache)
+        if graphed:
+            bound.options.add_run_config_entry("gpu_graph_id", str(next(GRAPH_NUMBERS)))
+        if program in RARE:
+            self._shrink(bound.options)
+        return bound
+
+    def _give(self, bound: Bound, name: str, kind: str, value: np.ndarray | DeviceTensor, graphed: bool) -> None:
+        """Binds an input. What comes from the host, and what a graph reads, goes where it went before."""
+        there = isinstance(value, DeviceTensor)
+        if there and not graphed:
+            bound.inputs.pop(name, None)
+            self._bind_input(bound, name, value)
+            return
+        to = bound.inputs.get(name)
+        if to is None or to.shape != value.shape:
+            to = bound.inputs[name] = self.memory.empty(value.shape, kind)
+            self._bind_input(bound, name, to)
+        if there:
+            self.memory.copy(to.pointer, value.pointer, value.nbytes)
+        else:
+            self.memory.upload(value, to)
+
+    def _bind_input(self, bound: Bound, name: str, x: DeviceTensor) -> None:
+        where = self.memory.name, self.memory.device, KINDS[x.kind][1], x.shape, x.pointer
+        bound.binding.bind_input(name, *where)
+
+    def _bind_output(self, bound: Bound, name: str, x: DeviceTensor) -> None:
+        where = self.memory.name, self.memory.device, KINDS[x.kind][1], x.shape, x.pointer
+        bound.binding.bind_output(name, *where)
+
+    def _shrink(self, options: ort.RunOptions) -> None:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self.memory.device}")
+
+    def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
+        provider = {
+            "device_id": str(self.memory.device),
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "use_tf32": "0",  # float32 is to be exact
+            "sdpa_kernel": SDPA_KERNELS,
+            "enable_cuda_graph": str(int(path.name.startswith(GRAPHED))),
+        }
+        return load_session(path, ort.SessionOptions(), [(PROVIDER, provider)])
+
+
+def read_weights(path: Path, dtype: np.dtype) -> "itertools.chain[tuple[str, np.ndarray]]":
+    """Each tensor of a safetensors file as an array that is mapped from it. The file is mapped anew after some bytes: pages
+    that were read would otherwise count as this process's memory until the end."""
+    mapped, begin = None, 0
+    for name, at in locate_weights(path).items():
+        if mapped is None or at.offset + at.length - begin > READ_AT_ONCE:
+            mapped, begin = np.memmap(path, np.uint8, "r"), at.offset
+        yield name, mapped[at.offset : at.offset + at.length].view(dtype).reshape(at.shape)
+
+
+def _wrapped(value: ort.OrtValue) -> DeviceTensor:
+    return DeviceTensor(value.data_ptr(), tuple(value.shape()), BY_NUMBER[value.element_type()], value)
+
+
+def usable_memory(device: int) -> GpuMemory:
+    """The GPU's memory, once ONNX Runtime can use the GPU.
+
+    Raises ImportError where a package or a CUDA library is missing, ValueError where there is no such GPU.
+    """
+    if PROVIDER not in ort.get_available_providers():
+        raise ImportError(
+            "a bundle for CUDA needs ONNX Runtime's CUDA provider, which this onnxruntime does not have: "
+            "pip uninstall onnxruntime; pip install 'bagel-opt[onnx-gpu]'"
+        )
+    ort.set_default_logger_severity(4)  # what fails is raised; what is printed besides is of plans that it tried
+    ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip has installed them
+    try:
+        return GpuMemory(device)
+    except ImportError:
+        raise ImportError("a bundle for CUDA needs cuda-bindings: pip install 'bagel-opt[onnx-gpu]'") from None

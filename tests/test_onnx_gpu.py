@@ -1,0 +1,176 @@
+"""ONNX for CUDA: its graphs, and its runtime over the host's memory, so that all but CUDA itself is tested everywhere.
+tests/test_gpu.py has what needs the GPU."""
+
+import ctypes
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from support import CHECKPOINT, cases
+
+import bagel_opt
+from bagel_opt import Profile
+from bagel_opt.api import Model
+from bagel_opt.bundle import TOKENIZER, WEIGHTS, locate_weights, read_manifest
+from bagel_opt.export import export
+from bagel_opt.export import onnx as exporter
+from bagel_opt.export.verify import run_programs
+from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
+from bagel_opt.runtime.onnx import load_session
+from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, read_weights
+from bagel_opt.tokenizer import Tokenizer
+
+PROFILE = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
+LAYER = {  # nodes of one layer of the flow step: of each of two experts, but for what joins them
+    "plain": "8 RMSNormalization, 10 Gemm, 4 RotaryEmbedding, 1 Attention, 2 TensorScatter, 3 Concat, 2 Split, 2 Sigmoid, "
+    "4 Mul, 4 Add, 2 Slice",
+    "fused": "4 RMSNormalization, 4 SkipSimplifiedLayerNormalization, 12 Gemm, 4 RotaryEmbedding, 1 MultiHeadAttention, "
+    "2 TensorScatter, 3 Concat, 2 Split, 2 GatedRMSNorm, 2 Slice",
+}
+FREE = {"Reshape", "Cast", "Unsqueeze", "Squeeze", "Gather", "Expand", "Cos", "Sin"}  # of shapes, or once a program
+
+
+class HostMemory(GpuMemory):
+    """What GpuMemory does, with the host's memory."""
+
+    name = "cpu"
+
+    def __init__(self):
+        self.device, self.held = 0, {}
+
+    def allocate(self, count):
+        block = np.full(count, 255, np.uint8)  # whoever reads what nobody wrote gets NaN
+        self.held[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def free(self, pointer):
+        self.held.pop(pointer)[:] = 255
+
+    def copy(self, to, source, count):
+        ctypes.memmove(to, source, count)
+
+    def clear(self, tensor):
+        ctypes.memset(tensor.pointer, 0, tensor.nbytes)
+
+
+class OnHost(OnnxGpuRuntime):
+    def _load(self, path, entry):
+        return load_session(path, ort.SessionOptions(), ["CPUExecutionProvider"])
+
+    def _shrink(self, options):
+        """The host's arenas are the process's."""
+
+
+@pytest.fixture(scope="module", params=["plain", "fused"])
+def bundle(request, tmp_path_factory):
+    """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        shapes = functools.partial(exporter.Shapes, fused=request.param == "fused")
+        patch.setattr(exporter, "Shapes", shapes)
+        return export(CHECKPOINT, tmp_path_factory.mktemp("gpu") / request.param, PROFILE, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    manifest = read_manifest(bundle)
+    runtime = OnHost(bundle, manifest, HostMemory())
+    return Model(runtime, manifest.config, Tokenizer(bundle / TOKENIZER), manifest.profiles)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_answers(model, case):
+    for _ in range(2):  # the second time with the memory of the first
+        events = []
+        outputs = model.run(case.inputs, on_step=events.append, **case.options)
+        assert case.velocity_error(events) < 1e-4
+        case.check_outputs(outputs)
+
+
+def test_memory_goes_back(model):
+    runtime, case = model.runtime, cases()[0]
+    model.run(case.inputs, **case.options)
+    before = len(runtime.memory.held), len(runtime.bound)
+    for _ in range(3):
+        model.run(case.inputs, **case.options)
+    assert (len(runtime.memory.held), len(runtime.bound)) == before
+    kept = runtime.caches(1, 64)  # of another size, for which those that were kept make room
+    assert [cache.shape[:2] for cache in kept] == [(1, 64)] * len(runtime.cache_names)
+    assert not any(np.any(runtime.host(cache)) for cache in kept)
+    assert runtime.returned == []
+    assert len(runtime.bound) < before[1]
+
+
+def test_weights_are_inputs_and_there_once(bundle, eager):
+    manifest = read_manifest(bundle)
+    places, used = locate_weights(bundle / WEIGHTS), set()
+    assert sum(at.length for at in places.values()) == sum(p.nbytes for p in eager.runtime.model.parameters())
+    for entry in manifest.programs["tiny"].values():
+        graph = onnx.load(bundle / entry["file"]).graph
+        assert {value.name for value in graph.input if value.name in places} == set(entry["weights"])
+        assert sum(tensor.ByteSize() for tensor in graph.initializer) < 5000
+        used.update(entry["weights"])
+    assert used == set(places)
+
+
+def test_a_layer_is_few_nodes(bundle):
+    """Norms, rotations and attention are single nodes, and no large product's output is cut."""
+    graph = onnx.load(bundle / "generate.onnx").graph
+    layers = read_manifest(bundle).config.llm.num_hidden_layers
+    found = [node.op_type for node in graph.node]
+    wanted = {kind: int(count) for count, kind in (entry.split() for entry in LAYER[bundle.name].split(", "))}
+    for kind, count in wanted.items():
+        # the last layer leaves the markers' tokens; before and after the layers there are a few more
+        assert (layers - 1) * count <= found.count(kind) <= layers * count + 8, kind
+    assert set(found) - set(wanted) <= FREE | {"Add", "Mul", "Sigmoid"}
+
+
+def test_bfloat16_graphs_hold_no_other_precision_inside(tmp_path):
+    """Only what goes in and out, and the angles, is float32."""
+    profile = Profile("small", rows=1, slots=160, text=16, patches=16, latents=16)
+    folder = export(CHECKPOINT, tmp_path / "bundle", profile, device="cuda", dtype="bfloat16")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "generate.onnx")).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    products = [node.output[0] for node in graph.node if node.op_type in ("Gemm", "Attention", "RMSNormalization")]
+    assert {kinds.get(name, onnx.TensorProto.BFLOAT16) for name in products} == {onnx.TensorProto.BFLOAT16}
+    stored = dict(read_weights(folder / WEIGHTS, np.dtype("uint16")))
+    assert {at.dtype for at in locate_weights(folder / WEIGHTS).values()} == {"BF16"}
+    layer = bagel_opt.load(CHECKPOINT, device="cpu").runtime.model.llm.layers[1].gen
+    halves = [torch.from_numpy(stored[f"llm.layers.1.gen.gate_up.{half}.weight"].copy()) for half in ("gate", "up")]
+    assert torch.equal(torch.cat(halves).view(torch.bfloat16), layer.gate_up.weight.bfloat16())
+
+
+def test_rows_of_a_tensor_and_16_bit_floats():
+    memory = HostMemory()
+    values = np.arange(24, dtype=np.float32).reshape(3, 2, 4) / 7
+    tensor = memory.from_numpy(values, "bfloat16")
+    assert tensor.nbytes == 48
+    assert np.abs(memory.numpy(tensor) - values).max() < 0.01
+    assert np.array_equal(memory.numpy(tensor[1]), memory.numpy(tensor)[1])
+    assert np.array_equal(memory.numpy(tensor[1:3]), memory.numpy(tensor)[1:])
+    memory.upload(np.zeros((1, 4), np.float32), tensor[2])
+    assert not memory.numpy(tensor)[2, 0].any()
+    assert memory.numpy(tensor)[2, 1].all()
+    with pytest.raises(ValueError, match="do not fit"):
+        memory.upload(values, tensor[0])
+    assert isinstance(tensor[0], DeviceTensor)
+    del tensor
+    assert memory.held == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_cuda_it_says_what_is_missing(bundle):
+    with pytest.raises(ImportError, match=r"CUDA provider.*pip install 'bagel-opt\[onnx-gpu\]'"):
+        bagel_opt.load(bundle)
+    with pytest.raises(ValueError, match=r"allowed for .* is 'cuda'"):
+        bagel_opt.load(bundle, device="cpu")
+
+
+def test_programs_agree_with_eager(model, eager):
+    config, profile = model.config, PROFILE
+    pairs = zip(run_programs(eager.runtime, config, profile), run_programs(model.runtime, config, profile), strict=True)
+    for (name, want), (_, got) in pairs:
+        for a, b in zip(want, got, strict=True):
+            assert np.abs(a.astype(np.float64) - b).max() <= 2e-4 * max(1.0, np.abs(a).max()), name
