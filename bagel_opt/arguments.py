@@ -44,14 +44,20 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "--profile", action="append", help="profile file, or a name from profiles/; several share the weights"
     )
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
-    export_.add_argument("--dtype", help="float32 (default), float16, or bfloat16 where it is not ONNX")
+    export_.add_argument("--dtype", help="float32 (default), float16, or bfloat16 where it is not ONNX for the CPU")
     export_.add_argument("--attention", help="for compile: auto (default), sdpa, cudnn, flex or flash")
-    export_.add_argument("--device", help="cpu (default), or cuda where it is not ONNX")
+    export_.add_argument("--device", help="cpu (default) or cuda")
     export_.add_argument("--verify", action="store_true", help="compare the bundle with eager float32 before it counts")
 
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
     time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
+    time_.add_argument(
+        "--onnx",
+        metavar="DIR",
+        type=Path,
+        help="with --preset: also in ONNX Runtime, from a bundle that is exported to this folder (32 GB) or lies there",
+    )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",

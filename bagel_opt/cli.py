@@ -126,7 +126,7 @@ def _full_size(a: argparse.Namespace) -> None:
             a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     with _bar("timing") as update:
-        results = run_full_size(a.official, a.repeats, lambda what: update(what, 0, 0), save)
+        results = run_full_size(a.official, a.onnx, a.repeats, lambda what: update(what, 0, 0), save)
     for table in tables(results):
         Console(highlight=False).print(table)
 

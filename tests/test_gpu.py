@@ -8,8 +8,10 @@ from support import CHECKPOINT, cases, relative
 from test_attention import random_inputs
 
 import bagel_opt
+from bagel_opt import Profile
 from bagel_opt.demo.loop import Settings
 from bagel_opt.demo.train import train
+from bagel_opt.export import export
 from bagel_opt.model import attention
 from bagel_opt.runtime import hopper
 from bagel_opt.runtime.cuda import Graphs
@@ -58,6 +60,50 @@ def test_golden_cases(backend, dtype, runtime, record_property):
     print(f"\n{runtime:8} {backend:6} {dtype!s:15}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     # In bfloat16 errors of one step feed the next, and guidance amplifies them; a broken mask gives 0.3 and more.
     assert max(errors.values()) < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
+def onnx_bundle(request, tmp_path_factory):
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    profile = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
+    return export(
+        CHECKPOINT, tmp_path_factory.mktemp("onnx") / request.param, profile, dtype=request.param, device="cuda"
+    )
+
+
+def test_golden_cases_in_onnx_runtime(onnx_bundle, record_property):
+    model, errors = bagel_opt.load(onnx_bundle), {}
+    for case in cases() * 2:  # the second time by the graphs of the first
+        events = []
+        outputs = model.run(case.inputs, on_step=events.append, **case.options)
+        if onnx_bundle.name == "float32":
+            case.check_outputs(outputs, share=1e-2)
+        if events and (len(outputs) == 1 or outputs[0] == case.outputs[0]):
+            errors[case.name] = case.velocity_error(events)
+    record_property("velocity errors", errors)
+    print(f"\nonnx {onnx_bundle.name:8}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
+    assert max(errors.values()) < (1e-4 if onnx_bundle.name == "float32" else 0.1)
+
+
+def test_no_node_of_a_program_runs_on_the_host(onnx_bundle):
+    """But for those of the VAE's sizes, which are shapes."""
+    ort = pytest.importorskip("onnxruntime")
+    for path in onnx_bundle.glob("*.onnx"):
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = ort.InferenceSession(path, options, providers=["CUDAExecutionProvider"])
+        nodes = [
+            (part.ep_name, node.op_type)
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
+        elsewhere = [kind for provider, kind in nodes if provider != "CUDAExecutionProvider"]
+        assert nodes
+        assert not elsewhere or "vae" in path.name, (path.name, elsewhere)
+        assert "MemcpyToHost" not in {kind for _, kind in nodes}, path.name
 
 
 def test_training_in_cuda_graphs_is_training(tmp_path):

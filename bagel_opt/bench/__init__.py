@@ -125,14 +125,14 @@ def bench(
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))
             contenders += [Contender(f"{name}, {backend}", source, backend, **settings) for backend in backends]
             for format in formats if profiles else ():
-                from bagel_opt.export import FORMATS, export
+                from bagel_opt.export import export, precisions
 
                 progress(f"exporting {name} as {format}", 0, 0)
-                dtype = settings.get("dtype") or "float32"
-                if format in FORMATS and dtype not in FORMATS[format]:
+                how = {"dtype": settings.get("dtype") or "float32", "device": settings.get("device") or "cpu"}
+                if how["dtype"] not in precisions(format, how["device"]):
                     continue
                 begun = time.perf_counter()
-                bundle = export(source, Path(temporary) / f"{number}-{format}", profiles, format=format, dtype=dtype)
+                bundle = export(source, Path(temporary) / f"{number}-{format}", profiles, format=format, **how)
                 took = time.perf_counter() - begun
                 contenders.append(Contender(f"{name}, {format} bundle", str(bundle), "bundle", export_s=took))
         found = []

@@ -1,6 +1,7 @@
 """BAGEL at its published sizes with random weights on one GPU: python -m bagel_opt bench --preset h100 [--official DIR]
 
-Ours under torch.compile and the official code, in one process and one run, on the same weights in the same memory.
+Ours under torch.compile, the official code, and on request ours in ONNX Runtime, in one process and one run, on the same
+weights: the first two on the same memory.
 """
 
 import datetime
@@ -22,6 +23,7 @@ from torch import Tensor
 import bagel_opt
 from bagel_opt.api import Model, shipped_model
 from bagel_opt.bench.official_full_size import DEFAULTS, PROMPT, TOKENS, Official
+from bagel_opt.bundle import MANIFEST
 from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, VAEConfig, ViTConfig
 from bagel_opt.model.attention import _flash_package, choose
 from bagel_opt.model.bagel import Bagel
@@ -33,6 +35,7 @@ from bagel_opt.tokenizer import Tokenizer
 RATED = {"H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.04)}
 EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
 EDIT_POINTS = 9
+PEAK = "peak memory so far, GB"
 SIZES = {"1024x1024": (1024, 1024), "768x1024": (1024, 768), "512x512": (512, 512)}  # names are width x height
 
 
@@ -156,9 +159,9 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
     found["token, ms"] = [t for _ in range(repeats) for t in contender.tokens()]
     contender.decode_picture()
     found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
-    found["peak memory so far, GB"] = [torch.cuda.max_memory_allocated() / 1e9]
+    found[PEAK] = [torch.cuda.max_memory_allocated() / 1e9]
     found["and held by torch, GB"] = [torch.cuda.max_memory_reserved() / 1e9]
-    if isinstance(contender, Ours):  # the official code draws and writes for one request at a time
+    if type(contender) is Ours:  # the official code draws and writes for one request at a time, the bundle for one row
         contender.tokens(8)
         found["token of 8 rows, ms"] = contender.tokens(8)
         draws("4 pictures 1024x1024", [PROMPT], 4, 1, height=1024, width=1024, **DEFAULTS)
@@ -166,10 +169,11 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
 
 
 def run_full_size(
-    checkout: str | None, repeats: int, progress: Callable[[str], None], save: Callable[[dict], None]
+    checkout: str | None, onnx: Path | None, repeats: int, progress: Callable[[str], None], save: Callable[[dict], None]
 ) -> dict:
-    """All figures, with the card and the versions. save(results) is called when there are more. Raises ValueError
-    without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
+    """All figures, with the card and the versions. save(results) is called when there are more. onnx: a folder for an ONNX
+    bundle with random weights, which is left there, or such a bundle. Raises ValueError without a CUDA device, and
+    FileNotFoundError where `checkout` is none of the official code."""
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
@@ -208,12 +212,38 @@ def run_full_size(
     del ours
     gc.collect()
     torch.cuda.empty_cache()
+    if onnx:
+        results["figures"]["onnx"], velocities["onnx"] = _in_onnx(model, onnx, repeats, noise, progress)
+        save(results)
     progress("float32")
     model = fresh_float32(model)
     exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
     results["velocity errors"] = {name: float((v - exact).norm() / exact.norm()) for name, v in velocities.items()}
     save(results)
     return results
+
+
+def _in_onnx(
+    model: Bagel, folder: Path, repeats: int, noise: Tensor, progress: Callable[[str], None]
+) -> tuple[dict[str, list[float]], Tensor]:
+    from bagel_opt.bench.onnx_full_size import OnOnnx, watched_memory, write_bundle
+
+    exported = None
+    if not (folder / MANIFEST).is_file():
+        begun = time.perf_counter()
+        write_bundle(model, folder, model.latent_in.weight.dtype, progress)
+        exported = time.perf_counter() - begun
+    with watched_memory() as memory:
+        progress("ONNX: loading")
+        bundle = OnOnnx(folder)
+        found = figures(bundle, repeats, lambda what: progress(f"ONNX: {what}"))
+    velocity = bundle.velocity(noise)
+    del found["and held by torch, GB"]
+    found[PEAK] = [memory[0] / 1e9]
+    found["held in the end, GB"] = [memory[1] / 1e9]
+    found["load, s"] = [bundle.load_s]
+    found["export, s"] = [exported] if exported else []
+    return found, velocity
 
 
 def fresh_float32(model: Bagel) -> Bagel:
@@ -259,12 +289,14 @@ def tflop(c: BagelConfig, rows: int, latents: int, context: int) -> float:
 def tables(results: dict) -> Iterator[Table]:
     """Medians, and how many times faster than the official code; and how near to the card's own limits."""
     names = list(results["figures"])
-    shown = Table("", *names, "times", title=f"{results['device']}, torch {results['versions']['torch']}, medians")
-    for row in results["figures"]["ours"]:
+    others = [f"{name}, times" for name in names[1:]]
+    title = f"{results['device']}, torch {results['versions']['torch']}, medians"
+    shown = Table("", *names, *others, title=title)
+    for row in dict.fromkeys(row for name in names for row in results["figures"][name]):
         cells = [results["figures"][name].get(row) for name in names]
         values = [statistics.median(cell) if cell else None for cell in cells]
-        ratio = f"{values[0] / values[-1]:.2f}" if len(values) > 1 and values[0] else ""
-        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), ratio)
+        ratios = [f"{values[0] / value:.2f}" if values[0] and value else "" for value in values[1:]]
+        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), *ratios)
     for name, error in results["velocity errors"].items():
         shown.add_row(f"error of a velocity, {name}", f"{error:.2e}")
     yield shown

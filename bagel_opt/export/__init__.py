@@ -13,10 +13,15 @@ from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest,
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import signatures
 
-DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = dict.fromkeys(("onnx", "aoti", "export", "compile"), DTYPES)  # and the precisions that each can hold
-ONNX_ON_CPU = ("float32", "float16")  # ONNX Runtime's CPU provider has no bfloat16
+FORMATS = ("onnx", "aoti", "export", "compile")
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+
+
+def precisions(format: str, device: str) -> tuple[str, ...]:
+    """The dtypes that a format can hold for a device."""
+    if format == "onnx" and device == "cpu":
+        return ("float32", "float16")  # ONNX Runtime's CPU provider has no bfloat16
+    return ("float32", "bfloat16", "float16")
 
 
 def export(
@@ -48,7 +53,7 @@ def export(
     for name, value, allowed in (
         ("format", format, FORMATS),
         ("device", device, ("cpu", "cuda")),
-        ("dtype", dtype, ONNX_ON_CPU if onnx and device == "cpu" else FORMATS.get(format, ())),
+        ("dtype", dtype, precisions(format, device)),
         ("attention", attention, (attention,) if format == "compile" else ("auto",)),
     ):
         if value not in allowed:

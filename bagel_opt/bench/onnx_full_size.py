@@ -1,0 +1,84 @@
+"""BAGEL's published sizes in ONNX Runtime on the GPU, for full_size.py."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bagel_opt.api import shipped_model
+from bagel_opt.bench.full_size import Ours
+from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, Manifest, list_files, load_bundle
+from bagel_opt.export import _write_programs
+from bagel_opt.export.onnx import Shapes
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.profile import load_profile
+
+PROFILES = ("bagel-512", "bagel-1024", "bagel-edit-1024")
+
+
+def write_bundle(model: Bagel, folder: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
+    """A bundle of a model that is in no checkpoint: what `export` writes, with its parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    profiles = sorted(map(load_profile, PROFILES), key=lambda profile: profile.cost())
+    shapes = Shapes(model.config, dtype, "cuda")
+    progress("ONNX: writing weights")
+    shapes.write_weights(folder, model.named_parameters())
+    shutil.copyfile(shipped_model() / "tokenizer.json", folder / TOKENIZER)
+    manifest = Manifest(
+        kind="onnx",
+        dtype=str(dtype).removeprefix("torch."),
+        device="cuda",
+        attention=shapes.model.llm.backend,
+        profiles=profiles,
+        config=model.config,
+        programs=_write_programs(shapes, profiles, folder, "onnx", lambda what, *_: progress(f"ONNX: {what}")),
+        versions={"torch": torch.__version__},
+        machine="",
+        files={},
+    )
+    progress("ONNX: sha256")
+    dataclasses.replace(manifest, files=list_files(folder)).write(folder)
+    (folder / UNFINISHED).rename(folder / MANIFEST)
+
+
+class OnOnnx(Ours):
+    """The model as an ONNX bundle on ONNX Runtime's CUDA provider."""
+
+    def __init__(self, folder: Path):
+        begun = time.perf_counter()
+        self.model = load_bundle(folder, check=False)
+        self.load_s = time.perf_counter() - begun
+        self.drawn: list[float] = []
+
+    def decode_picture(self) -> None:
+        runtime = self.model.runtime
+        runtime.host(runtime.run("vae_decode", [torch.randn(1, 16, 128, 128).numpy()])[0])
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The bytes that this process has on the GPU beyond what it had before and what torch holds: at most, and in the end."""
+
+    def used() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    before, found, done = used(), [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            found[0] = max(found[0], used() - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found[1] = used() - before
