@@ -14,11 +14,10 @@ from PIL import Image
 from support import CHECKPOINT, cases
 
 import bagel_opt
-import bagel_opt.export.onnx
 from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.cli import main
-from bagel_opt.export import _replaceable, export
+from bagel_opt.export import _replaceable, export, processes
 from bagel_opt.export.verify import verify
 from bagel_opt.runtime.onnx import OnnxRuntime
 
@@ -230,13 +229,28 @@ def test_export_refuses_bad_settings(tmp_path):
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    started = []
 
-    monkeypatch.setattr(bagel_opt.export.onnx, "export_program", interrupt)
+    class Started(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    def interrupt(what, *_):
+        if what.startswith("exported"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Started)
     with pytest.raises(KeyboardInterrupt):
-        export(CHECKPOINT, tmp_path / "out", PROFILE)
+        export(CHECKPOINT, tmp_path / "out", PROFILE, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+    assert started
+    assert all(process.returncode is not None for process in started)
+
+
+def test_what_fails_in_another_process_is_told():
+    with pytest.raises(RuntimeError, match=r"a process of the export failed: (?s:.*)expected 5, got 4"):
+        list(processes.in_processes("bagel_opt.export.onnx:write_programs", "wide", [1, 2]))
 
 
 def test_half_precision_by_the_command_line(tmp_path, capsys):

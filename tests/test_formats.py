@@ -166,8 +166,11 @@ def test_code_for_another_machine_is_refused(two, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "onnx", "dtype": "bfloat16"}, "dtype='bfloat16'; allowed for format='onnx': 'float32', 'float16'"),
-        ({"format": "onnx", "device": "cuda"}, "device='cuda'; allowed for format='onnx': 'cpu'"),
+        (
+            {"format": "onnx", "dtype": "bfloat16"},
+            "dtype='bfloat16'; allowed for format='onnx' on device='cpu': 'float32', 'float16'",
+        ),
+        ({"format": "onnx", "device": "tpu"}, "device='tpu'; allowed for format='onnx': 'cpu', 'cuda'"),
         ({"format": "aoti", "attention": "flex"}, "attention='flex'; allowed for format='aoti': 'auto'"),
         ({"format": "compile", "attention": "fast"}, "attention='fast'; allowed are 'auto'"),
     ],

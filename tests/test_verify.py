@@ -26,10 +26,10 @@ def test_a_right_bundle_passes_and_every_program_is_compared(bundle):
 
 
 def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, monkeypatch):
-    right, manifest = onnx.stored_weights, read_manifest(bundle)
+    right, manifest = onnx.Shapes.as_stored, read_manifest(bundle)
 
-    def wrong(model):
-        return {name: w * 1.01 if name == "llm.layers.1.und.o.weight" else w for name, w in right(model).items()}
+    def wrong(shapes, name, weight):
+        return right(shapes, name, weight * 1.01 if name == "llm.layers.1.und.o.weight" else weight)
 
     def copy_programs(model, profiles, folder, format, progress):
         for name in manifest.files:
@@ -37,12 +37,12 @@ def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, m
                 shutil.copyfile(bundle / name, folder / name)
         return manifest.programs
 
-    monkeypatch.setattr(onnx, "stored_weights", wrong)
+    monkeypatch.setattr(onnx.Shapes, "as_stored", wrong)
     monkeypatch.setattr(bagel_opt.export, "_write_programs", copy_programs)
     with pytest.raises(BundleError, match=r"differs from the eager model by more than 0\.0001: text by"):
         export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(onnx, "stored_weights", right)
+    monkeypatch.setattr(onnx.Shapes, "as_stored", right)
     assert bagel_opt.load(export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import onnx_ir as ir
@@ -216,10 +217,12 @@ def export_onnx(
     tasks = [(name, signature, folder / f"{name}{suffix}.onnx") for name, signature in signatures.items()]
     tasks.sort(key=lambda task: -task[1].cache_rows)  # those with all layers first
     model = shapes.config, str(shapes.dtype).removeprefix("torch."), shapes.device, shapes.fused, profile
-    for name, used in in_processes(f"{__name__}:write_programs", model, tasks):
-        file = f"{name}{suffix}.onnx"
-        entries[name] = {"file": file, "weights": used, **dataclasses.asdict(signatures[name])}
-        progress(f"exported {name}", len(entries), len(signatures))
+    # Closed, so that the processes end with this, however it ends.
+    with closing(in_processes(f"{__name__}:write_programs", model, tasks)) as written:
+        for name, used in written:
+            file = f"{name}{suffix}.onnx"
+            entries[name] = {"file": file, "weights": used, **dataclasses.asdict(signatures[name])}
+            progress(f"exported {name}", len(entries), len(signatures))
     return {name: entries[name] for name in signatures}
 
 

@@ -9,14 +9,14 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 MOST = 8  # processes, each of which imports torch
 
 
-def in_processes(function: str, common: Any, tasks: list) -> Iterator:
+def in_processes(function: str, common: Any, tasks: list) -> Generator:
     """What function(common, share of the tasks) yields in each process, as it comes. function: "module:name"; everything
     must be picklable. Raises RuntimeError with the end of what a process printed that failed."""
     count = min(len(tasks), os.cpu_count() or 1, MOST)
