@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from support import CHECKPOINT, cases, relative
@@ -85,6 +86,21 @@ def test_golden_cases_in_onnx_runtime(onnx_bundle, record_property):
     record_property("velocity errors", errors)
     print(f"\nonnx {onnx_bundle.name:8}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     assert max(errors.values()) < (1e-4 if onnx_bundle.name == "float32" else 0.1)
+
+
+def test_replayed_graphs_do_not_disturb_each_other(onnx_bundle):
+    """Those of several caches belong to one session, and between them run programs that share their memory."""
+    runtime, rng = bagel_opt.load(onnx_bundle).runtime, np.random.default_rng(0)
+    caches, seen = [runtime.caches(3, 768) for _ in range(3)], []
+    counts = [np.full(3, n) for n in (0, 64, 0)]
+    for turn in (0, 1, 2, 0, 2, 1, 0):
+        x = np.random.default_rng(turn).standard_normal((3, 64, runtime.manifest.config.latent_dim), np.float32)
+        inputs = [x, np.full(3, 0.5, np.float32), np.tile(np.arange(64), (3, 1)), *counts]
+        seen.append((turn, runtime.host(runtime.run("generate", inputs, caches[turn])[0]).copy()))
+        runtime.run("vae_decode", [rng.standard_normal((1, 16, 16, 16), np.float32)])
+        runtime.run("decode_row", [np.array([turn + 7]), np.array([3]), np.array([3])], runtime.caches(3, 768), 1)
+    assert all(np.array_equal(a, b) for i, a in seen for j, b in seen if i == j)
+    assert not any(np.array_equal(a, b) for i, a in seen for j, b in seen if i != j)
 
 
 def test_no_node_of_a_program_runs_on_the_host(onnx_bundle):

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from bagel_opt.bundle import WEIGHTS, locate_weights
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
-from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_grouped
+from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.processes import in_processes
 from bagel_opt.export.weights import write_weights
 from bagel_opt.model.bagel import Bagel
@@ -71,7 +71,7 @@ class Shapes:
             self.model = Bagel(config)
         for expert in [module for module in self.model.modules() if isinstance(module, Expert)]:
             expert.gate_up = Apart(expert.gate_up)
-            if self.fused:
+            if device == "cuda":
                 expert.qkv = SplitQKV(expert.qkv)
         linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         self.transposed = {f"{name}.weight" for name in linear} if device == "cpu" else set()
@@ -92,8 +92,8 @@ class Shapes:
         if name.endswith(".gate_up.weight"):
             stem = name.removesuffix("weight")
             parts = list(zip((f"{stem}gate.weight", f"{stem}up.weight"), weight.chunk(2), strict=True))
-        elif self.fused and name.startswith("llm.layers."):
-            parts = store_grouped(self.config.llm, name, weight)
+        elif self.device == "cuda" and name.startswith("llm.layers."):
+            parts = store_split(self.config.llm, name, weight, self.fused)
         for part, tensor in parts:
             yield part, tensor.t() if part in self.transposed else tensor
 

@@ -1,4 +1,4 @@
-"""What makes ONNX graphs fast on an NVIDIA GPU in 16 bits: ONNX Runtime's own operators (domain com.microsoft), chosen by
+"""What makes ONNX graphs fast on an NVIDIA GPU: in 16 bits ONNX Runtime's own operators (domain com.microsoft), chosen by
 what they took on an H200 (README, "ONNX Runtime on a GPU").
 
 C channels, I the MLP's channels, H query heads on G key-value heads of D channels.
@@ -19,7 +19,8 @@ ROOT = {ir.DataType.FLOAT: 2.0**40, ir.DataType.BFLOAT16: 2.0**40, ir.DataType.F
 
 
 class SplitQKV(nn.Module):
-    """Queries by themselves, whose product is large, so that no node has to copy them; keys and values together."""
+    """Queries by themselves, whose product is large, so that no node has to copy them; keys and values together, which
+    are of one size: for an uneven Split, CUDA's kernel reads host memory that a replayed graph may find changed."""
 
     def __init__(self, joint: QKV):
         super().__init__()
@@ -34,14 +35,17 @@ class SplitQKV(nn.Module):
         return q.unflatten(-1, (self.heads[0], -1)), *kv.unflatten(-1, (2 * groups, -1)).split(groups, dim=2)
 
 
-def store_grouped(c: LLMConfig, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-    """A parameter of an expert with its query heads in the order that attention wants: first one of each group. Then
-    [B, Q, H * D] is also [B, Q * H / G, G * D], and grouped queries are more queries of as many heads as there are keys.
+def store_split(c: LLMConfig, name: str, weight: Tensor, grouped: bool) -> list[tuple[str, Tensor]]:
+    """A parameter of an expert as `SplitQKV` has it. grouped: with its query heads in the order that `attend` wants: first
+    one of each group. Then [B, Q, H * D] is also [B, Q * H / G, G * D], and grouped queries are more queries of as many
+    heads as there are keys.
     """
     groups, size = c.num_key_value_heads, c.head_dim
     per_group, queries = c.num_attention_heads // groups, c.num_attention_heads * size
 
     def ordered(rows: Tensor) -> Tensor:
+        if not grouped:
+            return rows
         return rows.unflatten(0, (groups, per_group, size)).transpose(0, 1).flatten(0, 2)
 
     stem, _, kind = name.rpartition(".")
@@ -53,7 +57,7 @@ def store_grouped(c: LLMConfig, name: str, weight: Tensor) -> list[tuple[str, Te
 
 
 def attend(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor) -> Tensor:
-    """MultiHeadAttention over the first kv_len keys, which runs on cuDNN; queries ordered as by `store_grouped`."""
+    """MultiHeadAttention over the first kv_len keys, which runs on cuDNN; queries ordered as by `store_split`."""
     rows, queries, heads, size = q_BQHD.shape
     groups = k_BSGD.shape[2]
     q = q_BQHD.reshape(rows, queries * heads // groups, groups * size)

@@ -32,7 +32,10 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
     options.log_severity_level = 3
     options.use_per_session_threads = False
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        # What is left out makes a Split of two Slices: slower on a GPU, and wrong in a graph (export/onnx_fused.py).
+        session = ort.InferenceSession(
+            path, options, providers=providers, disabled_optimizers=["GatherSliceToSplitFusion"]
+        )
     except Exception as error:  # ORT's exceptions have no common base
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None

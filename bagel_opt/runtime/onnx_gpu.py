@@ -19,13 +19,14 @@ from bagel_opt.runtime.programs import cache_shape
 PROVIDER = "CUDAExecutionProvider"
 # Replayed as CUDA graphs: launching their kernels one by one takes longer than many of them do.
 GRAPHED = ("decode", "generate")
-# Run once a request and wide, so what they take for their values goes back afterwards.
-RARE = ("text", "vit", "vit_context", "vae_context", "vae_encode", "vae_decode")
 READ_AT_ONCE = 256 * 2**20  # bytes of the file that are mapped at a time
 SDPA_KERNELS = str(
     1 | 2 | 8 | 16
 )  # those allowed: flash, memory-efficient, cuDNN (not by default on all GPUs) and math
 GRAPH_NUMBERS = itertools.count(1)
+SHARED: set[int] = (
+    set()
+)  # GPUs with memory for the values of all programs but those in graphs, of which each has its own
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 
 
@@ -103,7 +104,7 @@ class OnnxGpuRuntime(OnnxRuntime):
         if row is not None:
             caches = [cache[row : row + 1] for cache in caches]
         with self.running:
-            key = (entry["file"], *(cache.pointer for cache in caches[:1]))
+            key = (entry["file"], *(cache.pointer for cache in caches))
             if key not in self.bound:
                 self.bound[key] = self._bind(program, entry, caches, graphed)
             bound = self.bound[key]
@@ -138,8 +139,6 @@ class OnnxGpuRuntime(OnnxRuntime):
             self._bind_output(bound, f"{name}.out", cache)
         if graphed:
             bound.options.add_run_config_entry("gpu_graph_id", str(next(GRAPH_NUMBERS)))
-        if program in RARE:
-            self._shrink(bound.options)
         return bound
 
     def _give(self, bound: Bound, name: str, kind: str, value: np.ndarray | DeviceTensor, graphed: bool) -> None:
@@ -166,19 +165,30 @@ class OnnxGpuRuntime(OnnxRuntime):
         where = self.memory.name, self.memory.device, KINDS[x.kind][1], x.shape, x.pointer
         bound.binding.bind_output(name, *where)
 
-    def _shrink(self, options: ort.RunOptions) -> None:
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self.memory.device}")
-
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
+        graphed, options = path.name.startswith(GRAPHED), ort.SessionOptions()
+        options.enable_mem_pattern = False  # a second run would take one block as large as the first run's together
+        if not graphed:
+            share_memory(self.memory.device)
+            options.add_session_config_entry("session.use_env_allocators", "1")
         provider = {
             "device_id": str(self.memory.device),
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",
             "use_tf32": "0",  # float32 is to be exact
             "sdpa_kernel": SDPA_KERNELS,
-            "enable_cuda_graph": str(int(path.name.startswith(GRAPHED))),
+            "enable_cuda_graph": str(int(graphed)),
         }
-        return load_session(path, ort.SessionOptions(), [(PROVIDER, provider)])
+        return load_session(path, options, [(PROVIDER, provider)])
+
+
+def share_memory(device: int) -> None:
+    """Lets sessions that ask for it take the memory for their values from one arena, since one program runs at a time."""
+    if device not in SHARED:
+        kind = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, ort.OrtMemType.DEFAULT)
+        arena = ort.OrtArenaCfg({"arena_extend_strategy": 1})  # by no more than what is asked for
+        ort.create_and_register_allocator_v2(PROVIDER, kind, {"device_id": str(device)}, arena)
+        SHARED.add(device)
 
 
 def read_weights(path: Path, dtype: np.dtype) -> "itertools.chain[tuple[str, np.ndarray]]":
