@@ -71,7 +71,7 @@ def watched_memory() -> Iterator[list[int]]:
     before, found, done = used(), [0, 0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.05):
             found[0] = max(found[0], used() - before)
 
     thread = threading.Thread(target=watch, daemon=True)
