@@ -18,11 +18,13 @@ from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.cli import main
 from bagel_opt.export import _replaceable, export, processes
+from bagel_opt.export import onnx as exporter
 from bagel_opt.export.verify import verify
 from bagel_opt.runtime.onnx import OnnxRuntime
+from bagel_opt.runtime.programs import ONE_ROW, ROW
 
 PROFILE = Profile("test", 2, 600, 64, 64, 64)
-CACHED = ("text", "vit_context", "vae_context", "decode", "generate")
+CACHED = ("text", "vit_context", "decode", "generate")
 named = {case.name: case for case in cases()}
 
 
@@ -55,7 +57,11 @@ def test_transformer_graphs_are_static_and_plain(bundle, eager, program):
             assert attributes["is_causal"] == (program in ("text", "decode"))
             assert node.input[6]  # nonpad_kv_seqlen
     for value in (*graph(bundle, program).input, *graph(bundle, program).output):
-        assert all(side.HasField("dim_value") for side in value.type.tensor_type.shape.dim), value.name
+        sides = value.type.tensor_type.shape.dim
+        free = {"rows"} if program in ONE_ROW else set()
+        if len(sides) == 4:  # a cache
+            free.add("slots")
+        assert {side.dim_param for side in sides if not side.HasField("dim_value")} == free, value.name
 
 
 def test_opset_is_24_and_graphs_are_valid(bundle):
@@ -95,6 +101,32 @@ def test_manifest_tells_what_is_there(bundle):
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in manifest.files.values())
 
 
+def test_one_program_serves_all_rows_and_profiles(half):
+    """ONNX Runtime would prepare the weights for each one anew."""
+    small, large = read_manifest(half).programs.values()
+    for name in ONE_ROW:
+        files = {entry["file"] for programs in (small, large) for entry in (programs[name], programs[name + ROW])}
+        assert files == {f"{name}.onnx"}
+    assert small["text"]["file"] == large["text"]["file"]
+    assert small["step"]["file"] != large["step"]["file"]
+    assert large["generate"]["inputs"]["x"][0][0] == 3  # what the profile has
+
+
+def test_of_a_large_model_one_expert_is_packed(tmp_path, monkeypatch, eager):
+    """All other weights may be given anew in each run, so that ONNX Runtime does not prepare copies of them."""
+    monkeypatch.setattr(exporter, "ALL_PACKED_BELOW", 0)
+    monkeypatch.setattr(exporter, "in_processes", lambda _, model, tasks: exporter.write_programs(model, tasks))
+    folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE)
+    for program in (*CACHED, "vit", "vae_decode"):
+        entry, there = read_manifest(folder).programs["test"][program], graph(folder, program)
+        fixed = set(entry["weights"]) - {value.name for value in there.input}
+        assert fixed == {name for name in entry["weights"] if program == "generate" and ".gen." in name}
+        assert {tensor.name for tensor in there.initializer} >= set(entry["weights"])
+    case, events = named["image_editing"], []
+    case.check_outputs(bagel_opt.load(folder).run(case.inputs, on_step=events.append, **case.options))
+    assert case.velocity_error(events) < 1e-4
+
+
 def test_caches_are_updated_in_place(bundle):
     """Bound as input and output to one memory: what a program did not write stays what it was."""
     runtime = OnnxRuntime(bundle, read_manifest(bundle))
@@ -102,7 +134,7 @@ def test_caches_are_updated_in_place(bundle):
     for cache in caches:
         cache[:] = 7
     ids, one = np.full((1, 64), 5), np.array([10])
-    runtime.run("text", [ids, one, one], caches, row=1)
+    runtime.run("text", [ids, one, one], caches, rows=1)
     for cache in caches:
         assert (cache[[0, 2]] == 7).all()
         assert (cache[1, :10] == 7).all()
@@ -253,16 +285,21 @@ def test_what_fails_in_another_process_is_told():
         list(processes.in_processes("bagel_opt.export.onnx:write_programs", "wide", [1, 2]))
 
 
-def test_half_precision_by_the_command_line(tmp_path, capsys):
-    """The documented command, in float16 with the other rows; then the bundle by the command line."""
-    out = tmp_path / "half"
-    profile = tmp_path / "profile.toml"
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A bundle of two profiles in float16, by the documented command."""
+    folder = tmp_path_factory.mktemp("half")
+    profile = folder / "profile.toml"
     profile.write_text('name = "two"\nrows = 2\nslots = 600\ntext = 64\npatches = 64\nlatents = 64\n')
     command = [sys.executable, "-m", "bagel_opt.export", "--checkpoint", CHECKPOINT, "--format", "onnx"]
-    command += ["--profile", profile, "--out", out, "--dtype", "float16"]
+    command += ["--profile", profile, "--profile", "tiny", "--out", folder / "out", "--dtype", "float16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(out)
-    case, events = named["image_editing"], []
+    assert done.stdout.strip() == str(folder / "out")
+    return folder / "out"
+
+
+def test_half_precision_by_the_command_line(half, capsys):
+    out, case, events = half, named["image_editing"], []
     bagel_opt.load(out).run(case.inputs, on_step=events.append, **case.options)
     assert case.velocity_error(events) < 2e-2
     errors = verify(out, CHECKPOINT)
@@ -270,7 +307,7 @@ def test_half_precision_by_the_command_line(tmp_path, capsys):
     assert "answering" not in errors  # another token may be likeliest
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
-    for text in ("float16", "vae_context", "onnxruntime", "slots"):
+    for text in ("float16", "vit_context", "onnxruntime", "slots"):
         assert text in shown
 
 

@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, machine
+from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile, load_profile
-from bagel_opt.runtime.programs import signatures
+from bagel_opt.runtime.programs import ONE_ROW, ROW, Signature, signatures
 
 FORMATS = ("onnx", "aoti", "export", "compile")
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
@@ -158,18 +159,34 @@ def _write_programs(
         from bagel_opt.export.packaged import compile_all, export_packaged
 
         write = functools.partial(export_packaged, examples=format == "aoti")
+    free = format == "onnx" and model.device == "cpu"
     known, programs = {}, {}
     for number, profile in enumerate(profiles):
         wanted = signatures(model.config, profile)
-        keys = {name: repr((name, s, profile.slots if s.cache_rows else 0)) for name, s in wanted.items()}
-        missing = {name: s for name, s in wanted.items() if keys[name] not in known}
+        made = _with_free_rows(model.config, profile) if free else {name: (name, s) for name, s in wanted.items()}
+        keys = {
+            name: repr((*made[name], profile.slots if s.cache_rows and not free else 0)) for name, s in wanted.items()
+        }
+        missing = {as_[0]: as_[1] for name, as_ in made.items() if keys[name] not in known}
         suffix = f"-{number + 1}" if number else ""
-        for name, entry in write(model, missing, suffix, profile, folder, progress).items():
-            known[keys[name]] = entry
-        programs[profile.name] = {name: known[key] for name, key in keys.items()}
+        written = write(model, missing, suffix, profile, folder, progress)
+        for name, key in keys.items():
+            known.setdefault(key, written.get(made[name][0]))
+        programs[profile.name] = {name: {**known[keys[name]], **dataclasses.asdict(s)} for name, s in wanted.items()}
     if format == "aoti":
         compile_all(folder, progress)
     return programs
+
+
+def _with_free_rows(config: BagelConfig, profile: Profile) -> dict[str, tuple[str, Signature]]:
+    """Which program does the work of each, where some take any number of rows."""
+    from bagel_opt.export.free import ROWS
+
+    many, made = signatures(config, dataclasses.replace(profile, rows=ROWS)), {}
+    for name, signature in signatures(config, profile).items():
+        base = name.removesuffix(ROW)
+        made[name] = (base, many[base]) if base in ONE_ROW else (name, signature)
+    return made
 
 
 def _runs(process: str) -> bool:

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from bagel_opt.bundle import WEIGHTS, locate_weights
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.free import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.processes import in_processes
 from bagel_opt.export.weights import write_weights
@@ -29,6 +30,11 @@ from bagel_opt.profile import Profile
 from bagel_opt.runtime.programs import Signature, cache_names, programs
 
 OPSET = 24
+# ONNX Runtime's CPU provider copies the weights of linear layers, in the order that its products read, for each program
+# that it loads. Of models with more bytes of weights than this it may do so only where it pays: for the generation
+# expert in flow steps, of which the file's own copy is then in no use.
+ALL_PACKED_BELOW = 2**30
+PACKED = {"generate": ".gen."}
 
 
 class Program(nn.Module):
@@ -149,6 +155,8 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
     exported.graph.name = name
     _weights_to_inputs(exported.graph, shapes)
     optimizer.optimize(exported)
+    if shapes.device == "cpu":
+        free_sizes(exported.graph, cache_names(shapes.config) if caches else [])
     if shapes.fused:
         fuse(exported)
     return exported
@@ -176,11 +184,14 @@ def _used_weights(graph: ir.Graph, shapes: Shapes) -> list[str]:
 
 
 def _point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
-    """Makes initializers of weights that are inputs: ONNX Runtime's CPU provider can then prepare them once."""
+    """Makes initializers of weights that are inputs. Those that are not to be packed stay inputs as well, ones that may
+    be left out: ONNX Runtime then cannot take them for constant."""
     places, inputs = locate_weights(folder / WEIGHTS), {value.name: value for value in graph.inputs}
+    small = sum(place.length for place in places.values()) <= ALL_PACKED_BELOW
     for name in used:
         value, place = inputs[name], places[name]
-        graph.inputs.remove(value)
+        if small or PACKED.get(graph.name, " ") in name:
+            graph.inputs.remove(value)
         where = WEIGHTS, place.offset, place.length
         value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)
         graph.register_initializer(value)

@@ -13,7 +13,7 @@ from bagel_opt.errors import BundleError, ProfileError
 from bagel_opt.images import resized
 from bagel_opt.profile import Profile
 from bagel_opt.runtime.base import Runtime
-from bagel_opt.runtime.programs import ROW
+from bagel_opt.runtime.programs import ROW, one_row
 from bagel_opt.sampling.flow import MAX_ORDER
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}  # relative
@@ -116,8 +116,15 @@ def run_programs(runtime: Runtime, config: BagelConfig, profile: Profile) -> lis
     places = np.arange(p.latents)[None] % c.latent_side**2
     before = room(length, p.latents + 2)
     length = before + n + 2
-    latents = normal(1, p.latents, c.latent_dim)
-    run("vae_context", latents, places, whole(real + 1), whole(n), whole(before), row=0, cached=True, real=n)
+    clean = (
+        normal(1, p.latents, c.latent_dim),
+        np.zeros(1, np.float32),
+        places,
+        whole(real + 1),
+        whole(n),
+        whole(before),
+    )
+    run(one_row("generate", p), *clean, row=0, cached=True, real=n)
     before = room(length, 1)
     length = before + 1
     rows = np.ones(p.rows, np.int64)

@@ -69,12 +69,6 @@ class Bagel(nn.Module):
         """Bidirectional prefill of one ViT block of n real patches. -> hidden_BTC, caches"""
         return self._through_layers("vit_context", (embeddings_BPC, position_B, n_B, kv_len_B), caches)
 
-    def vae_context(
-        self, latents_BNL: Tensor, index_BN: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, *caches: Tensor
-    ) -> tuple:
-        """Bidirectional prefill of one clean latent image, that is, at time 0. -> hidden_BNC, caches"""
-        return self._through_layers("vae_context", (latents_BNL, index_BN, position_B, n_B, kv_len_B), caches)
-
     # ---- programs of all rows
 
     def decode(self, ids_B: Tensor, position_B: Tensor, kv_len_B: Tensor, *caches: Tensor) -> tuple:
@@ -93,7 +87,8 @@ class Bagel(nn.Module):
     ) -> tuple:
         """One evaluation of the flow, each row at its own time t. -> velocity_BNL in float32, hidden_BNC, caches
 
-        The image's keys land after the row's context and are overwritten by the next step.
+        The image's keys land after the row's context and are overwritten by the next step. At time 0 the latents are
+        clean: that is how an input image joins the context.
         """
         return self._through_layers("generate", (x_BNL, t_B, index_BN, position_B, n_B, kv_len_B), caches)
 
@@ -114,7 +109,6 @@ class Bagel(nn.Module):
         return {
             "text": self._start_text,
             "vit_context": self._start_vit_context,
-            "vae_context": self._start_clean,
             "decode": self._start_decode,
             "generate": self._start_latents,
         }[program](*inputs, slots)
@@ -125,7 +119,7 @@ class Bagel(nn.Module):
             return (self.llm.lm_head(self.llm.norm_und(und_BTC[:, 0])).float(),)
         if program == "generate":
             return self.velocity(gen_BNC), gen_BNC
-        return (und_BTC if gen_BNC is None else gen_BNC,)
+        return (und_BTC,)
 
     def start_vit(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple[Tensor, Visible]:
         return self.vit_encoder.start(patches_BPK.to(self.vit_encoder.patch.weight.dtype), index_BP, n_B)
@@ -146,8 +140,7 @@ class Bagel(nn.Module):
     def _start_text(self, ids_BT: Tensor, position_B: Tensor, kv_len_B: Tensor, slots: int) -> Started:
         length = ids_BT.shape[1]
         position_BT = position_B[:, None] + torch.arange(length, device=ids_BT.device)
-        n_B = torch.full_like(kv_len_B, length)
-        return self.llm.start(self.llm.embed(ids_BT), None, position_BT, kv_len_B, n_B, True, slots)
+        return self.llm.start(self.llm.embed(ids_BT), None, position_BT, kv_len_B, length, True, slots)
 
     def _start_decode(self, ids_B: Tensor, position_B: Tensor, kv_len_B: Tensor, slots: int) -> Started:
         return self._start_text(ids_B[:, None], position_B, kv_len_B, slots)
@@ -157,12 +150,6 @@ class Bagel(nn.Module):
     ) -> Started:
         x = torch.cat((self._markers(kv_len_B), embeddings_BPC), dim=1)
         return self.llm.start(x, None, position_B[:, None], kv_len_B, n_B + 2, False, slots)
-
-    def _start_clean(
-        self, latents_BNL: Tensor, index_BN: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, slots: int
-    ) -> Started:
-        t_B = torch.zeros_like(latents_BNL[:, 0, 0])
-        return self._start_latents(latents_BNL, t_B, index_BN, position_B, n_B, kv_len_B, slots)
 
     def _start_latents(
         self,

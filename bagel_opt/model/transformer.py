@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         gen_BNC: Tensor | None,
         position: Tensor,
         start_B: Tensor,
-        n_new_B: Tensor,
+        n_new_B: Tensor | int,
         causal: bool,
         slots: int,
     ) -> Started:

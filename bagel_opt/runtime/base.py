@@ -15,9 +15,16 @@ def slots_in_use(kv_len: int, new: int, slots: int) -> int:
     return min(slots, -(-(kv_len + new) // 64) * 64)
 
 
+def as_slice(rows: int | slice | None) -> slice:
+    """Of the rows of a batch; None is all."""
+    return slice(None) if rows is None else slice(rows, rows + 1) if isinstance(rows, int) else rows
+
+
 class Runtime(Protocol):
     """Executes the programs of model/bagel.py and sampling/, all named in runtime/programs.py. The loop may take rows
-    of a tensor, as tensor[row] and tensor[row : row + 1]."""
+    of a tensor, as tensor[row] and tensor[first:last]."""
+
+    free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
 
     def for_profile(self, profile: Profile) -> "Runtime":
         """The runtime with the programs of one profile; weights and programs are shared."""
@@ -41,10 +48,14 @@ class Runtime(Protocol):
         """Copies the first `length` slots of a row from one batch's caches to a row of another's, or of the same."""
 
     def run(
-        self, program: str, inputs: list[Tensor | np.ndarray], caches: list[Tensor] = (), row: int | None = None
+        self,
+        program: str,
+        inputs: list[Tensor | np.ndarray],
+        caches: list[Tensor] = (),
+        rows: int | slice | None = None,
     ) -> tuple:
-        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of the one that a
-        program of a single row is for."""
+        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of those that the inputs
+        are for."""
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         """A tensor, or one row of it, as a NumPy array: floats in float32, bytes and integers as they are."""

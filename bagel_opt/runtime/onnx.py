@@ -1,8 +1,10 @@
 """The ONNX Runtime runtime on the CPU. Tensors are NumPy arrays; caches are updated in the memory they lie in."""
 
 import copy
+import mmap
 import os
 import threading
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,20 @@ import onnxruntime as ort
 from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
 from bagel_opt.errors import BundleError
 from bagel_opt.profile import Profile
+from bagel_opt.runtime.base import as_slice
 from bagel_opt.runtime.programs import cache_names, cache_shape
-
-# ONNX Runtime packs weights into a copy for each program: decoding by a third and denoising by a sixth faster
-# (measured at 300 M parameters), but several times the memory. Larger models keep the one copy.
-PACKED_BELOW = 2**30
 
 # One pool of threads for all programs. With a pool each, those of the last program still spin while the next one runs,
 # and take its cores: steps of a small model took four times as long.
 # As many threads as there are cores, or as OMP_NUM_THREADS allows, which Ray sets to a replica's share.
 THREADS = os.environ.get("OMP_NUM_THREADS", "")
 ort.set_global_thread_pool_sizes(int(THREADS) if THREADS.isdecimal() else 0, 0)
+
+# And one arena for the values of all programs, of which one runs at a time, that grows by no more than what is needed.
+ort.create_and_register_allocator(
+    ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
+    ort.OrtArenaCfg({"arena_extend_strategy": 1}),
+)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
@@ -51,13 +56,16 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
 class OnnxRuntime:
     """Runs a bundle's programs. A program is loaded when it is first needed; all share one copy of the weights."""
 
+    free_rows = True
+
     def __init__(self, folder: Path, manifest: Manifest):
         self._prepare(folder, manifest)
         self.dtype = DTYPES[manifest.dtype]
-        mapped = np.memmap(folder / WEIGHTS, np.uint8, "r")
+        with (folder / WEIGHTS).open("rb") as file:
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.weights = {
             name: ort.OrtValue.ortvalue_from_numpy(
-                mapped[at.offset : at.offset + at.length].view(self.dtype).reshape(at.shape)
+                np.frombuffer(self.mapped, self.dtype, prod(at.shape), at.offset).reshape(at.shape)
             )
             for name, at in locate_weights(folder / WEIGHTS).items()
         }
@@ -83,11 +91,13 @@ class OnnxRuntime:
 
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        if (self.folder / WEIGHTS).stat().st_size > PACKED_BELOW:
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
         for name in entry["weights"]:
             options.add_initializer(name, self.weights[name])
-        return load_session(path, options, ["CPUExecutionProvider"])
+        session = load_session(path, options, ["CPUExecutionProvider"])
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was copied from the file, which takes its place, is not needed again
+            self.mapped.madvise(mmap.MADV_DONTNEED)
+        return session
 
     def caches(self, rows: int, slots: int) -> list[np.ndarray]:
         shape = cache_shape(self.manifest.config, rows, slots)
@@ -112,7 +122,7 @@ class OnnxRuntime:
         for a, b in zip(source, target, strict=True):
             b[to, :length] = a[row, :length]
 
-    def run(self, program: str, inputs: list, caches: list[np.ndarray] = (), row: int | None = None) -> tuple:
+    def run(self, program: str, inputs: list, caches: list[np.ndarray] = (), rows: int | slice | None = None) -> tuple:
         session, entry = self.session(program), self.programs[program]
         binding = session.io_binding()
         for (name, (_, kind)), value in zip(entry["inputs"].items(), inputs, strict=True):
@@ -123,7 +133,7 @@ class OnnxRuntime:
             binding.bind_output(name, "cpu")
         for name, cache in zip(self.cache_names, caches, strict=False):
             # Input and output are the same memory, so that TensorScatter writes the new entries alone.
-            shared = ort.OrtValue.ortvalue_from_numpy(cache if row is None else cache[row : row + 1])
+            shared = ort.OrtValue.ortvalue_from_numpy(cache[as_slice(rows)])
             binding.bind_ortvalue_input(name, shared)
             binding.bind_ortvalue_output(f"{name}.out", shared)
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
+from bagel_opt.runtime.base import as_slice
 from bagel_opt.runtime.gpu_memory import BY_NUMBER, KINDS, DeviceTensor, GpuMemory
 from bagel_opt.runtime.onnx import OnnxRuntime, load_session
 from bagel_opt.runtime.programs import cache_shape
@@ -41,6 +42,8 @@ class Bound(NamedTuple):
 
 class OnnxGpuRuntime(OnnxRuntime):
     """Runs a bundle's programs. One runs at a time; a program is loaded when it is first needed."""
+
+    free_rows = False
 
     def __init__(self, folder: Path, manifest: Manifest, memory: GpuMemory):
         self._prepare(folder, manifest)
@@ -99,10 +102,11 @@ class OnnxGpuRuntime(OnnxRuntime):
 
     # ---- programs
 
-    def run(self, program: str, inputs: list, caches: list[DeviceTensor] = (), row: int | None = None) -> tuple:
+    def run(
+        self, program: str, inputs: list, caches: list[DeviceTensor] = (), rows: int | slice | None = None
+    ) -> tuple:
         entry, graphed = self.programs[program], program.startswith(GRAPHED)
-        if row is not None:
-            caches = [cache[row : row + 1] for cache in caches]
+        caches = [cache[as_slice(rows)] for cache in caches]
         with self.running:
             key = (entry["file"], *(cache.pointer for cache in caches))
             if key not in self.bound:

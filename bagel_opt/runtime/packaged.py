@@ -28,7 +28,7 @@ class PackagedRuntime(TorchRuntime):
         self.weights = load_file(folder / WEIGHTS, str(device))
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         self.kept, self.graphs = [], None
-        self.fixed_slots = True  # the caches' shapes are compiled in; the mask is cut instead
+        self.fixed_slots, self.free_rows = True, False  # the caches' shapes are compiled in; the mask is cut instead
         self.programs: Any = self
         self.profile = manifest.profiles[0].name
 

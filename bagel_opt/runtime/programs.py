@@ -31,7 +31,7 @@ def programs(model: "Bagel") -> dict[str, Callable]:  # noqa: F821  torch is imp
     from bagel_opt.sampling.step_cache import TaylorPredict, TaylorUpdate
     from bagel_opt.sampling.text import ChooseToken
 
-    methods = ("text", "vit", "vit_context", "vae_context", "decode", "generate", "vae_encode", "vae_decode")
+    methods = ("text", "vit", "vit_context", "decode", "generate", "vae_encode", "vae_decode")
     found = {
         **{name: getattr(model, name) for name in methods},
         "choose": ChooseToken(),
@@ -40,6 +40,11 @@ def programs(model: "Bagel") -> dict[str, Callable]:  # noqa: F821  torch is imp
         "taylor_predict": TaylorPredict(model),
     }
     return found | {f"{name}{ROW}": found[name] for name in ONE_ROW}
+
+
+def one_row(name: str, profile: Profile) -> str:
+    """The program of ONE_ROW that computes a single row of a batch."""
+    return name + ROW if profile.rows > 1 else name
 
 
 def cache_names(config: BagelConfig) -> list[str]:
@@ -90,11 +95,6 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         "vit": Signature({**patches, **ints("n")}, ("embeddings",)),
         "vit_context": Signature(
             {"embeddings": ((1, p.patches, c.llm.hidden_size), "model"), **ints("position", "n", "kv_len")},
-            ("hidden",),
-            1,
-        ),
-        "vae_context": Signature(
-            {**latents(1, "latents"), "index": ((1, p.latents), "int64"), **ints("position", "n", "kv_len")},
             ("hidden",),
             1,
         ),

@@ -12,7 +12,7 @@ from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.cache import empty_cache
 from bagel_opt.model.vae import ResnetBlock
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.base import slots_in_use
+from bagel_opt.runtime.base import as_slice, slots_in_use
 from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
 
 _FLAGS = threading.Lock()
@@ -36,6 +36,7 @@ class TorchRuntime:
         self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
         self.fixed_slots = compiled or model.llm.backend == "flex"  # each number of slots would be compiled
+        self.free_rows = not self.fixed_slots
         self.graphs = None
         if self.fixed_slots:
             # Each shape of each program compiles once, which is more than torch takes for normal.
@@ -90,14 +91,13 @@ class TorchRuntime:
         for a, b in zip(source, target, strict=True):
             b[to, :length] = a[row, :length]
 
-    def run(self, program: str, inputs: list, caches: list[Tensor] = (), row: int | None = None) -> tuple:
+    def run(self, program: str, inputs: list, caches: list[Tensor] = (), rows: int | slice | None = None) -> tuple:
         if caches:
-            rows = slice(None) if row is None else slice(row, row + 1)
             slots = caches[0].shape[1]
             if not self.fixed_slots:
                 new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
                 slots = slots_in_use(int(inputs[-1].max()), new, slots)
-            caches = [cache[rows, :slots] for cache in caches]
+            caches = [cache[as_slice(rows), :slots] for cache in caches]
         with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
             if self.graphs and program in GRAPHED:
                 return self.graphs.run(program, inputs, caches)

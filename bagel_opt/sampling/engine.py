@@ -211,17 +211,20 @@ class Engine:
         return [self._watched(job, x, v) for job in jobs]
 
     def _evaluate(self, batch: int, inputs: list, differences: np.ndarray, distance: np.ndarray) -> Tensor:
-        """Velocities of one batch: of all rows at once, or one by one where that computes less."""
-        caches, rows = self.batches.caches[batch], np.flatnonzero(inputs[4])
-        if 3 * len(rows) > 2 * self.profile.rows or (self.batches.of(differences, batch) >= 0).any():
+        """Velocities of one batch: of all rows at once, or of those that take part where that computes less."""
+        caches, rows = self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
+        most = len(rows) == self.profile.rows or (not self.runtime.free_rows and 3 * len(rows) > 2 * self.profile.rows)
+        if most or (self.batches.of(differences, batch) >= 0).any():
             v, hidden = self.runtime.run("generate", inputs, caches)
             self._remember(batch, hidden, differences, distance)
             return v
         if self.batches.v[batch] is None:
             self.batches.v[batch] = self.batches.zeros()
-        for row in map(int, rows):
-            v = self.runtime.run("generate" + ROW, [x[row : row + 1] for x in inputs], caches, row)[0]
-            self.batches.v[batch] = self.runtime.write_row(self.batches.v[batch], row, v[0])
+        for part in _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]:
+            name = "generate" if part.stop - part.start > 1 else "generate" + ROW
+            v = self.runtime.run(name, [x[part] for x in inputs], caches, part)[0]
+            for number, row in enumerate(range(part.start, part.stop)):
+                self.batches.v[batch] = self.runtime.write_row(self.batches.v[batch], row, v[number])
         return self.batches.v[batch]
 
     def _remember(self, batch: int, hidden: Tensor, differences: np.ndarray, distance: np.ndarray) -> None:
@@ -240,3 +243,10 @@ class Engine:
             return None
         c, n = job.main, len(job.plan.noise)
         return tuple(self.runtime.host(tensor[c.batch], c.row)[:n] for tensor in (x, v))
+
+
+def _runs(rows: list[int]) -> list[slice]:
+    """Ascending rows as slices of neighbours."""
+    starts = [row for row in rows if row - 1 not in rows]
+    ends = [row + 1 for row in rows if row + 1 not in rows]
+    return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]

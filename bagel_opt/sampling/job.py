@@ -11,6 +11,7 @@ from bagel_opt import images
 from bagel_opt.errors import ProfileError
 from bagel_opt.request import StepEvent
 from bagel_opt.runtime.base import Tensor
+from bagel_opt.runtime.programs import one_row
 from bagel_opt.sampling.batches import Batches, Context, padded
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.plan import Block, Plan
@@ -110,14 +111,15 @@ class Job:
                     chunk = np.array(block.ids[start : start + p.text], np.int64)
                     run("text", [padded(chunk, p.text)[None]], [], len(chunk), len(chunk))
                     yield None
-            else:
-                if block.kind == "vit":
-                    inputs = [self._embeddings(block.image)]
-                else:
-                    grid = self.plan.images[block.image].vae_grid
-                    index = padded(images.positions(*grid, self.config.latent_side), p.latents)
-                    inputs = [padded(self._latents(block.image), p.latents)[None], index[None]]
-                run(f"{block.kind}_context", inputs, [block.length - 2], block.length, 1)
+            elif block.kind == "vit":
+                run("vit_context", [self._embeddings(block.image)], [block.length - 2], block.length, 1)
+                yield None
+            else:  # clean latents, at time 0
+                grid = self.plan.images[block.image].vae_grid
+                index = padded(images.positions(*grid, self.config.latent_side), p.latents)
+                latents = padded(self._latents(block.image), p.latents)
+                inputs = [latents[None], np.zeros(1, np.float32), index[None]]
+                run(one_row("generate", p), inputs, [block.length - 2], block.length, 1)
                 yield None
             context.marks.append((context.kv_len, context.position))
 

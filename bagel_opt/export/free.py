@@ -1,0 +1,64 @@
+"""Graphs for any number of rows and of slots, made from graphs of certain ones.
+
+ONNX Runtime's CPU provider prepares weights anew for each program that it loads. One program for all rows of all profiles
+means one such copy, and a flow step can compute just the rows that take part. All else stays static, and no size is
+computed at run time.
+"""
+
+import onnx_ir as ir
+
+# What such programs are traced with: a prime of which no other dimension is a multiple, so that it tells which are rows.
+ROWS = 1009
+
+
+def free_sizes(graph: ir.Graph, caches: list[str]) -> None:
+    """Makes dimensions of ROWS free, as "rows", and the slots of caches, as "slots".
+
+    Raises NotImplementedError where a constant depends on rows in a way that it does not know.
+    """
+    kept = {*caches, *(f"{name}.out" for name in caches)}
+    for node in list(graph):
+        if node.op_type in ("Reshape", "Expand") and (sizes := node.inputs[1].const_value) is not None:
+            wanted = sizes.numpy().tolist()
+            if (free := _freed(graph, node, wanted)) != wanted:
+                node.replace_input_with(1, _constant(graph, node, free))
+                node.attributes.pop("allowzero", None)  # with which 0 would be a size
+    for value in (*graph.inputs, *graph.outputs):
+        sides = ["rows" if side == ROWS else side for side in value.shape]
+        if value.name in kept:
+            sides[1] = "slots"
+        value.shape = ir.Shape(sides)
+    for value in graph.initializers.values():
+        if any(side % ROWS == 0 for side in value.shape):
+            raise NotImplementedError(f"{value} has a number for each row")
+
+
+def _freed(graph: ir.Graph, node: ir.Node, wanted: list[int]) -> list[int]:
+    """The sizes that a Reshape or an Expand is to have. 0 and 1 leave what the input has; -1 is found by the others."""
+    given = node.inputs[0]
+    if node.op_type == "Reshape" and (made := given.producer()) is not None and made.op_type == "TensorScatter":
+        return [0, 0, *wanted[2:]]
+    if not wanted or wanted[0] < ROWS or wanted[0] % ROWS:
+        return wanted
+    if node.op_type == "Reshape":
+        return [-1, *wanted[1:]]
+    if len(given.shape) < len(wanted) or given.shape[0] != ROWS:
+        node.replace_input_with(0, _for_each_row(graph, node, len(wanted)))
+    return [1, *wanted[1:]]
+
+
+def _for_each_row(graph: ir.Graph, node: ir.Node, rank: int) -> ir.Value:
+    """What an Expand is given, plus a zero of each row."""
+    given, lengths = node.inputs[0], next(value for value in graph.inputs if value.name == "kv_len")
+    zero = ir.node("Mul", [lengths, _constant(graph, node, [0])])
+    cast = ir.node("Cast", zero.outputs, {"to": given.dtype})
+    column = ir.node("Reshape", [cast.outputs[0], _constant(graph, node, [-1, *[1] * (rank - 1)])])
+    added = ir.node("Add", [given, column.outputs[0]])
+    graph.insert_before(node, [zero, cast, column, added])
+    return added.outputs[0]
+
+
+def _constant(graph: ir.Graph, user: ir.Node, values: list[int]) -> ir.Value:
+    node = ir.node("Constant", [], {"value_ints": values})
+    graph.insert_before(user, node)
+    return node.outputs[0]
