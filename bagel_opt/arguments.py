@@ -185,4 +185,4 @@ def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
     _flag(group, "cfg_renorm_min", type=float, metavar="R", help="smallest rescaling of the guided velocity (0)")
     _flag(group, "cfg_renorm_type", help=f"{', '.join(RENORM_TYPES)} (global)")
     _flag(group, "negative_prompt", metavar="TEXT", help="what not to draw")
-    _flag(group, "step_cache", help="taylorseer: fewer evaluations, nearly the same picture")
+    _flag(group, "step_cache", help="taylorseer or teacache: fewer evaluations, nearly the same picture")

@@ -12,6 +12,7 @@ from bagel_opt.errors import UnknownOptionError
 from bagel_opt.images import check_image
 
 RENORM_TYPES = ("global", "channel", "text_channel")
+STEP_CACHES = ("taylorseer", "teacache")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Options:
         )
         check("negative_prompt", isinstance(self.negative_prompt, str | None), "None or a text")
         check_text(self.negative_prompt or "", "negative_prompt")
-        check("step_cache", self.step_cache in (None, "taylorseer"), "None or 'taylorseer'")
+        check("step_cache", self.step_cache in (None, *STEP_CACHES), f"None, {', '.join(map(repr, STEP_CACHES))}")
         for name in ("on_step", "on_token"):
             check(name, getattr(self, name) is None or callable(getattr(self, name)), "None or a function")
 

@@ -177,7 +177,7 @@ def test_picture_with_damaged_exif(fails):
         (["--num_timesteps", 1], "num_timesteps=1; allowed: a whole number of at least 2"),
         (["--cfg-interval", 0.9, 0.1], "cfg_interval=(0.9, 0.1); allowed: (low, high)"),
         (["--cfg-renorm-type", "local"], "cfg_renorm_type='local'; allowed: 'global'"),
-        (["--step-cache", "none"], "step_cache='none'; allowed: None or 'taylorseer'"),
+        (["--step-cache", "none"], "step_cache='none'; allowed: None, 'taylorseer', 'teacache'"),
         (["--text-temperature", "nan"], "text_temperature=nan; allowed: a number from 0.001 to 1000"),
         (["--seed", -1], "seed=-1; allowed"),
         (["--height", 65], "height=65; allowed: a multiple of 16 pixels"),

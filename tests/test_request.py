@@ -29,7 +29,7 @@ GOOD = {
     "width": [None, 16, 64],
     "seed": [None, 0, np.int64(3), 2**63 - 1],
     "negative_prompt": [None, "", "blurry"],
-    "step_cache": [None, "taylorseer"],
+    "step_cache": [None, "taylorseer", "teacache"],
     "noise": [None],
     "vae_noise": [None],
     "on_step": [None, print],
@@ -53,7 +53,7 @@ BAD = {
     "width": ([0, -16, 64.0, "64", True], "pixels"),
     "seed": ([-1, 2**63, 1.5, "1", True], "0 to 2**63 - 1"),
     "negative_prompt": ([3, ["blurry"], b"blurry"], "a text"),
-    "step_cache": (["taylor", "none", False, 1], "'taylorseer'"),
+    "step_cache": (["taylor", "none", False, 1], "None, 'taylorseer', 'teacache'"),
     "on_step": ([3, "print"], "function"),
     "on_token": ([3, "print"], "function"),
 }

@@ -51,6 +51,7 @@ def test_the_same_bits_whoever_else_is_served(model, engine, plan):
         ([image, "make it green"], SHORT),
         (["a ring"], {**SHORT, "think": True, "max_think_tokens": 12}),
         (["a ring"], {**SHORT, "step_cache": "taylorseer", "num_timesteps": 12}),
+        (["a ring"], {**SHORT, "step_cache": "teacache", "num_timesteps": 30}),
         ([image, "what is in the image?"], {"output": "text", "max_think_tokens": 90, "seed": 1, "do_sample": True}),
         (["tell me a tale"], {"output": "text", "max_think_tokens": 130}),
     ]

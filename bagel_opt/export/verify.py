@@ -157,6 +157,8 @@ def run_programs(runtime: Runtime, config: BagelConfig, profile: Profile) -> lis
     hidden, three = normal(p.rows, p.latents, c.llm.hidden_size), np.full(p.rows, 3, np.float32)
     run("taylor_update", hidden, np.arange(p.rows) % (MAX_ORDER + 1), three, factors)
     run("taylor_predict", three - 2, noisy, factors)
+    run("tea_change", noisy, t, tables, counts[: p.rows], hidden)
+    run("tea_apply", np.arange(p.rows) % 3, hidden, *factors[:2], noisy)
     side = 4 * c.token_pixels
     run("vae_encode", np.clip(normal(1, 3, side, side), -1, 1))
     run("vae_decode", normal(1, c.vae.z_channels, side // c.vae.downsample, side // c.vae.downsample))

@@ -129,6 +129,11 @@ class Bagel(nn.Module):
 
     # ---- parts
 
+    def embed_latents(self, x_BNL: Tensor, t_B: Tensor, index_BN: Tensor) -> Tensor:
+        """Latent tokens at their times and places, as they enter the first layer: [B, N, C]."""
+        x_BNC = self.latent_in(x_BNL.to(self.latent_in.weight.dtype)) + self.time(t_B)[:, None]
+        return x_BNC + self.latent_position(index_BN)
+
     def velocity(self, hidden_BNC: Tensor) -> Tensor:
         """Final norm and projection: the last layer's output to a velocity [B, N, L] in float32."""
         return self.latent_out(self.llm.norm_gen(hidden_BNC)).float()
@@ -161,9 +166,7 @@ class Bagel(nn.Module):
         kv_len_B: Tensor,
         slots: int,
     ) -> Started:
-        x_BNC = self.latent_in(x_BNL.to(self.latent_in.weight.dtype)) + self.time(t_B)[:, None]
-        x_BNC = x_BNC + self.latent_position(index_BN)
-        markers = self._markers(kv_len_B)
+        markers, x_BNC = self._markers(kv_len_B), self.embed_latents(x_BNL, t_B, index_BN)
         return self.llm.start(markers, x_BNC, position_B[:, None], kv_len_B, n_B + 2, False, slots)
 
     def _markers(self, kv_len_B: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Signature:
 def programs(model: "Bagel") -> dict[str, Callable]:  # noqa: F821  torch is imported only where it runs
     """Callables from input tensors to a tuple of output tensors."""
     from bagel_opt.sampling.guidance import GuidedStep
-    from bagel_opt.sampling.step_cache import TaylorPredict, TaylorUpdate
+    from bagel_opt.sampling.step_cache import TaylorPredict, TaylorUpdate, TeaApply, TeaChange
     from bagel_opt.sampling.text import ChooseToken
 
     methods = ("text", "vit", "vit_context", "decode", "generate", "vae_encode", "vae_decode")
@@ -38,6 +38,8 @@ def programs(model: "Bagel") -> dict[str, Callable]:  # noqa: F821  torch is imp
         "step": GuidedStep(),
         "taylor_update": TaylorUpdate(),
         "taylor_predict": TaylorPredict(model),
+        "tea_change": TeaChange(model),
+        "tea_apply": TeaApply(model),
     }
     return found | {f"{name}{ROW}": found[name] for name in ONE_ROW}
 
@@ -119,6 +121,24 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         ),
         "taylor_predict": Signature(
             {**floats("distance"), **latents(p.rows, "velocity"), "factors": factors}, ("new_velocity",)
+        ),
+        "tea_change": Signature(
+            {
+                **latents(p.rows, "x"),
+                **floats("t"),
+                "index": ((p.rows, p.latents), "int64"),
+                **ints("n", rows=p.rows),
+                "before": hidden,
+            },
+            ("change", "embedded"),
+        ),
+        "tea_apply": Signature(
+            {
+                **ints("what", rows=p.rows),
+                **dict.fromkeys(("hidden", "embedded", "added"), hidden),
+                **latents(p.rows, "velocity"),
+            },
+            ("new_added", "new_velocity"),
         ),
         "vae_encode": Signature({"pixels": ((1, 3, "height", "width"), "float32")}, ("moments",)),
         "vae_decode": Signature(

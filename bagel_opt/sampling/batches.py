@@ -33,6 +33,8 @@ class Batches:
         self.x: list[Tensor | None] = [None] * profile.batches  # latents [rows, latents, channels]
         self.v: list[Tensor | None] = [None] * profile.batches  # velocities, where rows are evaluated one by one
         self.factors: list[Tensor | None] = [None] * profile.batches  # TaylorSeer's, where a request uses it
+        self.embedded: list[Tensor | None] = [None] * profile.batches  # and TeaCache's
+        self.added: list[Tensor | None] = [None] * profile.batches
 
     def take(self, taylorseer: bool) -> Context:
         return Context(*self.free.pop(0), seer=TaylorSeer() if taylorseer else None)
@@ -55,6 +57,11 @@ class Batches:
     def zeros(self) -> Tensor:
         """Latents or velocities of a batch [rows, latents, channels]."""
         return self.runtime.zeros((self.profile.rows, self.profile.latents, self.config.latent_dim))
+
+    def hidden(self, *orders: int) -> Tensor:
+        """Zeros like the hidden states of a batch [*orders, rows, latents, channels]."""
+        sizes = self.profile.rows, self.profile.latents, self.config.llm.hidden_size
+        return self.runtime.zeros((*orders, *sizes), hidden=True)
 
     def set_latents(self, c: Context, latents: np.ndarray) -> None:
         """Puts latent tokens [tokens, channels] into a row, zeros after them."""

@@ -19,7 +19,7 @@ from bagel_opt.request import RENORM_TYPES
 from bagel_opt.runtime.base import Runtime, Tensor
 from bagel_opt.runtime.programs import ROW
 from bagel_opt.sampling.batches import Batches
-from bagel_opt.sampling.flow import MAX_ORDER, FlowStep
+from bagel_opt.sampling.flow import MAX_ORDER, REUSE, STORE, FlowStep
 from bagel_opt.sampling.job import Job, Token
 from bagel_opt.sampling.plan import Plan, slots_together
 from bagel_opt.tokenizer import Tokenizer
@@ -176,7 +176,8 @@ class Engine:
         renorm, n, n_evaluated = (np.zeros(rows, np.int64) for _ in range(3))
         index = np.zeros((rows, p.latents), np.int64)
         differences, distance = np.full(rows, -1), np.zeros(rows, np.float32)
-        predicted = np.zeros(rows, np.float32)
+        predicted, tea = np.zeros(rows, np.float32), np.zeros(rows, np.int64)
+        skipping = self._skipping([job for job in jobs if job.tea])
         for job in jobs:
             options, step, grid = job.plan.options, job.want, job.plan.grid
             places = images.positions(*grid, self.config.latent_side)
@@ -189,19 +190,29 @@ class Engine:
                 dt[at], n[at] = step.dt, len(places)
             for c in job.branches():
                 at = self.batches.at(c)
-                if c.seer is None or c.seer.next():
+                if job.tea:
+                    tea[at] = REUSE if job in skipping else STORE
+                if tea[at] != REUSE and (c.seer is None or c.seer.next()):
                     t[at], n_evaluated[at], index[at, : len(places)] = step.t, len(places), places
                     if c.seer:
                         differences[at], distance[at] = c.seer.store()
-                else:
+                elif c.seer:
                     predicted[at] = c.seer.distance
         x, v = list(self.batches.x), list(self.batches.x)
         for batch in range(p.batches):
             if x[batch] is None:  # no request draws there; any tensor of the shape will do
                 x[batch] = v[batch] = self.batches.zeros()
             mine = [self.batches.of(array, batch) for array in (t, index, position, n_evaluated, kv_len)]
+            taken, what, hidden = self.batches.of(differences, batch), self.batches.of(tea, batch), None
             if mine[3].any():
-                v[batch] = self._evaluate(batch, [x[batch], *mine], differences, distance)
+                remembers = (taken >= 0).any() or (what == STORE).any()
+                v[batch], hidden = self._evaluate(batch, [x[batch], *mine], remembers)
+            if (taken >= 0).any():
+                self._remember(batch, hidden, taken, self.batches.of(distance, batch))
+            if what.any():
+                embedded = self.batches.embedded[batch]
+                inputs = [what, embedded if hidden is None else hidden, embedded, self.batches.added[batch], v[batch]]
+                self.batches.added[batch], v[batch] = self.runtime.run("tea_apply", inputs)
             if self.batches.of(predicted, batch).any():
                 inputs = [self.batches.of(predicted, batch), v[batch], self.batches.factors[batch]]
                 v[batch] = self.runtime.run("taylor_predict", inputs)[0]
@@ -210,14 +221,32 @@ class Engine:
         self.batches.x, v = list(out[: p.batches]), out[p.batches :]
         return [self._watched(job, x, v) for job in jobs]
 
-    def _evaluate(self, batch: int, inputs: list, differences: np.ndarray, distance: np.ndarray) -> Tensor:
-        """Velocities of one batch: of all rows at once, or of those that take part where that computes less."""
+    def _skipping(self, jobs: list[Job]) -> list[Job]:
+        """Those of these requests, all with TeaCache, that are not evaluated in this step."""
+        p, b, changes = self.profile, self.batches, {}
+        for batch in {c.batch for job in jobs for c in job.contexts}:
+            t, n, index = (
+                np.zeros(p.rows, np.float32),
+                np.zeros(p.rows, np.int64),
+                np.zeros((p.rows, p.latents), np.int64),
+            )
+            for job in jobs:
+                places = images.positions(*job.plan.grid, self.config.latent_side)
+                for c in (c for c in job.contexts if c.batch == batch):
+                    t[c.row], n[c.row], index[c.row, : len(places)] = job.want.t, len(places), places
+            if b.embedded[batch] is None:
+                b.embedded[batch], b.added[batch] = b.hidden(), b.hidden()
+            change, b.embedded[batch] = self.runtime.run("tea_change", [b.x[batch], t, index, n, b.embedded[batch]])
+            changes[batch] = self.runtime.host(change)
+        return [job for job in jobs if not job.tea.due(float(changes[job.main.batch][job.main.row]), job.want.guided)]
+
+    def _evaluate(self, batch: int, inputs: list, remembers: bool) -> tuple[Tensor, Tensor | None]:
+        """Velocities of one batch, of all rows at once, or of those that take part where that computes less; and the last
+        layer's output where it is to be remembered."""
         caches, rows = self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
         most = len(rows) == self.profile.rows or (not self.runtime.free_rows and 3 * len(rows) > 2 * self.profile.rows)
-        if most or (self.batches.of(differences, batch) >= 0).any():
-            v, hidden = self.runtime.run("generate", inputs, caches)
-            self._remember(batch, hidden, differences, distance)
-            return v
+        if most or remembers:
+            return self.runtime.run("generate", inputs, caches)
         if self.batches.v[batch] is None:
             self.batches.v[batch] = self.batches.zeros()
         for part in _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]:
@@ -225,17 +254,13 @@ class Engine:
             v = self.runtime.run(name, [x[part] for x in inputs], caches, part)[0]
             for number, row in enumerate(range(part.start, part.stop)):
                 self.batches.v[batch] = self.runtime.write_row(self.batches.v[batch], row, v[number])
-        return self.batches.v[batch]
+        return self.batches.v[batch], None
 
     def _remember(self, batch: int, hidden: Tensor, differences: np.ndarray, distance: np.ndarray) -> None:
-        """Stores the last layer's output for TaylorSeer, where a request of the batch uses it."""
-        taken = self.batches.of(differences, batch)
-        if (taken < 0).all():
-            return
-        p, channels = self.profile, self.config.llm.hidden_size
+        """Stores the last layer's output for TaylorSeer."""
         if self.batches.factors[batch] is None:
-            self.batches.factors[batch] = self.runtime.zeros((MAX_ORDER + 1, p.rows, p.latents, channels), hidden=True)
-        inputs = [hidden, taken, self.batches.of(distance, batch), self.batches.factors[batch]]
+            self.batches.factors[batch] = self.batches.hidden(MAX_ORDER + 1)
+        inputs = [hidden, differences, distance, self.batches.factors[batch]]
         self.batches.factors[batch] = self.runtime.run("taylor_update", inputs)[0]
 
     def _watched(self, job: Job, x: list[Tensor], v: list[Tensor]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,4 +1,4 @@
-"""The flow's schedule and noise, and when TaylorSeer evaluates it: host side, plain numbers."""
+"""The flow's schedule and noise, and when TaylorSeer and TeaCache evaluate it: host side, plain numbers."""
 
 import itertools
 import math
@@ -10,6 +10,8 @@ import numpy as np
 MAX_ORDER = 6  # TaylorSeer's highest difference, as the official code sets it
 WARM_UP = 5  # full evaluations at the start
 INTERVAL = 3  # afterwards every third evaluation is a full one
+STORE, REUSE = 1, 2  # what TeaCache does with a row
+MOST_CHANGE = 0.1  # of TeaCache: how far the input may drift, relatively, before it is evaluated again
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,27 @@ class TaylorSeer:
     def distance(self) -> int:
         """Evaluations since the last full one."""
         return self.evaluation - self.last_full
+
+
+class TeaCache:
+    """When a request is evaluated, and when what its last evaluation added to the input serves again (arXiv 2411.19108).
+
+    The relative changes of the transformer's input from step to step are added up; beyond MOST_CHANGE it is evaluated. So
+    are the first and the last step, and the first with guidance. All branches go together: they have the same input. The
+    paper fits a polynomial of the change to each model; for BAGEL none has been published, so the change itself counts.
+    """
+
+    def __init__(self, steps: int):
+        self.left = steps
+        self.drift = 0.0
+        self.guided: bool | None = None  # at the last evaluation; None before the first
+
+    def due(self, change: float, guided: bool) -> bool:
+        """Moves on by one step, whose input differs from the last one's by `change`; True where it is evaluated."""
+        self.left -= 1
+        self.drift += change
+        new_branches = guided and not self.guided
+        if self.guided is None or new_branches or self.left == 0 or not self.drift < MOST_CHANGE:
+            self.drift, self.guided = 0.0, guided
+            return True
+        return False

@@ -13,7 +13,7 @@ from bagel_opt.request import StepEvent
 from bagel_opt.runtime.base import Tensor
 from bagel_opt.runtime.programs import one_row
 from bagel_opt.sampling.batches import Batches, Context, padded
-from bagel_opt.sampling.flow import FlowStep
+from bagel_opt.sampling.flow import FlowStep, TeaCache
 from bagel_opt.sampling.plan import Block, Plan
 from bagel_opt.tokenizer import Tokenizer
 
@@ -40,11 +40,12 @@ class Job:
         self.passed = 0  # how many requests that came later went first
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
+        self.tea = TeaCache(len(plan.steps)) if plan.options.step_cache == "teacache" else None
         self.encoded: dict[tuple[str, int], Any] = {}
         self.work = self._work()
 
     def take_rows(self) -> None:
-        taylorseer = self.plan.options.step_cache is not None
+        taylorseer = self.plan.options.step_cache == "taylorseer"
         self.contexts = [self.batches.take(taylorseer) for _ in range(self.plan.contexts())]
         self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in self.plan.roles())
 

@@ -92,7 +92,7 @@ class Plan:
         Not with main, however, where a thought will join it, nor under TaylorSeer where guidance starts late: a branch
         is then behind main in its count of evaluations.
         """
-        late = self.options.step_cache is not None and not (self.steps and self.steps[0].guided)
+        late = self.options.step_cache == "taylorseer" and not (self.steps and self.steps[0].guided)
         rows: list[list[Block] | None] = [None if self.thinks or late else self.main]
 
         def row(blocks: list[Block] | None) -> int:

@@ -41,7 +41,7 @@ class Drawing(BaseModel):
     timestep_shift: float | None = Field(None, ge=1e-3, le=1000)
     num_timesteps: int | None = Field(None, ge=2, le=2**31)
     negative_prompt: str | None = Field(None, max_length=TEXT_LIMIT)
-    step_cache: Literal["taylorseer"] | None = None
+    step_cache: Literal["taylorseer", "teacache"] | None = None
     height: int | None = Field(None, ge=1, le=2**31)
     width: int | None = Field(None, ge=1, le=2**31)
 

@@ -10,7 +10,7 @@ export const OPTIONS = [
   { name: "cfg_renorm_type", modes: draws, choices: ["global", "channel", "text_channel"], value: "global", help: "Over what the guided velocity is scaled back. Blurry edits may gain from text_channel." },
   { name: "cfg_renorm_min", modes: draws, min: 0, max: 1, step: "any", value: 0, help: "The least factor of that; 1 switches it off." },
   { name: "negative_prompt", modes: draws, text: true, value: "", help: "What the picture should not follow." },
-  { name: "step_cache", modes: draws, choices: ["none", "taylorseer"], value: "none", help: "taylorseer predicts most steps instead of computing them." },
+  { name: "step_cache", modes: draws, choices: ["none", "taylorseer", "teacache"], value: "none", help: "taylorseer predicts most steps instead of computing them; teacache skips those that would change little." },
   { name: "max_think_tokens", modes: ["draw", "edit", "ask"], min: 1, max: 100000, step: 1, value: "", help: "The longest thought or answer, in tokens." },
   { name: "do_sample", modes: ["draw", "edit", "ask"], choices: ["false", "true"], value: "false", help: "Sample the text instead of taking the likeliest token." },
   { name: "text_temperature", modes: ["draw", "edit", "ask"], min: 0.001, max: 1000, step: "any", value: 0.3, help: "Temperature of sampling." },
