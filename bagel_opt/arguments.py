@@ -44,10 +44,12 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "--profile", action="append", help="profile file, or a name from profiles/; several share the weights"
     )
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
-    export_.add_argument("--dtype", help="float32 (default), float16, or bfloat16 where it is not ONNX for the CPU")
+    export_.add_argument("--dtype", help="float32 (default), float16 or bfloat16; ONNX for the CPU has no bfloat16")
     export_.add_argument("--attention", help="for compile: auto (default), sdpa, cudnn, flex or flash")
     export_.add_argument("--device", help="cpu (default) or cuda")
-    export_.add_argument("--verify", action="store_true", help="compare the bundle with eager float32 before it counts")
+    export_.add_argument(
+        "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"
+    )
 
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
@@ -91,7 +93,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
     )
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
-    show.add_argument("--dtype", default="float32", choices=BYTES, help="of that (float32); a bundle has its own")
+    show.add_argument("--dtype", default="float32", choices=BYTES, help="to reckon that memory in (float32)")
+    _no_check(show)
     return top
 
 
@@ -112,13 +115,17 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
     _load_options(sub)
 
 
-def _load_options(sub: argparse.ArgumentParser) -> None:
+def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to the request") -> None:
     group = sub.add_argument_group("model")
     group.add_argument("--backend", default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
     group.add_argument("--device", help="cpu, cuda or cuda:N")
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
-    group.add_argument("--profile", help="profile file or name; default: shapes fitted to the request")
+    group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    _no_check(group)
+
+
+def _no_check(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
     )
@@ -128,10 +135,10 @@ def _serve_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "checkpoint", nargs="?", help="bundle, checkpoint folder or repo id (default: the model that ships)"
     )
-    _load_options(sub)
+    _load_options(sub, "demo for the model that ships; another checkpoint needs one")
     group = sub.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
-    group.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     group.add_argument("--name", help="the model's name for clients (default: the folder's)")
     group.add_argument(
         "--api-key",
@@ -145,11 +152,9 @@ def _serve_options(sub: argparse.ArgumentParser) -> None:
     many = sub.add_argument_group("replicas, on Ray Serve")
     many.add_argument("--replicas", type=_count, metavar="N", help="engines with a model each, behind one address")
     many.add_argument("--max-replicas", type=_count, metavar="N", help="start more while requests wait, up to so many")
-    many.add_argument(
-        "--requests-per-replica", type=_count, default=4, metavar="N", help="that autoscaling aims at (%(default)s)"
-    )
-    many.add_argument("--cpus-per-replica", type=float, default=1, metavar="N", help="(%(default)s)")
-    many.add_argument("--gpus-per-replica", type=float, default=0, metavar="N", help="(%(default)s)")
+    many.add_argument("--requests-per-replica", type=_count, metavar="N", help="that autoscaling aims at (4)")
+    many.add_argument("--cpus-per-replica", type=float, metavar="N", help="cores, and threads, of each (1)")
+    many.add_argument("--gpus-per-replica", type=float, metavar="N", help="GPUs of each (0)")
     limits = sub.add_argument_group("limits")
     for name, value, text in (
         ("max-queue", 64, "requests that wait or run; more are answered 429"),
@@ -158,7 +163,7 @@ def _serve_options(sub: argparse.ArgumentParser) -> None:
         ("max-pixels", 2**24, "pixels of an input picture"),
         ("max-images", 8, "input pictures of a request"),
         ("max-n", 8, "pictures that one request may ask for"),
-        ("max-timesteps", 200, "num_timesteps"),
+        ("max-timesteps", 200, "largest num_timesteps of a request"),
     ):
         limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
 
@@ -175,8 +180,8 @@ def _text_options(sub: argparse.ArgumentParser) -> None:
 def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
     group = sub.add_argument_group("picture")
     if sized:
-        _flag(group, "height", type=int, metavar="PIXELS", help="a multiple of 16 (1024)")
-        _flag(group, "width", type=int, metavar="PIXELS", help="a multiple of 16 (1024)")
+        _flag(group, "height", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
+        _flag(group, "width", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
     _flag(group, "num_timesteps", type=int, metavar="N", help="points of the flow schedule (50)")
     _flag(group, "timestep_shift", type=float, metavar="S", help="above 1: more steps at high noise (3)")
     _flag(group, "cfg_text_scale", type=float, metavar="S", help="how strongly to follow the text (4)")

@@ -18,7 +18,7 @@ from bagel_opt.api import Model, load
 from bagel_opt.arguments import parser
 from bagel_opt.bundle import MANIFEST
 from bagel_opt.profile import profile_names
-from bagel_opt.recipe import load_recipe
+from bagel_opt.recipe import load_recipe, recipe_names
 from bagel_opt.request import Options
 from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
@@ -45,7 +45,11 @@ def guarded(run: Callable[[], object]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
-        return _fail("out of memory; use a smaller picture, shorter text, another --dtype or --device cpu")
+        said = " ".join(str(error).split("\n")[0].split())
+        return _fail(
+            f"out of memory ({said}); use a smaller picture, a shorter text or a smaller profile, and for a "
+            "checkpoint another --dtype or --device cpu"
+        )
     return 0
 
 
@@ -83,7 +87,9 @@ def export(a: argparse.Namespace) -> None:
     profiles = a.profile or options.get("profiles")
     options.pop("profiles", None)
     if not profiles:
-        raise ValueError("give --profile or --recipe; profiles/ has " + ", ".join(profile_names()))
+        raise ValueError(
+            f"give --profile or --recipe; profiles/ has {', '.join(profile_names())}; export/ has {', '.join(recipe_names())}"
+        )
     with _bar("exporting") as update:
         folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
     print(folder)
@@ -96,6 +102,8 @@ def bench(a: argparse.Namespace) -> None:
     if a.json and not a.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
     if a.preset:
+        if a.sources:
+            raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
         return _full_size(a)
     side = min(map(default_side, a.sources or [None]))
     work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
@@ -137,8 +145,11 @@ def serve(a: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; the server needs: pip install 'bagel-opt[serve]'") from None
 
-    settings = _serve_settings(a)
     if a.replicas is None:
+        for name in ("max_replicas", "requests_per_replica", "cpus_per_replica", "gpus_per_replica"):
+            if getattr(a, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for replicas; give --replicas too")
+        settings = _serve_settings(a)
         server.serve(_load(a), settings.pop("name"), a.host, a.port, **settings)
         return
     try:
@@ -152,8 +163,14 @@ def serve_settings(options: dict[str, str]) -> dict:
     """Of bagel_opt.serve.ray.application, from the options of `bagel-opt serve` by name."""
     given = {name.replace("_", "-"): value for name, value in options.items()}
     source = [given.pop("checkpoint")] if "checkpoint" in given else []
-    switches = {"remote-images", "no-check"}
-    flags = [f"--{name}" if name in switches else f"--{name}={value}" for name, value in given.items()]
+    flags = []
+    for name, value in given.items():
+        if name not in ("remote-images", "no-check"):
+            flags.append(f"--{name}={value}")
+        elif str(value).lower() in ("true", "1", "yes"):
+            flags.append(f"--{name}")
+        elif str(value).lower() not in ("false", "0", "no"):
+            raise ValueError(f"{name}={value!r}; allowed are true and false")
     return _replica_settings(parser(COMMANDS).parse_args(["serve", *source, "--replicas=1", *flags]))
 
 
@@ -163,7 +180,7 @@ def _serve_settings(a: argparse.Namespace) -> dict:
 
     if a.checkpoint is None and a.profile is None:
         a.profile = "demo"
-    list(describe(a.checkpoint, [], "float32"))  # what cannot be loaded should not cost starting a cluster
+    describe(a.checkpoint, check=a.check)  # what cannot be loaded should not cost starting a cluster
     if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
         raise ValueError(
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
@@ -182,10 +199,11 @@ def _replica_settings(a: argparse.Namespace) -> dict:
     from bagel_opt.serve.ray import Replicas
 
     settings = _serve_settings(a)
-    most = max(a.replicas, a.max_replicas or 1)
+    given = {"requests": a.requests_per_replica, "cpus": a.cpus_per_replica, "gpus": a.gpus_per_replica}
+    given = {name: value for name, value in given.items() if value is not None}
     return {
         "load": functools.partial(load, a.checkpoint, profile=a.profile, **_load_settings(a)),
-        "replicas": Replicas(a.replicas, most, a.requests_per_replica, a.cpus_per_replica, a.gpus_per_replica),
+        "replicas": Replicas(a.replicas, max(a.replicas, a.max_replicas or 1), **given),
         **settings,
     }
 
@@ -194,7 +212,7 @@ def inspect(a: argparse.Namespace) -> None:
     from bagel_opt.inspect import describe
 
     output = Console(highlight=False)
-    for table in describe(a.checkpoint, a.profile, a.dtype):
+    for table in describe(a.checkpoint, a.profile, a.dtype, a.check):
         output.print(table)
 
 

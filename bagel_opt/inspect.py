@@ -23,12 +23,17 @@ PARTS = {
 }
 
 
-def describe(source: str | Path | None, profiles: Sequence[str] = (), dtype: str = "float32") -> list[Table]:
+def describe(
+    source: str | Path | None, profiles: Sequence[str] = (), dtype: str = "float32", check: bool = True
+) -> list[Table]:
     """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
-    or a bundle's own. A bundle's files are checked. Raises what `load` raises."""
+    or a bundle's own. check: compare a bundle's files with their sha256. Raises what `load` raises, and ValueError for
+    profiles of a bundle."""
     folder = shipped_model() if source is None else Path(source)
     if (folder / MANIFEST).is_file():
-        return _bundle(folder)
+        if profiles:
+            raise ValueError(f"--profile: {folder} is a bundle, whose profiles were fixed when it was exported")
+        return _bundle(folder, check)
     return _checkpoint(folder if source is None else source, [load_profile(name) for name in profiles], dtype)
 
 
@@ -39,9 +44,9 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _bundle(folder: Path) -> list[Table]:
+def _bundle(folder: Path, check: bool) -> list[Table]:
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    check_files(folder, manifest, digests=check)
     total = sum(entry["size"] for entry in manifest.files.values())
     about = _table(f"bundle {folder}", "", "")
     for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
@@ -77,7 +82,12 @@ def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, parameters
 
 
 def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list[Table]:
-    from bagel_opt.checkpoint import Checkpoint
+    try:
+        from bagel_opt.checkpoint import Checkpoint
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is a checkpoint, which needs {error.name}: pip install 'bagel-opt[torch]'"
+        ) from None
 
     checkpoint = Checkpoint(source)
     parameters, dtypes, size = Counter(), defaultdict(set), Counter()

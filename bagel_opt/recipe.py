@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_opt.settings import package_folder, read_settings
+from bagel_opt.settings import names, package_folder, read_settings
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ def load_recipe(source: str | Path) -> Recipe:
     Raises FileNotFoundError where there is neither and ValueError where a field is missing, unknown or bad.
     """
     return read_settings(Recipe, source, recipes_folder(), ValueError)
+
+
+def recipe_names() -> list[str]:
+    return names(recipes_folder())
 
 
 def recipes_folder() -> Path:

@@ -19,6 +19,7 @@ from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_man
 from bagel_opt.cli import main
 from bagel_opt.export import _replaceable, export, processes
 from bagel_opt.export import onnx as exporter
+from bagel_opt.export.free import rows_to_trace
 from bagel_opt.export.verify import verify
 from bagel_opt.runtime.onnx import OnnxRuntime
 from bagel_opt.runtime.programs import ONE_ROW, ROW
@@ -112,19 +113,32 @@ def test_one_program_serves_all_rows_and_profiles(half):
     assert large["generate"]["inputs"]["x"][0][0] == 3  # what the profile has
 
 
-def test_of_a_large_model_one_expert_is_packed(tmp_path, monkeypatch, eager):
+def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch):
     """All other weights may be given anew in each run, so that ONNX Runtime does not prepare copies of them."""
     monkeypatch.setattr(exporter, "ALL_PACKED_BELOW", 0)
     monkeypatch.setattr(exporter, "in_processes", lambda _, model, tasks: exporter.write_programs(model, tasks))
     folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE)
-    for program in (*CACHED, "vit", "vae_decode"):
+    users = Counter()
+    for program in (*CACHED, "vit", "vae_encode", "vae_decode"):
         entry, there = read_manifest(folder).programs["test"][program], graph(folder, program)
         fixed = set(entry["weights"]) - {value.name for value in there.input}
-        assert fixed == {name for name in entry["weights"] if program == "generate" and ".gen." in name}
         assert {tensor.name for tensor in there.initializer} >= set(entry["weights"])
+        users.update(fixed)
+        if program in ("text", "vit_context", "decode"):
+            assert not fixed
+        elif program == "generate":
+            assert fixed == {name for name in entry["weights"] if ".gen." in name or name.startswith("time.")}
+        else:
+            assert fixed == set(entry["weights"])
+    assert set(users.values()) == {1}
     case, events = named["image_editing"], []
     case.check_outputs(bagel_opt.load(folder).run(case.inputs, on_step=events.append, **case.options))
     assert case.velocity_error(events) < 1e-4
+
+
+def test_rows_are_told_apart_from_all_other_sizes():
+    profile = Profile("p", rows=2, slots=2 * 1009, text=16, patches=1013 - 2, latents=1019)
+    assert rows_to_trace(profile, [(64, 1021), (3,)]) == 1031
 
 
 def test_caches_are_updated_in_place(bundle):

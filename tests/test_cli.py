@@ -1,5 +1,6 @@
 """The command line on the golden checkpoint."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,34 @@ def test_checking_of_bundles_can_be_left_out(run, monkeypatch, arguments):
     monkeypatch.setattr("bagel_opt.cli.load", lambda *a, check, **k: seen.append(check) or load(*a, check=check, **k))
     run("chat", "hi", "--max-think-tokens", "1", *arguments)
     assert seen == [not arguments]
+
+
+def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "text.onnx").write_bytes((copy / "text.onnx").read_bytes()[::-1])
+    assert "text.onnx was changed" in fails("inspect", copy)
+    assert run("inspect", copy, "--no-check")[0] == 0
+    assert "whose profiles were fixed" in fails("inspect", bundle, "--profile", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--max-replicas", "3"], "--max-replicas is for replicas; give --replicas too"),
+        (["bench", "somewhere", "--preset", "h100"], "--preset makes its own weights; leave somewhere out"),
+        (["export", "--out", "x"], "export/ has bagel-1024, bagel-1024-onnx, bagel-512, demo-aoti, demo-onnx"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(fails, arguments, message):
+    assert message in fails(*arguments)
+
+
+def test_out_of_memory_says_how_much(fails, monkeypatch):
+    def full(*arguments, **options):
+        raise MemoryError("no 1.2 GB left on the GPU")
+
+    monkeypatch.setattr("bagel_opt.cli.load", full)
+    assert "out of memory (no 1.2 GB left on the GPU); use a smaller picture" in fails("chat", "a")
 
 
 def test_interrupted(run, monkeypatch):

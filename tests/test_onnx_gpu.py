@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from support import CHECKPOINT, cases
+from support import CHECKPOINT, cases, relative
 
 import bagel_opt
 from bagel_opt import Profile
@@ -84,6 +84,16 @@ def test_answers(model, case):
         outputs = model.run(case.inputs, on_step=events.append, **case.options)
         assert case.velocity_error(events) < 1e-4
         case.check_outputs(outputs)
+
+
+def test_teacache(model, eager, monkeypatch):
+    names, run = [], model.runtime.run
+    monkeypatch.setattr(model.runtime, "run", lambda name, *rest: names.append(name) or run(name, *rest))
+    seen, options = ([], []), {"num_timesteps": 20, "height": 64, "width": 48, "seed": 3, "step_cache": "teacache"}
+    for runner, events in zip((model, eager), seen, strict=True):
+        runner.run("a red circle", on_step=events.append, **options)
+    assert all(relative(a.v_t, b.v_t) < 1e-4 for a, b in zip(*seen, strict=True))
+    assert sum(name == "generate" for name in names) < names.count("tea_apply") == 19
 
 
 def test_memory_goes_back(model):

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, machine
-from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import ONE_ROW, ROW, Signature, signatures
 
@@ -163,7 +162,7 @@ def _write_programs(
     known, programs = {}, {}
     for number, profile in enumerate(profiles):
         wanted = signatures(model.config, profile)
-        made = _with_free_rows(model.config, profile) if free else {name: (name, s) for name, s in wanted.items()}
+        made = _with_free_rows(model, profile) if free else {name: (name, s) for name, s in wanted.items()}
         keys = {
             name: repr((*made[name], profile.slots if s.cache_rows and not free else 0)) for name, s in wanted.items()
         }
@@ -178,12 +177,13 @@ def _write_programs(
     return programs
 
 
-def _with_free_rows(config: BagelConfig, profile: Profile) -> dict[str, tuple[str, Signature]]:
+def _with_free_rows(model: "Shapes", profile: Profile) -> dict[str, tuple[str, Signature]]:  # noqa: F821
     """Which program does the work of each, where some take any number of rows."""
-    from bagel_opt.export.free import ROWS
+    from bagel_opt.export.free import rows_to_trace
 
-    many, made = signatures(config, dataclasses.replace(profile, rows=ROWS)), {}
-    for name, signature in signatures(config, profile).items():
+    rows = rows_to_trace(profile, model.stored.values())
+    many, made = signatures(model.config, dataclasses.replace(profile, rows=rows)), {}
+    for name, signature in signatures(model.config, profile).items():
         base = name.removesuffix(ROW)
         made[name] = (base, many[base]) if base in ONE_ROW else (name, signature)
     return made

@@ -5,14 +5,32 @@ means one such copy, and a flow step can compute just the rows that take part. A
 computed at run time.
 """
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
-# What such programs are traced with: a prime of which no other dimension is a multiple, so that it tells which are rows.
-ROWS = 1009
+from bagel_opt.profile import Profile
+
+PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061)
 
 
-def free_sizes(graph: ir.Graph, caches: list[str]) -> None:
-    """Makes dimensions of ROWS free, as "rows", and the slots of caches, as "slots".
+def rows_to_trace(profile: Profile, weights: Iterable[tuple[int, ...]]) -> int:
+    """How many rows to trace such programs with: a number that divides no other dimension, so that it tells which are rows."""
+    p = profile
+    others = {
+        p.text,
+        p.patches,
+        p.patches + 2,
+        p.latents,
+        p.latents + 2,
+        p.slots,
+        *(side for w in weights for side in w),
+    }
+    return next(prime for prime in PRIMES if all(side % prime for side in others))
+
+
+def free_sizes(graph: ir.Graph, rows: int | None, caches: list[str]) -> None:
+    """Makes dimensions of that size free, as "rows", and the slots of caches, as "slots".
 
     Raises NotImplementedError where a constant depends on rows in a way that it does not know.
     """
@@ -20,29 +38,30 @@ def free_sizes(graph: ir.Graph, caches: list[str]) -> None:
     for node in list(graph):
         if node.op_type in ("Reshape", "Expand") and (sizes := node.inputs[1].const_value) is not None:
             wanted = sizes.numpy().tolist()
-            if (free := _freed(graph, node, wanted)) != wanted:
+            if (free := _freed(graph, node, wanted, rows)) != wanted:
                 node.replace_input_with(1, _constant(graph, node, free))
                 node.attributes.pop("allowzero", None)  # with which 0 would be a size
     for value in (*graph.inputs, *graph.outputs):
-        sides = ["rows" if side == ROWS else side for side in value.shape]
+        sides = ["rows" if side == rows else side for side in value.shape]
         if value.name in kept:
             sides[1] = "slots"
         value.shape = ir.Shape(sides)
-    for value in graph.initializers.values():
-        if any(side % ROWS == 0 for side in value.shape):
+    constants = [*graph.initializers.values(), *(value for node in graph if not node.inputs for value in node.outputs)]
+    for value in constants if rows else ():
+        if value.const_value is not None and any(side and side % rows == 0 for side in value.const_value.shape):
             raise NotImplementedError(f"{value} has a number for each row")
 
 
-def _freed(graph: ir.Graph, node: ir.Node, wanted: list[int]) -> list[int]:
+def _freed(graph: ir.Graph, node: ir.Node, wanted: list[int], rows: int | None) -> list[int]:
     """The sizes that a Reshape or an Expand is to have. 0 and 1 leave what the input has; -1 is found by the others."""
     given = node.inputs[0]
     if node.op_type == "Reshape" and (made := given.producer()) is not None and made.op_type == "TensorScatter":
         return [0, 0, *wanted[2:]]
-    if not wanted or wanted[0] < ROWS or wanted[0] % ROWS:
+    if not rows or not wanted or wanted[0] < rows or wanted[0] % rows:
         return wanted
     if node.op_type == "Reshape":
         return [-1, *wanted[1:]]
-    if len(given.shape) < len(wanted) or given.shape[0] != ROWS:
+    if len(given.shape) < len(wanted) or given.shape[0] != rows:
         node.replace_input_with(0, _for_each_row(graph, node, len(wanted)))
     return [1, *wanted[1:]]
 

@@ -27,14 +27,19 @@ from bagel_opt.export.weights import write_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.transformer import Expert, GateUp
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.programs import Signature, cache_names, programs
+from bagel_opt.runtime.programs import ONE_ROW, Signature, cache_names, programs
 
 OPSET = 24
-# ONNX Runtime's CPU provider copies the weights of linear layers, in the order that its products read, for each program
-# that it loads. Of models with more bytes of weights than this it may do so only where it pays: for the generation
-# expert in flow steps, of which the file's own copy is then in no use.
+# ONNX Runtime's CPU provider copies weights, in the order that its kernels read, for each program that it loads. Of models
+# with more bytes of weights than this it may copy only what one program alone needs, and the file's own copy is then in no
+# use; and the time's layers, with which the last bits of a row would otherwise depend on how many rows there are.
 ALL_PACKED_BELOW = 2**30
-PACKED = {"generate": ".gen."}
+PACKED = {
+    "generate": (".gen.", "time."),
+    "vit": ("vit_", "connector."),
+    "vae_encode": ("vae.",),
+    "vae_decode": ("vae.",),
+}
 
 
 class Program(nn.Module):
@@ -156,7 +161,8 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
     _weights_to_inputs(exported.graph, shapes)
     optimizer.optimize(exported)
     if shapes.device == "cpu":
-        free_sizes(exported.graph, cache_names(shapes.config) if caches else [])
+        rows = next(iter(signature.inputs.values()))[0][0] if name in ONE_ROW else None
+        free_sizes(exported.graph, rows, cache_names(shapes.config) if caches else [])
     if shapes.fused:
         fuse(exported)
     return exported
@@ -190,7 +196,7 @@ def _point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
     small = sum(place.length for place in places.values()) <= ALL_PACKED_BELOW
     for name in used:
         value, place = inputs[name], places[name]
-        if small or PACKED.get(graph.name, " ") in name:
+        if small or any(part in name for part in PACKED.get(graph.name, ())):
             graph.inputs.remove(value)
         where = WEIGHTS, place.offset, place.length
         value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)

@@ -1,7 +1,7 @@
 """The whole model, and the static-shaped programs that every runtime runs.
 
 B rows, T text tokens, P patches, N latent tokens, L latent channels, C hidden channels, V vocabulary, S slots.
-Programs that fill the context take one row; decoding and denoising take all rows of a batch. Integers are int64.
+Programs that fill the context take one row; decoding and flow steps take all rows of a batch, or some. Integers are int64.
 """
 
 import math

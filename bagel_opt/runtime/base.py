@@ -17,7 +17,7 @@ def slots_in_use(kv_len: int, new: int, slots: int) -> int:
 
 def as_slice(rows: int | slice | None) -> slice:
     """Of the rows of a batch; None is all."""
-    return slice(None) if rows is None else slice(rows, rows + 1) if isinstance(rows, int) else rows
+    return slice(None) if rows is None else rows if isinstance(rows, slice) else slice(rows, rows + 1)
 
 
 class Runtime(Protocol):

@@ -144,12 +144,12 @@ class Graph:
 
     def __call__(self, inputs: list[np.ndarray | Tensor]) -> tuple[Tensor, ...]:
         for i, given in enumerate(inputs):
-            if isinstance(given, np.ndarray):
-                if self.given[i] is not None and np.array_equal(self.given[i], given):
-                    continue  # most numbers stay what they were from step to step
-                self.given[i], given = given.copy(), torch.from_numpy(given)
+            host = isinstance(given, np.ndarray)
+            if host and self.given[i] is not None and np.array_equal(self.given[i], given):
+                continue  # most numbers stay what they were from step to step
+            self.given[i] = given.copy() if host else None
             # an array's copy is staged before this returns, and the host does not wait for the device
-            self.inputs[i].copy_(given, non_blocking=True)
+            self.inputs[i].copy_(torch.from_numpy(given) if host else given, non_blocking=True)
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)  # the next replay writes to the same memory
 

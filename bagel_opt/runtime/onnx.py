@@ -22,10 +22,11 @@ from bagel_opt.runtime.programs import cache_names, cache_shape
 THREADS = os.environ.get("OMP_NUM_THREADS", "")
 ort.set_global_thread_pool_sizes(int(THREADS) if THREADS.isdecimal() else 0, 0)
 
-# And one arena for the values of all programs, of which one runs at a time, that grows by no more than what is needed.
+# And one arena for the values of all programs, of which one runs at a time. It grows in powers of two: sizes vary, and one
+# that grows by what is asked for keeps a piece of its own for each.
 ort.create_and_register_allocator(
     ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
-    ort.OrtArenaCfg({"arena_extend_strategy": 1}),
+    ort.OrtArenaCfg({"arena_extend_strategy": 0}),
 )
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
@@ -54,7 +55,8 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
 
 
 class OnnxRuntime:
-    """Runs a bundle's programs. A program is loaded when it is first needed; all share one copy of the weights."""
+    """Runs a bundle's programs. A program is loaded when it is first needed; all share the mapped file of the weights.
+    ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx.py, PACKED)."""
 
     free_rows = True
 

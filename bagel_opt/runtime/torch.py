@@ -16,7 +16,7 @@ from bagel_opt.runtime.base import as_slice, slots_in_use
 from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
 
 _FLAGS = threading.Lock()
-# Programs of fixed shapes that run again and again. Prefill, which runs once a request, launches its kernels itself.
+# Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
 

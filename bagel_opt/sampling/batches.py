@@ -32,6 +32,7 @@ class Batches:
         self.caches: list[list[Tensor] | None] = [None] * profile.batches
         self.x: list[Tensor | None] = [None] * profile.batches  # latents [rows, latents, channels]
         self.v: list[Tensor | None] = [None] * profile.batches  # velocities, where rows are evaluated one by one
+        self.last: list[Tensor | None] = [None] * profile.batches  # and the last layer's output, where it is remembered
         self.factors: list[Tensor | None] = [None] * profile.batches  # TaylorSeer's, where a request uses it
         self.embedded: list[Tensor | None] = [None] * profile.batches  # and TeaCache's
         self.added: list[Tensor | None] = [None] * profile.batches

@@ -238,23 +238,28 @@ class Engine:
                 b.embedded[batch], b.added[batch] = b.hidden(), b.hidden()
             change, b.embedded[batch] = self.runtime.run("tea_change", [b.x[batch], t, index, n, b.embedded[batch]])
             changes[batch] = self.runtime.host(change)
-        return [job for job in jobs if not job.tea.due(float(changes[job.main.batch][job.main.row]), job.want.guided)]
+        drift = [float(changes[job.main.batch][job.main.row]) for job in jobs]
+        return [job for job, d in zip(jobs, drift, strict=True) if not job.tea.due(d, len(job.branches()))]
 
     def _evaluate(self, batch: int, inputs: list, remembers: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of one batch, of all rows at once, or of those that take part where that computes less; and the last
         layer's output where it is to be remembered."""
-        caches, rows = self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
+        b, caches, rows = self.batches, self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
         most = len(rows) == self.profile.rows or (not self.runtime.free_rows and 3 * len(rows) > 2 * self.profile.rows)
-        if most or remembers:
+        if most:
             return self.runtime.run("generate", inputs, caches)
-        if self.batches.v[batch] is None:
-            self.batches.v[batch] = self.batches.zeros()
+        if b.v[batch] is None:
+            b.v[batch] = b.zeros()
+        if remembers and b.last[batch] is None:
+            b.last[batch] = b.hidden()
         for part in _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]:
             name = "generate" if part.stop - part.start > 1 else "generate" + ROW
-            v = self.runtime.run(name, [x[part] for x in inputs], caches, part)[0]
+            v, hidden = self.runtime.run(name, [x[part] for x in inputs], caches, part)
             for number, row in enumerate(range(part.start, part.stop)):
-                self.batches.v[batch] = self.runtime.write_row(self.batches.v[batch], row, v[number])
-        return self.batches.v[batch], None
+                b.v[batch] = self.runtime.write_row(b.v[batch], row, v[number])
+                if remembers:
+                    b.last[batch] = self.runtime.write_row(b.last[batch], row, hidden[number])
+        return b.v[batch], b.last[batch]
 
     def _remember(self, batch: int, hidden: Tensor, differences: np.ndarray, distance: np.ndarray) -> None:
         """Stores the last layer's output for TaylorSeer."""

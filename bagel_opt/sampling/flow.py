@@ -11,7 +11,7 @@ MAX_ORDER = 6  # TaylorSeer's highest difference, as the official code sets it
 WARM_UP = 5  # full evaluations at the start
 INTERVAL = 3  # afterwards every third evaluation is a full one
 STORE, REUSE = 1, 2  # what TeaCache does with a row
-MOST_CHANGE = 0.1  # of TeaCache: how far the input may drift, relatively, before it is evaluated again
+MOST_CHANGE = 0.05  # of TeaCache: how far the input may drift, relatively, before it is evaluated again
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,22 @@ class TaylorSeer:
 class TeaCache:
     """When a request is evaluated, and when what its last evaluation added to the input serves again (arXiv 2411.19108).
 
-    The relative changes of the transformer's input from step to step are added up; beyond MOST_CHANGE it is evaluated. So
-    are the first and the last step, and the first with guidance. All branches go together: they have the same input. The
-    paper fits a polynomial of the change to each model; for BAGEL none has been published, so the change itself counts.
+    The relative changes of the transformer's input from step to step are added up; from MOST_CHANGE on it is evaluated.
+    So are the first and the last step, and the first with more branches, as where guidance begins. All branches go
+    together: they have the same input. The paper fits a polynomial of the change to each model; for BAGEL none has been
+    published, so the change itself counts.
     """
 
     def __init__(self, steps: int):
         self.left = steps
         self.drift = 0.0
-        self.guided: bool | None = None  # at the last evaluation; None before the first
+        self.branches = 0  # at the last evaluation
 
-    def due(self, change: float, guided: bool) -> bool:
+    def due(self, change: float, branches: int) -> bool:
         """Moves on by one step, whose input differs from the last one's by `change`; True where it is evaluated."""
         self.left -= 1
         self.drift += change
-        new_branches = guided and not self.guided
-        if self.guided is None or new_branches or self.left == 0 or not self.drift < MOST_CHANGE:
-            self.drift, self.guided = 0.0, guided
+        if branches > self.branches or self.left == 0 or not self.drift < MOST_CHANGE:
+            self.drift, self.branches = 0.0, branches
             return True
         return False
