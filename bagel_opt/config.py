@@ -27,6 +27,13 @@ class LLMConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def expert_work(self) -> int:
+        """Operations of one expert's products for one token."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        return 2 * self.num_hidden_layers * layer
+
 
 @dataclass(frozen=True)
 class ViTConfig:

@@ -77,3 +77,11 @@ def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
 def test_taylorseer_keeps_most_of_it(right):
     assert evaluate.full_evaluations(24) == 11
     assert sum(right("prompts", step_cache="taylorseer")) >= 0.75 * sum(right("prompts"))
+
+
+def test_teacache_keeps_it(eager, right):
+    with evaluate.tea_steps() as seen:
+        got = evaluate.right(eager, CASES["prompts"](30), step_cache="teacache")
+    assert sum(got) >= 0.9 * sum(right("prompts")[:30])
+    assert len(seen) == 30 * 24
+    assert 30 * 8 < sum(seen) < 30 * 20

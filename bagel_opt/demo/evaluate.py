@@ -27,7 +27,7 @@ from bagel_opt.demo.world import Scene, draw, sample_scene
 from bagel_opt.model import attention
 from bagel_opt.model.attention import Visible
 from bagel_opt.request import Request
-from bagel_opt.sampling.flow import TaylorSeer
+from bagel_opt.sampling.flow import TaylorSeer, TeaCache
 
 PROMPTS, EDITS, QUESTIONS, TIMESTEPS = 100, 60, 100, 25
 THINK = {"think": True, "max_think_tokens": 256}  # with room for 1000, every step looks at as many slots
@@ -105,6 +105,22 @@ def full_evaluations(steps: int) -> int:
     return sum(seer.next() for _ in range(steps))
 
 
+@contextlib.contextmanager
+def tea_steps() -> Iterator[list[bool]]:
+    """Whether each step that TeaCache decides on is evaluated."""
+    due, seen = TeaCache.due, []
+
+    def noted(*arguments: object) -> bool:
+        seen.append(due(*arguments))
+        return seen[-1]
+
+    TeaCache.due = noted
+    try:
+        yield seen
+    finally:
+        TeaCache.due = due
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how often the model does what it is told.")
     parser.add_argument("checkpoint", nargs="?", help="checkpoint folder or bundle (default: the model that ships)")
@@ -128,7 +144,9 @@ def measure(a: argparse.Namespace) -> None:
         if time.monotonic() - start > a.seconds:
             return
         begun = time.monotonic()
-        good = right(model, cases, **options)
+        with tea_steps() as seen:
+            good = right(model, cases, **options)
+        evaluations = f"{sum(seen) / len(good):.0f}" if seen else evaluations
         entry = [task, told, str(evaluations), f"{sum(good)} of {len(good)}", f"{time.monotonic() - begun:.1f}"]
         table.add_row(*entry)
         found.append(dict(zip(("task", "options", "evaluations", "right", "seconds"), entry, strict=True)))
@@ -153,6 +171,9 @@ def measure(a: argparse.Namespace) -> None:
         num_timesteps=50,
     )
     row("prompts", prompts(), "num_timesteps=50", 49, num_timesteps=50)
+    for count in (TIMESTEPS, 50):
+        told = f"step_cache=teacache, num_timesteps={count}"
+        row("prompts", prompts(), told, step_cache="teacache", num_timesteps=count)
     # exported code is what it is; eager attention alone can be told to mix branches
     if a.backend == "eager" and not (a.checkpoint and (Path(a.checkpoint) / MANIFEST).is_file()):
         row("prompts", prompts(), "one at a time", steps, together=False)

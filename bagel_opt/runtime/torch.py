@@ -3,10 +3,11 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.cache import empty_cache
@@ -31,14 +32,26 @@ def _exact() -> Iterator[None]:
         yield
 
 
+def _with_free_slots(layer: nn.Module, und: Tensor, gen: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any) -> tuple:
+    """Calls a layer that is compiled for any number of slots, for Transformer.call_layer."""
+    k_BSGD, v_BSGD, _, seen, _ = rest
+    for tensor, axis in ((k_BSGD, 1), (v_BSGD, 1), (seen.mask, 3)):
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return layer(und, gen, cos, sin, *rest)
+
+
 class TorchRuntime:
     def __init__(self, model: Bagel, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
-        self.fixed_slots = compiled or model.llm.backend == "flex"  # each number of slots would be compiled
-        self.free_rows = not self.fixed_slots
+        flex = model.llm.backend == "flex"
+        self.fixed_slots = flex or (
+            compiled and device.type == "cuda"
+        )  # each number of slots would be compiled or captured
+        self.free_rows = not compiled and not flex
+        self.spare_slots = 0
         self.graphs = None
-        if self.fixed_slots:
+        if compiled or flex:
             # Each shape of each program compiles once, which is more than torch takes for normal.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         if not compiled:
@@ -51,6 +64,11 @@ class TorchRuntime:
             model.llm.call_layer = TwoStreams(device, dtype)
         else:
             layers += model.llm.layers
+            if not self.fixed_slots:
+                # One more step of slots than is used, so that the part in use never is the whole, for which torch would
+                # compile anew.
+                self.spare_slots = 64
+                model.llm.call_layer = _with_free_slots
         if device.type == "cuda":
             from bagel_opt.runtime.cuda import CacheMemory, Graphs
 
@@ -68,7 +86,7 @@ class TorchRuntime:
         if self.graphs:
             return self.memory.take(rows, slots, self.graphs.forget)
         c = self.config.llm
-        sizes = c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim
+        sizes = c.num_hidden_layers, rows, slots + self.spare_slots, c.num_key_value_heads, c.head_dim
         return empty_cache(*sizes, dtype=self.dtype, device=self.device)
 
     def give_back(self, caches: list[Tensor]) -> None:

@@ -24,6 +24,7 @@ from bagel_opt.sampling.job import Job, Token
 from bagel_opt.sampling.plan import Plan, slots_together
 from bagel_opt.tokenizer import Tokenizer
 
+CALL = 1.5e9  # what calling a program costs, as operations that two cores of a CPU could have done meanwhile
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
 
 
@@ -245,14 +246,17 @@ class Engine:
         """Velocities of one batch, of all rows at once, or of those that take part where that computes less; and the last
         layer's output where it is to be remembered."""
         b, caches, rows = self.batches, self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
-        most = len(rows) == self.profile.rows or (not self.runtime.free_rows and 3 * len(rows) > 2 * self.profile.rows)
-        if most:
+        parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
+        one, every = self.config.llm.expert_work * (self.profile.latents + 2), self.profile.rows
+        if len(rows) == every or (
+            not self.runtime.free_rows and every * one + CALL < len(rows) * one + len(parts) * CALL
+        ):
             return self.runtime.run("generate", inputs, caches)
         if b.v[batch] is None:
             b.v[batch] = b.zeros()
         if remembers and b.last[batch] is None:
             b.last[batch] = b.hidden()
-        for part in _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]:
+        for part in parts:
             name = "generate" if part.stop - part.start > 1 else "generate" + ROW
             v, hidden = self.runtime.run(name, [x[part] for x in inputs], caches, part)
             for number, row in enumerate(range(part.start, part.stop)):
