@@ -93,7 +93,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
     )
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
-    show.add_argument("--dtype", default="float32", choices=BYTES, help="to reckon that memory in (float32)")
+    show.add_argument("--dtype", choices=BYTES, help="to reckon that memory in (float32)")
     _no_check(show)
     return top
 

@@ -47,7 +47,7 @@ def guarded(run: Callable[[], object]) -> int:
             raise
         said = " ".join(str(error).split("\n")[0].split())
         return _fail(
-            f"out of memory ({said}); use a smaller picture, a shorter text or a smaller profile, and for a "
+            f"out of memory{said and f' ({said})'}; use a smaller picture, a shorter text or a smaller profile, and for a "
             "checkpoint another --dtype or --device cpu"
         )
     return 0
@@ -101,6 +101,8 @@ def bench(a: argparse.Namespace) -> None:
 
     if a.json and not a.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
+    if a.onnx and not a.preset:
+        raise ValueError("--onnx is for --preset; a bundle goes in by its folder")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
@@ -212,7 +214,7 @@ def inspect(a: argparse.Namespace) -> None:
     from bagel_opt.inspect import describe
 
     output = Console(highlight=False)
-    for table in describe(a.checkpoint, a.profile, a.dtype, a.check):
+    for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check):
         output.print(table)
 
 

@@ -24,17 +24,21 @@ PARTS = {
 
 
 def describe(
-    source: str | Path | None, profiles: Sequence[str] = (), dtype: str = "float32", check: bool = True
+    source: str | Path | None, profiles: Sequence[str] = (), dtype: str | None = None, check: bool = True
 ) -> list[Table]:
     """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
-    or a bundle's own. check: compare a bundle's files with their sha256. Raises what `load` raises, and ValueError for
+    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. Raises what `load` raises, and ValueError for
     profiles of a bundle."""
     folder = shipped_model() if source is None else Path(source)
     if (folder / MANIFEST).is_file():
-        if profiles:
-            raise ValueError(f"--profile: {folder} is a bundle, whose profiles were fixed when it was exported")
+        if profiles or dtype:
+            raise ValueError(
+                f"{folder} is a bundle, whose profiles and dtype were fixed when it was exported; leave them out"
+            )
         return _bundle(folder, check)
-    return _checkpoint(folder if source is None else source, [load_profile(name) for name in profiles], dtype)
+    return _checkpoint(
+        folder if source is None else source, [load_profile(name) for name in profiles], dtype or "float32"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

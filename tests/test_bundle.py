@@ -138,7 +138,7 @@ def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch
 
 def test_rows_are_told_apart_from_all_other_sizes():
     profile = Profile("p", rows=2, slots=2 * 1009, text=16, patches=1013 - 2, latents=1019)
-    assert rows_to_trace(profile, [(64, 1021), (3,)]) == 1031
+    assert rows_to_trace([PROFILE, profile], [(64, 1021), (3,)]) == 1031
 
 
 def test_caches_are_updated_in_place(bundle):

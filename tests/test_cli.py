@@ -235,7 +235,8 @@ def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
     (copy / "text.onnx").write_bytes((copy / "text.onnx").read_bytes()[::-1])
     assert "text.onnx was changed" in fails("inspect", copy)
     assert run("inspect", copy, "--no-check")[0] == 0
-    assert "whose profiles were fixed" in fails("inspect", bundle, "--profile", "tiny")
+    for option, value in (("--profile", "tiny"), ("--dtype", "bfloat16")):
+        assert "whose profiles and dtype were fixed" in fails("inspect", bundle, option, value)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,7 @@ def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
     [
         (["serve", "--max-replicas", "3"], "--max-replicas is for replicas; give --replicas too"),
         (["bench", "somewhere", "--preset", "h100"], "--preset makes its own weights; leave somewhere out"),
+        (["bench", "--onnx", "somewhere"], "--onnx is for --preset"),
         (["export", "--out", "x"], "export/ has bagel-1024, bagel-1024-onnx, bagel-512, demo-aoti, demo-onnx"),
     ],
 )

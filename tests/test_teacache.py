@@ -7,7 +7,7 @@ from support import CHECKPOINT, cases, relative
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.sampling import flow
+from bagel_opt.sampling import engine, flow
 from bagel_opt.sampling.flow import TeaCache
 
 PICTURE = {"num_timesteps": 30, "height": 64, "width": 96, "seed": 3}
@@ -92,12 +92,16 @@ def test_runtimes_agree_and_keep_no_state(load):
         assert np.abs(picture.astype(int) - found[0][1]).max() <= 1
 
 
-@pytest.mark.parametrize("rows", [None, 1, 2, 3])
-def test_together_as_alone(eager, rows):
+@pytest.mark.parametrize(("rows", "call"), [(None, 0), (1, 0), (2, 0), (3, 0), ("export", 0), ("export", 1e18)])
+def test_together_as_alone(load, eager, monkeypatch, rows, call):
     """Beside requests that are evaluated in each step, that TaylorSeer predicts, and of other lengths; in one batch, or in
-    several of few rows."""
+    several of few rows; where rows are computed one by one, and where a call costs so much that all are."""
+    monkeypatch.setattr(engine, "CALL", call)
+    monkeypatch.setattr(engine, "READ", 0)
     together = eager
-    if rows:
+    if rows == "export":
+        together = load(CHECKPOINT, "export")
+    elif rows:
         profiles = [Profile("rows", rows, 768, 64, 64, 64)]
         together = bagel_opt.Model(eager.runtime, eager.config, eager.tokenizer, profiles)
     picture = next(case for case in cases() if case.name == "image_editing").inputs[0]

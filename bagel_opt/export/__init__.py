@@ -162,7 +162,7 @@ def _write_programs(
     known, programs = {}, {}
     for number, profile in enumerate(profiles):
         wanted = signatures(model.config, profile)
-        made = _with_free_rows(model, profile) if free else {name: (name, s) for name, s in wanted.items()}
+        made = _with_free_rows(model, profile, profiles) if free else {name: (name, s) for name, s in wanted.items()}
         keys = {
             name: repr((*made[name], profile.slots if s.cache_rows and not free else 0)) for name, s in wanted.items()
         }
@@ -177,11 +177,15 @@ def _write_programs(
     return programs
 
 
-def _with_free_rows(model: "Shapes", profile: Profile) -> dict[str, tuple[str, Signature]]:  # noqa: F821
+def _with_free_rows(
+    model: "Shapes",  # noqa: F821
+    profile: Profile,
+    profiles: list[Profile],
+) -> dict[str, tuple[str, Signature]]:
     """Which program does the work of each, where some take any number of rows."""
     from bagel_opt.export.free import rows_to_trace
 
-    rows = rows_to_trace(profile, model.stored.values())
+    rows = rows_to_trace(profiles, model.stored.values())
     many, made = signatures(model.config, dataclasses.replace(profile, rows=rows)), {}
     for name, signature in signatures(model.config, profile).items():
         base = name.removesuffix(ROW)

@@ -14,18 +14,11 @@ from bagel_opt.profile import Profile
 PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061)
 
 
-def rows_to_trace(profile: Profile, weights: Iterable[tuple[int, ...]]) -> int:
+def rows_to_trace(profiles: Iterable[Profile], weights: Iterable[tuple[int, ...]]) -> int:
     """How many rows to trace such programs with: a number that divides no other dimension, so that it tells which are rows."""
-    p = profile
-    others = {
-        p.text,
-        p.patches,
-        p.patches + 2,
-        p.latents,
-        p.latents + 2,
-        p.slots,
-        *(side for w in weights for side in w),
-    }
+    others = {side for weight in weights for side in weight}
+    for p in profiles:
+        others |= {p.slots, p.text, p.patches, p.patches + 2, p.latents, p.latents + 2}
     return next(prime for prime in PRIMES if all(side % prime for side in others))
 
 
@@ -42,7 +35,7 @@ def free_sizes(graph: ir.Graph, rows: int | None, caches: list[str]) -> None:
                 node.replace_input_with(1, _constant(graph, node, free))
                 node.attributes.pop("allowzero", None)  # with which 0 would be a size
     for value in (*graph.inputs, *graph.outputs):
-        sides = ["rows" if side == rows else side for side in value.shape]
+        sides = ["rows" if rows and side == rows else side for side in value.shape]
         if value.name in kept:
             sides[1] = "slots"
         value.shape = ir.Shape(sides)

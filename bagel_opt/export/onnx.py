@@ -31,8 +31,9 @@ from bagel_opt.runtime.programs import ONE_ROW, Signature, cache_names, programs
 
 OPSET = 24
 # ONNX Runtime's CPU provider copies weights, in the order that its kernels read, for each program that it loads. Of models
-# with more bytes of weights than this it may copy only what one program alone needs, and the file's own copy is then in no
-# use; and the time's layers, with which the last bits of a row would otherwise depend on how many rows there are.
+# with more bytes of weights than this it may copy only what one program of a profile alone needs, and the file's own copy
+# is then in no use; and the time's layers, with which the last bits of a row would otherwise depend on how many rows there
+# are.
 ALL_PACKED_BELOW = 2**30
 PACKED = {
     "generate": (".gen.", "time."),

@@ -65,9 +65,8 @@ class TorchRuntime:
         else:
             layers += model.llm.layers
             if not self.fixed_slots:
-                # One more step of slots than is used, so that the part in use never is the whole, for which torch would
-                # compile anew.
-                self.spare_slots = 64
+                # More slots than are used, so that the part in use never is the whole, for which torch would compile anew.
+                self.spare_slots = 128
                 model.llm.call_layer = _with_free_slots
         if device.type == "cuda":
             from bagel_opt.runtime.cuda import CacheMemory, Graphs

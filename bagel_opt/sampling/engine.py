@@ -24,7 +24,9 @@ from bagel_opt.sampling.job import Job, Token
 from bagel_opt.sampling.plan import Plan, slots_together
 from bagel_opt.tokenizer import Tokenizer
 
-CALL = 1.5e9  # what calling a program costs, as operations that two cores of a CPU could have done meanwhile
+# What a call of a program costs besides computing: as operations that two cores of a CPU could have done meanwhile, and
+# for reading the weights as tokens, of which a CPU computes 20 in that time and a GPU some hundreds.
+CALL, READ = 1.5e9, 100
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
 
 
@@ -243,14 +245,14 @@ class Engine:
         return [job for job, d in zip(jobs, drift, strict=True) if not job.tea.due(d, len(job.branches()))]
 
     def _evaluate(self, batch: int, inputs: list, remembers: bool) -> tuple[Tensor, Tensor | None]:
-        """Velocities of one batch, of all rows at once, or of those that take part where that computes less; and the last
+        """Velocities of one batch, of all rows at once, or of those that take part where that takes less; and the last
         layer's output where it is to be remembered."""
         b, caches, rows = self.batches, self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
         parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
-        one, every = self.config.llm.expert_work * (self.profile.latents + 2), self.profile.rows
-        if len(rows) == every or (
-            not self.runtime.free_rows and every * one + CALL < len(rows) * one + len(parts) * CALL
-        ):
+        token, every = self.config.llm.expert_work, self.profile.rows
+        row, call = token * (self.profile.latents + 2), CALL + READ * token
+        together = not self.runtime.free_rows and every * row + call < len(rows) * (row + call)
+        if together or len(rows) == every:
             return self.runtime.run("generate", inputs, caches)
         if b.v[batch] is None:
             b.v[batch] = b.zeros()
