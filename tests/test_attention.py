@@ -1,5 +1,9 @@
 """The attention op against its definition, and the two faults that others have had."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from support import cases, relative
 
 from bagel_opt.model import attention, cache
 
+ROOT = Path(__file__).parent.parent
 CPU_BACKENDS = ["sdpa", "flex"]
 torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for each shape
 named = {case.name: case for case in cases()}
@@ -111,3 +116,12 @@ def test_guidance_branches_that_see_each_other_break_denoising(eager, monkeypatc
 
     monkeypatch.setattr(attention, "attend", together)
     assert error() > 1e-2
+
+
+def test_the_compiler_is_imported_where_it_is_used():
+    """It takes longer than all else that loading a small model does."""
+    script = (
+        "import sys, bagel_opt; bagel_opt.load().chat('hi', max_think_tokens=2); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"

@@ -9,6 +9,7 @@ Attention (opset 24) with `nonpad_kv_seqlen`. Grouped queries are never expanded
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ BACKENDS = ("sdpa", "cudnn", "flex", "flash")
 # Nodes of a graph: for ONNX Runtime's CPU provider, and for its CUDA provider in float32 and in 16 bits.
 ONNX = ("onnx", "onnx-cuda", "onnx-cudnn")
 
-_flex = torch.compile(flex_attention, dynamic=False)  # uncompiled, it materialises all scores
+# Compiled, since it would otherwise materialise all scores; where it is first used, since importing torch's compiler takes
+# two seconds.
+_flex: Callable | None = None
 
 
 class Visible(NamedTuple):
@@ -55,6 +58,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
     """Prepares a backend's mask for `queries` queries over `slots` slots."""
     if backend == "flex":
+        global _flex
+        _flex = _flex or torch.compile(flex_attention, dynamic=False)
 
         def sees(b, h, i, j):  # noqa: ANN001, ANN202  FlexAttention's own signature
             inside = j < kv_len_B[b]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.model.attention import ONNX, Visible
-from bagel_opt.model.transformer import Started, Transformer
+from bagel_opt.model.transformer import Embedding, Started, Transformer
 from bagel_opt.model.vae import VAE
 from bagel_opt.model.vit import Connector, ViT
 
@@ -40,8 +40,8 @@ class Bagel(nn.Module):
         self.llm = Transformer(c.llm)
         self.vit_encoder = ViT(c.vit)
         self.connector = Connector(c.vit.hidden_size, hidden)
-        self.vit_position = nn.Embedding(c.vit_side**2, hidden)
-        self.latent_position = nn.Embedding(c.latent_side**2, hidden)
+        self.vit_position = Embedding(c.vit_side**2, hidden)
+        self.latent_position = Embedding(c.latent_side**2, hidden)
         self.time = TimeEmbedder(hidden)
         self.latent_in = nn.Linear(c.latent_dim, hidden)
         self.latent_out = nn.Linear(hidden, c.latent_dim)

@@ -16,6 +16,14 @@ from bagel_opt.model import attention, cache
 from bagel_opt.model.attention import Visible
 
 
+class Embedding(nn.Embedding):
+    """A table. One without memory has nothing to initialise; torch would import its compiler for that, two seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class QKV(nn.Linear):
     """Products for queries, keys and values in one. -> q [B, T, H, D], k and v [B, T, G, D]"""
 
@@ -119,7 +127,7 @@ class Transformer(nn.Module):
         self.config = c
         self.backend = "sdpa"
         self.call_layer: Callable = Layer.__call__  # a runtime may have its own way, as runtime/cuda.py has
-        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm_und = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.norm_gen = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bagel_opt.config import ViTConfig
 from bagel_opt.model import attention
 from bagel_opt.model.attention import Visible
+from bagel_opt.model.transformer import Embedding
 
 
 class ViTLayer(nn.Module):
@@ -36,7 +37,7 @@ class ViT(nn.Module):
         super().__init__()
         self.backend = "sdpa"
         self.patch = nn.Linear(c.patch_dim, c.hidden_size)
-        self.position = nn.Embedding(c.num_positions, c.hidden_size)
+        self.position = Embedding(c.num_positions, c.hidden_size)
         self.layers = nn.ModuleList(ViTLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
