@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from PIL import Image
 from support import CHECKPOINT, cases
@@ -19,7 +20,7 @@ from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_man
 from bagel_opt.cli import main
 from bagel_opt.export import _replaceable, export, processes
 from bagel_opt.export import onnx as exporter
-from bagel_opt.export.free import rows_to_trace
+from bagel_opt.export.free import free_sizes, rows_to_trace
 from bagel_opt.export.verify import verify
 from bagel_opt.runtime.onnx import OnnxRuntime
 from bagel_opt.runtime.programs import ONE_ROW, ROW
@@ -138,7 +139,18 @@ def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch
 
 def test_rows_are_told_apart_from_all_other_sizes():
     profile = Profile("p", rows=2, slots=2 * 1009, text=16, patches=1013 - 2, latents=1019)
-    assert rows_to_trace([PROFILE, profile], [(64, 1021), (3,)]) == 1031
+    assert rows_to_trace([PROFILE, profile], [(64, 1015), (3,)]) == 1017
+
+
+def test_a_constant_of_each_row_is_refused():
+    """None of our programs has one; one that did would be wrong for all numbers of rows but that it was traced with."""
+    x, y = (ir.Value(name=n, shape=ir.Shape([1009, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for n in "xy")
+    each = ir.tensor(np.ones((1009, 1), np.float32), name="each")
+    constant = ir.Value(name="each", shape=each.shape, const_value=each)
+    node = ir.node("Mul", [x, constant], outputs=[y])
+    made = ir.Graph([x], [y], nodes=[node], initializers=[constant], name="decode")
+    with pytest.raises(ValueError, match="program 'decode' holds each for 1009 rows"):
+        free_sizes(made, 1009, [])
 
 
 def test_caches_are_updated_in_place(bundle):

@@ -5,27 +5,27 @@ means one such copy, and a flow step can compute just the rows that take part. A
 computed at run time.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import onnx_ir as ir
 
 from bagel_opt.profile import Profile
 
-PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061)
-
 
 def rows_to_trace(profiles: Iterable[Profile], weights: Iterable[tuple[int, ...]]) -> int:
-    """How many rows to trace such programs with: a number that divides no other dimension, so that it tells which are rows."""
+    """How many rows to trace such programs with: of odd numbers from a prime on the first that divides no other dimension, so
+    that it tells which are rows."""
     others = {side for weight in weights for side in weight}
     for p in profiles:
         others |= {p.slots, p.text, p.patches, p.patches + 2, p.latents, p.latents + 2}
-    return next(prime for prime in PRIMES if all(side % prime for side in others))
+    return next(rows for rows in itertools.count(1009, 2) if all(side % rows for side in others))
 
 
 def free_sizes(graph: ir.Graph, rows: int | None, caches: list[str]) -> None:
     """Makes dimensions of that size free, as "rows", and the slots of caches, as "slots".
 
-    Raises NotImplementedError where a constant depends on rows in a way that it does not know.
+    Raises ValueError for a graph with a constant of each row, which would be wrong for another number of them.
     """
     kept = {*caches, *(f"{name}.out" for name in caches)}
     for node in list(graph):
@@ -42,7 +42,9 @@ def free_sizes(graph: ir.Graph, rows: int | None, caches: list[str]) -> None:
     constants = [*graph.initializers.values(), *(value for node in graph if not node.inputs for value in node.outputs)]
     for value in constants if rows else ():
         if value.const_value is not None and any(side and side % rows == 0 for side in value.const_value.shape):
-            raise NotImplementedError(f"{value} has a number for each row")
+            raise ValueError(
+                f"program {graph.name!r} holds {value.name} for {rows} rows, so it cannot serve another number"
+            )
 
 
 def _freed(graph: ir.Graph, node: ir.Node, wanted: list[int], rows: int | None) -> list[int]:

@@ -45,9 +45,8 @@ class TorchRuntime:
         self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
         self.programs = programs(model)
         flex = model.llm.backend == "flex"
-        self.fixed_slots = flex or (
-            compiled and device.type == "cuda"
-        )  # each number of slots would be compiled or captured
+        # each number of slots would be compiled, or captured
+        self.fixed_slots = flex or (compiled and device.type == "cuda")
         self.free_rows = not compiled and not flex
         self.spare_slots = 0
         self.graphs = None
