@@ -129,7 +129,8 @@ def bench(a: argparse.Namespace) -> None:
 
 
 def _full_size(a: argparse.Namespace) -> None:
-    from bagel_opt.bench.full_size import run_full_size, tables
+    from bagel_opt.bench.full_size import run_full_size
+    from bagel_opt.bench.full_size_tables import tables
 
     def save(results: dict) -> None:
         if a.json:

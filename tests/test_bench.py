@@ -14,7 +14,7 @@ from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import bench
-from bagel_opt.bench import charts, full_size, official, worker
+from bagel_opt.bench import charts, full_size_tables, official, worker
 from bagel_opt.cli import main
 from bagel_opt.model.attention import attention
 
@@ -126,6 +126,6 @@ def test_charts_of_full_size_results(tmp_path, monkeypatch):
     for name in ("bars.png", "scaling.png"):
         with Image.open(tmp_path / "new" / name) as picture:
             assert len(picture.getcolors(1 << 20)) > 20
-    figures, limits = full_size.tables(json.loads(results.read_text()))
+    figures, limits = full_size_tables.tables(json.loads(results.read_text()))
     assert figures.columns[-1]._cells[1] == "1.85"
     assert limits.columns[-1]._cells[4] == "65%"

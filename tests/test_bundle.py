@@ -18,7 +18,7 @@ import bagel_opt
 from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.cli import main
-from bagel_opt.export import _replaceable, export, processes
+from bagel_opt.export import _replaceable, export, onnx_graph, processes
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export.free import free_sizes, rows_to_trace
 from bagel_opt.export.verify import verify
@@ -116,7 +116,7 @@ def test_one_program_serves_all_rows_and_profiles(half):
 
 def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch):
     """All other weights may be given anew in each run, so that ONNX Runtime does not prepare copies of them."""
-    monkeypatch.setattr(exporter, "ALL_PACKED_BELOW", 0)
+    monkeypatch.setattr(onnx_graph, "ALL_PACKED_BELOW", 0)
     monkeypatch.setattr(exporter, "in_processes", lambda _, model, tasks: exporter.write_programs(model, tasks))
     folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE)
     users = Counter()

@@ -118,7 +118,6 @@ def test_no_node_of_a_program_runs_on_the_host(onnx_bundle):
     ort = pytest.importorskip("onnxruntime")
     for path in onnx_bundle.glob("*.onnx"):
         options = ort.SessionOptions()
-        options.use_per_session_threads = False
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = ort.InferenceSession(path, options, providers=["CUDAExecutionProvider"])
         nodes = [

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import onnx
 import onnxruntime as ort
+import onnxscript.optimizer
 import pytest
 import torch
 from support import CHECKPOINT, cases, relative
@@ -15,12 +16,15 @@ import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.api import Model
 from bagel_opt.bundle import TOKENIZER, WEIGHTS, locate_weights, read_manifest
+from bagel_opt.checkpoint import Checkpoint
 from bagel_opt.export import export
 from bagel_opt.export import onnx as exporter
+from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.verify import run_programs
 from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
 from bagel_opt.runtime.onnx import load_session
 from bagel_opt.runtime.onnx_gpu import GRAPHED, OnnxGpuRuntime, read_weights
+from bagel_opt.runtime.programs import programs, signatures
 from bagel_opt.tokenizer import Tokenizer
 
 PROFILE = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
@@ -121,6 +125,41 @@ def test_weights_are_inputs_and_there_once(bundle, eager):
         assert sum(tensor.ByteSize() for tensor in graph.initializer) < 5000
         used.update(entry["weights"])
     assert used == set(places)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return exporter.Shapes(Checkpoint(CHECKPOINT).config, torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("name", ["generate", "vit", "taylor_predict", "vae_decode"])
+def test_few_rules_leave_what_all_rules_would(name, shapes, monkeypatch):
+    def traced():
+        call, signature = programs(shapes.model)[name], signatures(shapes.config, PROFILE)[name]
+        program = exporter.export_program(shapes, name, call, signature, PROFILE)
+        return [(node.op_type, [x and x.name for x in (*node.inputs, *node.outputs)]) for node in program.graph]
+
+    ours = traced()
+    monkeypatch.setattr(exporter, "optimize", onnxscript.optimizer.optimize)
+    assert ours == traced()
+    monkeypatch.setattr(exporter, "optimize", lambda program: None)
+    assert len(traced()) > len(ours) + 5
+
+
+def test_a_program_is_traced_with_its_own_parameters_alone(shapes):
+    before = {name: id(p) for name, p in shapes.model.named_parameters()}
+    with shapes.fake:
+        inputs, caches, _ = example_inputs(
+            shapes.config, signatures(shapes.config, PROFILE)["text"], PROFILE, torch.float16, torch.device("cpu")
+        )
+    with (
+        torch.no_grad(),
+        exporter.only_used_parameters(shapes.model, shapes.fake, shapes.model.text, (*inputs, *caches)),
+    ):
+        during = dict(shapes.model.named_parameters())
+    assert "llm.layers.0.und.down.weight" in during
+    assert all(name.startswith("llm.") and ".gen." not in name for name in during)
+    assert {name: id(p) for name, p in shapes.model.named_parameters()} == before
 
 
 def test_a_layer_is_few_nodes(bundle):

@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
 import bagel_opt
 from bagel_opt.api import Model, shipped_model
 from bagel_opt.bench.official_full_size import DEFAULTS, PROMPT, TOKENS, Official
-from bagel_opt.bundle import MANIFEST
 from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, VAEConfig, ViTConfig
 from bagel_opt.model.attention import _flash_package, choose
 from bagel_opt.model.bagel import Bagel
@@ -32,8 +30,6 @@ from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.sampling.job import Job
 from bagel_opt.tokenizer import Tokenizer
 
-# Dense bfloat16 TFLOP/s and TB/s of memory, as NVIDIA states them, by what a device's name holds.
-RATED = {"H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.04)}
 EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
 EDIT_POINTS = 9
 PEAK = "peak memory so far, GB"
@@ -185,6 +181,8 @@ def run_full_size(
     """All figures, with the card and the versions. save(results) is called when there are more. onnx: a folder for an ONNX
     bundle with random weights, which is left there, or such a bundle. Raises ValueError without a CUDA device, and
     FileNotFoundError where `checkout` is none of the official code."""
+    if onnx:
+        from bagel_opt.bench.onnx_full_size import in_onnx, written
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
@@ -223,38 +221,25 @@ def run_full_size(
     del ours
     gc.collect()
     torch.cuda.empty_cache()
-    if onnx:
-        results["figures"]["onnx"], velocities["onnx"] = _in_onnx(model, onnx, repeats, noise, progress)
-        save(results)
+    exported = written(model, onnx, progress) if onnx else None
     progress("float32")
     model = fresh_float32(model)
     exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
-    results["velocity errors"] = {name: float((v - exact).norm() / exact.norm()) for name, v in velocities.items()}
+    results["velocity errors"] = {name: relative(v, exact) for name, v in velocities.items()}
     save(results)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    if onnx:
+        results["figures"]["onnx"], velocity = in_onnx(onnx, repeats, noise, progress)
+        results["figures"]["onnx"]["export, s"] = [exported] if exported else []
+        results["velocity errors"]["onnx"] = relative(velocity, exact)
+        save(results)
     return results
 
 
-def _in_onnx(
-    model: Bagel, folder: Path, repeats: int, noise: Tensor, progress: Callable[[str], None]
-) -> tuple[dict[str, list[float]], Tensor]:
-    from bagel_opt.bench.onnx_full_size import OnOnnx, watched_memory, write_bundle
-
-    exported = None
-    if not (folder / MANIFEST).is_file():
-        begun = time.perf_counter()
-        write_bundle(model, folder, model.latent_in.weight.dtype, progress)
-        exported = time.perf_counter() - begun
-    with watched_memory() as memory:
-        progress("ONNX: loading")
-        bundle = OnOnnx(folder)
-        found = figures(bundle, repeats, lambda what: progress(f"ONNX: {what}"))
-    velocity = bundle.velocity(noise)
-    del found["and held by torch, GB"]
-    found[PEAK] = [memory[0] / 1e9]
-    found["held in the end, GB"] = [memory[1] / 1e9]
-    found["load, s"] = [bundle.load_s]
-    found["export, s"] = [exported] if exported else []
-    return found, velocity
+def relative(v: Tensor, exact: Tensor) -> float:
+    return float((v - exact).norm() / exact.norm())
 
 
 def fresh_float32(model: Bagel) -> Bagel:
@@ -295,29 +280,3 @@ def tflop(c: BagelConfig, rows: int, latents: int, context: int) -> float:
     weights = c.llm.hidden_size * (2 * q + kv + 3 * c.llm.intermediate_size)
     attention = 2 * q * (latents + 2 + context)
     return rows * c.llm.num_hidden_layers * 2 * latents * (weights + attention) / 1e12
-
-
-def tables(results: dict) -> Iterator[Table]:
-    """Medians, and how many times faster than the official code; and how near to the card's own limits."""
-    names = list(results["figures"])
-    others = [f"{name}, times" for name in names[1:]]
-    title = f"{results['device']}, torch {results['versions']['torch']}, medians"
-    shown = Table("", *names, *others, title=title)
-    for row in dict.fromkeys(row for name in names for row in results["figures"][name]):
-        cells = [results["figures"][name].get(row) for name in names]
-        values = [statistics.median(cell) if cell else None for cell in cells]
-        ratios = [f"{values[0] / value:.2f}" if values[0] and value else "" for value in values[1:]]
-        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), *ratios)
-    for name, error in results["velocity errors"].items():
-        shown.add_row(f"error of a velocity, {name}", f"{error:.2e}")
-    yield shown
-    rated, bandwidth = next((at for name, at in RATED.items() if name in results["device"]), (None, None))
-    limits = Table("one evaluation of the flow", "ms", "TFLOP/s", "of the rated", title="Against the card's limits")
-    for at in results["scaling"]:
-        speed = at["tflop"] / at["ms"] * 1000
-        share = f"{speed / rated:.0%}" if rated else ""
-        limits.add_row(f"{at['rows']} rows of {at['latents']} tokens", f"{at['ms']:.1f}", f"{speed:.0f}", share)
-    token = statistics.median(results["figures"]["ours"]["token, ms"])
-    read = results["bytes per token"] / token / 1e9  # TB/s
-    limits.add_row("a token, by its weights", f"{token:.2f}", "", f"{read / bandwidth:.0%}" if bandwidth else "")
-    yield limits

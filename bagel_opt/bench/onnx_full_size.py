@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bagel_opt.api import shipped_model
-from bagel_opt.bench.full_size import Ours
+from bagel_opt.bench.full_size import PEAK, Ours, figures
 from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, Manifest, list_files, load_bundle
 from bagel_opt.export import _write_programs
 from bagel_opt.export.onnx import Shapes
@@ -19,6 +20,15 @@ from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
 
 PROFILES = ("bagel-512", "bagel-1024", "bagel-edit-1024")
+
+
+def written(model: Bagel, folder: Path, progress: Callable[[str], None]) -> float | None:
+    """The seconds that it took to write a bundle of a model, or None where one lies in the folder."""
+    if (folder / MANIFEST).is_file():
+        return None
+    begun = time.perf_counter()
+    write_bundle(model, folder, model.latent_in.weight.dtype, progress)
+    return time.perf_counter() - begun
 
 
 def write_bundle(model: Bagel, folder: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
@@ -82,3 +92,19 @@ def watched_memory() -> Iterator[list[int]]:
         done.set()
         thread.join()
         found[1] = used() - before
+
+
+def in_onnx(
+    folder: Path, repeats: int, noise: Tensor, progress: Callable[[str], None]
+) -> tuple[dict[str, list[float]], Tensor]:
+    """Figures and a velocity of a bundle, which has the GPU for itself."""
+    with watched_memory() as memory:
+        progress("ONNX: loading")
+        bundle = OnOnnx(folder)
+        found = figures(bundle, repeats, lambda what: progress(f"ONNX: {what}"))
+    velocity = bundle.velocity(noise)
+    del found["and held by torch, GB"]
+    found[PEAK] = [memory[0] / 1e9]
+    found["held in the end, GB"] = [memory[1] / 1e9]
+    found["load, s"] = [bundle.load_s]
+    return found, velocity

@@ -7,21 +7,23 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bagel_opt.bundle import WEIGHTS, locate_weights
+from bagel_opt.bundle import WEIGHTS
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.free import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
+from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
 from bagel_opt.export.processes import in_processes
 from bagel_opt.export.weights import write_weights
 from bagel_opt.model.bagel import Bagel
@@ -30,17 +32,6 @@ from bagel_opt.profile import Profile
 from bagel_opt.runtime.programs import ONE_ROW, Signature, cache_names, programs
 
 OPSET = 24
-# ONNX Runtime's CPU provider copies weights, in the order that its kernels read, for each program that it loads. Of models
-# with more bytes of weights than this it may copy only what one program of a profile alone needs, and the file's own copy
-# is then in no use; and the time's layers, with which the last bits of a row would otherwise depend on how many rows there
-# are.
-ALL_PACKED_BELOW = 2**30
-PACKED = {
-    "generate": (".gen.", "time."),
-    "vit": ("vit_", "connector."),
-    "vae_encode": ("vae.",),
-    "vae_decode": ("vae.",),
-}
 
 
 class Program(nn.Module):
@@ -134,6 +125,41 @@ def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
 TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_nearest2d.vec: upsample}
 
 
+class Recorded(TorchDispatchMode):
+    """Which tensors operators are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.given: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001  torch's signature
+        self.given.update(map(id, tree_leaves((args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def only_used_parameters(
+    model: nn.Module, fake: FakeTensorMode, call: Callable, inputs: tuple[Tensor, ...]
+) -> Iterator[None]:
+    """Takes the parameters that a call has no use for out of a model for a while: the exporter makes each an input, and
+    its time grows with their square."""
+    with fake, Recorded() as recorded:
+        call(*inputs)
+    unused = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if id(p) not in recorded.given
+    ]
+    for module, name, _ in unused:
+        module._parameters[name] = None
+    try:
+        yield
+    finally:
+        for module, name, p in unused:
+            module._parameters[name] = p
+
+
 def export_program(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
     """Traces one program with torch.export and translates it. Weights are inputs of the graph, under their names."""
     with shapes.fake:
@@ -143,12 +169,13 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
         names = cache_names(shapes.config)
         input_names += names
         output_names += [f"{name}.out" for name in names]
-    with warnings.catch_warnings(), torch.no_grad():
+    tensors = (*inputs, *caches)
+    with warnings.catch_warnings(), torch.no_grad(), only_used_parameters(shapes.model, shapes.fake, call, tensors):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
         exported = torch.onnx.export(
             Program(shapes.model, call).eval(),
-            (*inputs, *caches),
+            tensors,
             dynamo=True,
             opset_version=OPSET,
             input_names=input_names,
@@ -159,63 +186,14 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
             verbose=False,
         ).model
     exported.graph.name = name
-    _weights_to_inputs(exported.graph, shapes)
-    optimizer.optimize(exported)
+    weights_to_inputs(exported.graph, shapes.stored, transposed=shapes.device == "cpu")
+    optimize(exported)
     if shapes.device == "cpu":
         rows = next(iter(signature.inputs.values()))[0][0] if name in ONE_ROW else None
         free_sizes(exported.graph, rows, cache_names(shapes.config) if caches else [])
     if shapes.fused:
         fuse(exported)
     return exported
-
-
-def _weights_to_inputs(graph: ir.Graph, shapes: Shapes) -> None:
-    for node in graph:
-        if node.op_type == "Gemm" and shapes.device == "cpu":
-            node.attributes["transB"] = ir.AttrInt64("transB", 0)
-    for value in list(graph.initializers.values()):
-        name = value.name.removeprefix("call.").removeprefix("model.")
-        if name in shapes.stored:
-            del graph.initializers[value.name]
-            value.name, value.shape, value.const_value = name, ir.Shape(shapes.stored[name]), None
-            graph.inputs.append(value)
-
-
-def _used_weights(graph: ir.Graph, shapes: Shapes) -> list[str]:
-    """Removes inputs for weights that are in no use; the names of the others."""
-    weights = [value for value in graph.inputs if value.name in shapes.stored]
-    for value in weights:
-        if not value.uses():
-            graph.inputs.remove(value)
-    return [value.name for value in weights if value.uses()]
-
-
-def _point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
-    """Makes initializers of weights that are inputs. Those that are not to be packed stay inputs as well, ones that may
-    be left out: ONNX Runtime then cannot take them for constant."""
-    places, inputs = locate_weights(folder / WEIGHTS), {value.name: value for value in graph.inputs}
-    small = sum(place.length for place in places.values()) <= ALL_PACKED_BELOW
-    for name in used:
-        value, place = inputs[name], places[name]
-        if small or any(part in name for part in PACKED.get(graph.name, ())):
-            graph.inputs.remove(value)
-        where = WEIGHTS, place.offset, place.length
-        value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)
-        graph.register_initializer(value)
-
-
-def strip(program: ir.Model) -> None:
-    """Drops the exporter's notes on where nodes came from, which outweigh a small graph several times."""
-    graph = program.graph
-    for noted in (program, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
-        noted.metadata_props.clear()
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if not value.is_graph_output():
-                value.type = value.shape = None
 
 
 def export_onnx(
@@ -253,9 +231,9 @@ def write_programs(
     calls = programs(shapes.model)
     for name, signature, path in tasks:
         exported = export_program(shapes, name, calls[name], signature, profile)
-        used = _used_weights(exported.graph, shapes)
+        used = used_weights(exported.graph, shapes.stored)
         if device == "cpu":
-            _point_outside(exported.graph, path.parent, used)
+            point_outside(exported.graph, path.parent, used)
         strip(exported)
         ir.save(exported, path)
         yield name, used

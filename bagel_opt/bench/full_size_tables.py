@@ -1,0 +1,35 @@
+"""What full_size.py found, as tables."""
+
+import statistics
+from collections.abc import Iterator
+
+from rich.table import Table
+
+# Dense bfloat16 TFLOP/s and TB/s of memory, as NVIDIA states them, by what a device's name holds.
+RATED = {"H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.04)}
+
+
+def tables(results: dict) -> Iterator[Table]:
+    """Medians, and how many times faster than the official code; and how near to the card's own limits."""
+    names = list(results["figures"])
+    others = [f"{name}, times" for name in names[1:]]
+    title = f"{results['device']}, torch {results['versions']['torch']}, medians"
+    shown = Table("", *names, *others, title=title)
+    for row in dict.fromkeys(row for name in names for row in results["figures"][name]):
+        cells = [results["figures"][name].get(row) for name in names]
+        values = [statistics.median(cell) if cell else None for cell in cells]
+        ratios = [f"{values[0] / value:.2f}" if values[0] and value else "" for value in values[1:]]
+        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), *ratios)
+    for name, error in results.get("velocity errors", {}).items():
+        shown.add_row(f"error of a velocity, {name}", f"{error:.2e}")
+    yield shown
+    rated, bandwidth = next((at for name, at in RATED.items() if name in results["device"]), (None, None))
+    limits = Table("one evaluation of the flow", "ms", "TFLOP/s", "of the rated", title="Against the card's limits")
+    for at in results["scaling"]:
+        speed = at["tflop"] / at["ms"] * 1000
+        share = f"{speed / rated:.0%}" if rated else ""
+        limits.add_row(f"{at['rows']} rows of {at['latents']} tokens", f"{at['ms']:.1f}", f"{speed:.0f}", share)
+    token = statistics.median(results["figures"]["ours"]["token, ms"])
+    read = results["bytes per token"] / token / 1e9  # TB/s
+    limits.add_row("a token, by its weights", f"{token:.2f}", "", f"{read / bandwidth:.0%}" if bandwidth else "")
+    yield limits
