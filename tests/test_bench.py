@@ -120,12 +120,12 @@ def test_table_compares_with_the_first_row():
 
 
 def test_charts_of_full_size_results(tmp_path, monkeypatch):
-    results = Path(__file__).parent.parent / "profiles/results/2026-11-23-h200.json"
+    results = Path(__file__).parent.parent / "profiles/results/2026-11-24-h100.json"
     monkeypatch.setattr(sys, "argv", ["charts", str(results), "--out", str(tmp_path / "new")])
     charts.main()
     for name in ("bars.png", "scaling.png"):
         with Image.open(tmp_path / "new" / name) as picture:
             assert len(picture.getcolors(1 << 20)) > 20
     figures, limits = full_size_tables.tables(json.loads(results.read_text()))
-    assert figures.columns[-1]._cells[1] == "1.85"
-    assert limits.columns[-1]._cells[4] == "65%"
+    assert figures.columns[-1]._cells[1] == "2.14"
+    assert limits.columns[-1]._cells[4] == "68%"
