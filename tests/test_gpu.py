@@ -143,7 +143,7 @@ def test_training_in_cuda_graphs_is_training(tmp_path):
             assert got.get(loss) == pytest.approx(want.get(loss), rel=0.02)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(512, 64, 64), (777, 3584, 4608), (1030, 1152, 320)])
+@pytest.mark.parametrize(("m", "k", "n"), [(512, 64, 64), (777, 3584, 4608), (1030, 1152, 320), (8192, 256, 3584)])
 def test_fused_products(m, k, n):
     if not hopper.usable(torch.device("cuda"), torch.bfloat16):
         pytest.skip("needs Hopper and quack-kernels")

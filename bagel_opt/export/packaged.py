@@ -49,6 +49,7 @@ def compile_file(path: str) -> None:
     from torch._inductor.package import package_aoti
 
     torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # there is a process for each core already
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
