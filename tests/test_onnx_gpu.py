@@ -17,7 +17,7 @@ from bagel_opt import Profile
 from bagel_opt.api import Model
 from bagel_opt.bundle import TOKENIZER, WEIGHTS, locate_weights, read_manifest
 from bagel_opt.checkpoint import Checkpoint
-from bagel_opt.export import export
+from bagel_opt.export import export, onnx_graph
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.verify import run_programs
@@ -134,16 +134,24 @@ def shapes():
 
 @pytest.mark.parametrize("name", ["generate", "vit", "taylor_predict", "vae_decode"])
 def test_few_rules_leave_what_all_rules_would(name, shapes, monkeypatch):
-    def traced():
-        call, signature = programs(shapes.model)[name], signatures(shapes.config, PROFILE)[name]
-        program = exporter.export_program(shapes, name, call, signature, PROFILE)
-        return [(node.op_type, [x and x.name for x in (*node.inputs, *node.outputs)]) for node in program.graph]
+    found = []
 
-    ours = traced()
-    monkeypatch.setattr(exporter, "optimize", onnxscript.optimizer.optimize)
-    assert ours == traced()
-    monkeypatch.setattr(exporter, "optimize", lambda program: None)
-    assert len(traced()) > len(ours) + 5
+    def optimize(program):
+        theirs = program.clone()
+        found.append(nodes(program))
+        onnx_graph.optimize(program)
+        onnxscript.optimizer.optimize(theirs)
+        found.extend((nodes(program), nodes(theirs)))
+
+    def nodes(program):
+        return [(node.op_type, len(node.inputs), [x.name for x in node.outputs]) for node in program.graph]
+
+    monkeypatch.setattr(exporter, "optimize", optimize)
+    signature = signatures(shapes.config, PROFILE)[name]
+    exporter.export_program(shapes, name, programs(shapes.model)[name], signature, PROFILE)
+    before, ours, theirs = found
+    assert ours == theirs
+    assert len(before) > len(ours) + 5
 
 
 def test_a_program_is_traced_with_its_own_parameters_alone(shapes):
