@@ -1,8 +1,11 @@
 """Exports that are killed leave nothing that loads."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.bundle import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.export import export
+from bagel_opt.export.packaged import compile_all
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 
@@ -132,3 +136,19 @@ def export_quickly(ready, folder, die=None):
 
             patch.setattr(Path, "rename", renamed)
         return export(CHECKPOINT, folder / "bundle", manifest.profiles, format="export")
+
+
+def test_a_compiling_process_that_dies_is_told_in_one_line(tmp_path):
+    """As where a library crashes as it is loaded."""
+    (tmp_path / "text.whole.pt2").write_bytes(b"")
+
+    def kill():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        for worker in workers:
+            worker.kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kill)
+        with pytest.raises(ChildProcessError, match="a process that compiles its programs died"):
+            compile_all(tmp_path, lambda *_: None)

@@ -95,9 +95,10 @@ def main() -> int:
     table = Table(
         "clients", "lost", "seconds", "requests/min", "pictures/min", "picture p50/p95 s", "question p50/p95 s"
     )
-    found = {}
+    found = []
     for clients in (1, a.clients):
-        found[clients], seconds = answers, seconds = load(a.url, work, clients)
+        answers, seconds = load(a.url, work, clients)
+        found.append(answers)
         lost, drawn = sum(x.content is None for x in answers), sum(x.kind != "question" for x in answers)
         columns = [
             str(clients),
@@ -112,7 +113,7 @@ def main() -> int:
             columns.append(f"{cuts[9]:.2f} / {cuts[18]:.2f}")
         table.add_row(*columns)
     Console().print(table)
-    different = sum(x.content != y.content for x, y in zip(*found.values(), strict=True))
+    different = sum(x.content != y.content for x, y in zip(*found, strict=True))
     print(f"{different} of {len(work)} answers differ from the same request's alone")
     return int(different > 0)
 

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ import torch
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
+from bagel_opt.runtime.packaged import open_package
 from bagel_opt.runtime.parts import Functional, Part, cut
 from bagel_opt.runtime.programs import Signature, programs
 
@@ -61,7 +64,13 @@ def compile_file(path: str) -> None:
         kept = [file for file in files if not str(file).endswith(".cpp")]
         if strip := shutil.which("strip"):
             subprocess.run([strip, *(file for file in kept if str(file).endswith(".so"))], check=True)
-        package_aoti(path, kept)
+        with tempfile.TemporaryDirectory() as folder:
+            for file in files:
+                if str(file).endswith(".wrapper.cpp"):  # torch 2.11 finds the metadata by this name
+                    kept.append(str(Path(folder) / Path(file).name))
+                    Path(kept[-1]).touch()
+            package_aoti(path, kept)
+    open_package(path, inputs[0][0].device)  # what cannot be loaded ends this process, not a user's
 
 
 def export_packaged(
@@ -96,9 +105,16 @@ def export_packaged(
 
 
 def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles every archive of a folder, as many at a time as there are cores."""
+    """Compiles every archive of a folder, as many at a time as there are cores. Raises ChildProcessError where a compiler's
+    process dies."""
     files = sorted(str(path) for path in folder.glob("*.pt2"))
     # spawned: forking a process with torch's threads is not safe
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(compile_file, files)):
-            progress("compiling", done + 1, len(files))
+        try:
+            for done, _ in enumerate(pool.map(compile_file, files)):
+                progress("compiling", done + 1, len(files))
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                f"{folder}: a process that compiles its programs died, for want of memory, or since torch "
+                f"{torch.__version__} cannot load what the C++ compiler here makes; --format export needs no compiler"
+            ) from None

@@ -20,6 +20,12 @@ from bagel_opt.runtime.base import slots_in_use
 from bagel_opt.runtime.torch import TorchRuntime
 
 
+def open_package(path: Path | str, device: torch.device) -> Any:
+    """What torch._inductor.aoti_load_package wraps: that one wants a C++ compiler and takes 8 s."""
+    index = device.index or 0 if device.type == "cuda" else -1
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+
+
 class PackagedRuntime(TorchRuntime):
     """Runs a bundle's programs. A part is loaded when it is first needed."""
 
@@ -89,9 +95,7 @@ class PackagedRuntime(TorchRuntime):
             path = self.folder / file
             try:
                 if self.manifest.kind == "aoti":
-                    # what torch._inductor.aoti_load_package wraps: that one wants a C++ compiler and takes 8 s
-                    index = self.device.index or 0 if self.device.type == "cuda" else -1
-                    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+                    loader = open_package(path, self.device)
                     self.opened[file] = lambda inputs, weights: tuple(loader.run([*inputs, *weights]))
                 else:
                     self.opened[file] = _flat(torch.export.load(path))
