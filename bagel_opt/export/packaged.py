@@ -22,6 +22,11 @@ from bagel_opt.runtime.packaged import open_package
 from bagel_opt.runtime.parts import Functional, Part, cut
 from bagel_opt.runtime.programs import Signature, programs
 
+UNLOADABLE = (
+    f"torch {torch.__version__} cannot load what the C++ compiler here makes, as happens where it links the C++ standard library "
+    "statically: give another compiler as CXX, or take --format export, which needs none"
+)
+
 
 def export_part(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
     """(graph, names of the parameters it takes): traced with all of the owner's, and again with those in use."""
@@ -70,7 +75,10 @@ def compile_file(path: str) -> None:
                     kept.append(str(Path(folder) / Path(file).name))
                     Path(kept[-1]).touch()
             package_aoti(path, kept)
-    open_package(path, inputs[0][0].device)  # what cannot be loaded ends this process, not a user's
+    try:  # some of what cannot be loaded ends the process: this one, not a user's
+        open_package(path, inputs[0][0].device)
+    except RuntimeError as error:
+        raise ChildProcessError(f"{path}: {UNLOADABLE} ({str(error).splitlines()[0]})") from None
 
 
 def export_packaged(
@@ -105,8 +113,8 @@ def export_packaged(
 
 
 def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles every archive of a folder, as many at a time as there are cores. Raises ChildProcessError where a compiler's
-    process dies."""
+    """Compiles every archive of a folder, as many at a time as there are cores. Raises ChildProcessError where a
+    process dies or torch cannot load what it made."""
     files = sorted(str(path) for path in folder.glob("*.pt2"))
     # spawned: forking a process with torch's threads is not safe
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -114,7 +122,5 @@ def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None
             for done, _ in enumerate(pool.map(compile_file, files)):
                 progress("compiling", done + 1, len(files))
         except BrokenProcessPool:
-            raise ChildProcessError(
-                f"{folder}: a process that compiles its programs died, for want of memory, or since torch "
-                f"{torch.__version__} cannot load what the C++ compiler here makes; --format export needs no compiler"
-            ) from None
+            reason = f"a process that compiles its programs died, for want of memory, or {UNLOADABLE}"
+            raise ChildProcessError(f"{folder}: {reason}") from None
