@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,14 @@ for case in cases():
     brought, used = ({path.name for path in (tmp_path / f).rglob("*main.so")} for f in ("bundle/cache", "empty"))
     assert len(brought) > 5
     assert used == brought
+
+
+def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
+    for path in load(CHECKPOINT, "aoti").runtime.folder.glob("*.pt2"):
+        names = [Path(name).name for name in zipfile.ZipFile(path).namelist()]
+        (library,) = (name for name in names if name.endswith(".wrapper.so"))
+        stem = library.removesuffix(".so")
+        assert {f"{stem}.cpp", f"{stem}_metadata.json"} <= set(names)
 
 
 def test_an_aoti_bundle_needs_no_compiler(load, tmp_path):

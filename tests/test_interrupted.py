@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.bundle import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.export import export
-from bagel_opt.export.packaged import compile_all
+from bagel_opt.export.packaged import check_loads, compile_all
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 
@@ -143,7 +144,8 @@ def test_a_compiling_process_that_dies_is_told_in_one_line(tmp_path):
     (tmp_path / "text.whole.pt2").write_bytes(b"")
 
     def kill():
-        while not (workers := multiprocessing.active_children()):
+        end = time.monotonic() + 60
+        while not (workers := multiprocessing.active_children()) and time.monotonic() < end:
             time.sleep(0.01)
         for worker in workers:
             worker.kill()
@@ -152,3 +154,13 @@ def test_a_compiling_process_that_dies_is_told_in_one_line(tmp_path):
         pool.submit(kill)
         with pytest.raises(ChildProcessError, match="a process that compiles its programs died"):
             compile_all(tmp_path, lambda *_: None)
+
+
+def test_a_package_that_torch_cannot_load_is_told_in_one_line(tmp_path):
+    package = tmp_path / "text.whole.pt2"
+    package.write_bytes(b"no library")
+    with pytest.raises(
+        ChildProcessError, match=r"text\.whole\.pt2: torch .* cannot load what the C\+\+ compiler"
+    ) as caught:
+        check_loads(str(package), torch.device("cpu"))
+    assert "\n" not in str(caught.value)

@@ -75,8 +75,13 @@ def compile_file(path: str) -> None:
                     kept.append(str(Path(folder) / Path(file).name))
                     Path(kept[-1]).touch()
             package_aoti(path, kept)
-    try:  # some of what cannot be loaded ends the process: this one, not a user's
-        open_package(path, inputs[0][0].device)
+    check_loads(path, inputs[0][0].device)
+
+
+def check_loads(path: str, device: torch.device) -> None:
+    """Loads a package once. Some of what cannot be loaded ends the process: the compiler's, then, not a user's."""
+    try:
+        open_package(path, device)
     except RuntimeError as error:
         raise ChildProcessError(f"{path}: {UNLOADABLE} ({str(error).splitlines()[0]})") from None
 
