@@ -45,7 +45,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     )
     export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     export_.add_argument("--dtype", help="float32 (default), float16 or bfloat16; ONNX for the CPU has no bfloat16")
-    export_.add_argument("--attention", help="for compile: auto (default), sdpa, cudnn, flex or flash")
+    export_.add_argument(
+        "--attention", help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
+    )
     export_.add_argument("--device", help="cpu (default) or cuda")
     export_.add_argument(
         "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import CHECKPOINT
+from support import CHECKPOINT, relative
 from test_bundle import rewrite
+from torch import Tensor
 
 import bagel_opt
 from bagel_opt import BundleError, Profile, ProfileError
 from bagel_opt.bundle import read_manifest
 from bagel_opt.export import export
+from bagel_opt.model import attention
 from bagel_opt.sampling.plan import make_plan
 
 ROOT = Path(bagel_opt.__file__).parent.parent
@@ -107,10 +109,38 @@ def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
     assert sum(entry["size"] for entry in manifest.files.values()) < weights + 12e6
 
 
-def test_bfloat16_passes_its_verification(tmp_path):
-    folder = export(CHECKPOINT, tmp_path / "bf16", SMALL, format="export", dtype="bfloat16", verify=True)
-    model = bagel_opt.load(folder)
-    assert model.runtime.weights["latent_in.weight"].dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", ["export", "compile"])
+def test_bfloat16_passes_its_verification(kind, tmp_path):
+    folder = export(CHECKPOINT, tmp_path / "bf16", SMALL, format=kind, dtype="bfloat16", verify=True)
+    assert bagel_opt.load(folder).runtime.dtype == torch.bfloat16
+
+
+@torch.library.custom_op("bagel_opt_tests::flash_attention", mutates_args=())
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, causal: bool) -> Tensor:
+    """What the kernel computes, where there is none."""
+    return attention.attention(q, k, v, kv_len, causal, "sdpa").contiguous()
+
+
+@flash_attention.register_fake
+def _(q, k, v, kv_len, causal):
+    return torch.empty_like(q)
+
+
+def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
+    monkeypatch.setattr(attention, "choose", lambda *_: "flash")
+    monkeypatch.setattr(attention, "_flash", flash_attention)
+    model = bagel_opt.load(export(CHECKPOINT, tmp_path / "flash", SMALL, format="export"))
+    layer = torch.export.load(tmp_path / "flash" / "generate.layer.pt2")
+    assert [str(node.target) for node in layer.graph.nodes if "attention" in str(node.target)] == [
+        "bagel_opt_tests.flash_attention.default"
+    ]
+    inputs = [Image.radial_gradient("L").resize((48, 48)), "a red circle"]
+    assert model.chat("tell me", max_think_tokens=9) == eager.chat("tell me", max_think_tokens=9)
+    velocities = []
+    for one in (model, eager):
+        one.run(inputs, num_timesteps=3, seed=1, cfg_img_scale=1.0, on_step=lambda e: velocities.append(e.v_t))
+    for got, want in zip(velocities[:2], velocities[2:], strict=True):
+        assert relative(got, want) < 1e-5
 
 
 def test_a_compile_bundle_starts_warm(tmp_path):
@@ -180,7 +210,10 @@ def test_code_for_another_machine_is_refused(two, tmp_path, change, message):
             "dtype='bfloat16'; allowed for format='onnx' on device='cpu': 'float32', 'float16'",
         ),
         ({"format": "onnx", "device": "tpu"}, "device='tpu'; allowed for format='onnx': 'cpu', 'cuda'"),
-        ({"format": "aoti", "attention": "flex"}, "attention='flex'; allowed for format='aoti': 'auto'"),
+        (
+            {"format": "aoti", "attention": "flex"},
+            "attention='flex'; allowed for format='aoti': 'auto', 'sdpa', 'flash'",
+        ),
         ({"format": "compile", "attention": "fast"}, "attention='fast'; allowed are 'auto'"),
     ],
 )

@@ -1,7 +1,6 @@
 """Writing bundles."""
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from bagel_opt.profile import Profile, load_profile
 from bagel_opt.runtime.programs import ONE_ROW, ROW, Signature, signatures
 
 FORMATS = ("onnx", "aoti", "export", "compile")
+ATTENTION = {"onnx": ("auto",), **dict.fromkeys(("aoti", "export"), ("auto", "sdpa", "flash"))}
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 
 
@@ -39,9 +39,9 @@ def export(
     """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
 
     profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
-    (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: for "compile", as for
-    `load`; in the others it is part of the programs. device: where the bundle is to run, "cpu" or "cuda". ONNX for CUDA
-    can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
+    "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
+    "cuda". ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -54,7 +54,7 @@ def export(
         ("format", format, FORMATS),
         ("device", device, ("cpu", "cuda")),
         ("dtype", dtype, precisions(format, device)),
-        ("attention", attention, (attention,) if format == "compile" else ("auto",)),
+        ("attention", attention, ATTENTION.get(format, (attention,))),
     ):
         if value not in allowed:
             of = "" if name == "format" else f" for format={format!r}"
@@ -87,7 +87,7 @@ def export(
         chosen, compiled_for = model.model.llm.backend, ""
     else:
         where = torch_device(device)
-        chosen = choose(attention, where, kind) if format == "compile" else "sdpa"
+        chosen = choose(attention, where, kind)
         model = source.load(where, kind, lambda done, total: progress("loading", done, total))
         model.set_backend(chosen)
         compiled_for = machine(where) if format == "aoti" else ""
@@ -103,6 +103,12 @@ def export(
             save_file(dict(model.named_parameters()), partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
         shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
+        programs = _write_programs(model, profiles, partial, format, progress)
+        del model  # its memory may be what compiling wants
+        if format == "aoti":
+            from bagel_opt.export.packaged import compile_all
+
+            compile_all(partial, progress)
         manifest = Manifest(
             kind=format,
             dtype=dtype,
@@ -110,7 +116,7 @@ def export(
             attention=chosen,
             profiles=profiles,
             config=source.config,
-            programs=_write_programs(model, profiles, partial, format, progress),
+            programs=programs,
             versions={name: _version(name) for name in LIBRARIES},
             machine=compiled_for,
             files=list_files(partial),
@@ -155,9 +161,7 @@ def _write_programs(
     if format == "onnx":
         from bagel_opt.export.onnx import export_onnx as write
     else:
-        from bagel_opt.export.packaged import compile_all, export_packaged
-
-        write = functools.partial(export_packaged, examples=format == "aoti")
+        from bagel_opt.export.packaged import export_packaged as write
     free = format == "onnx" and model.device == "cpu"
     known, programs = {}, {}
     for number, profile in enumerate(profiles):
@@ -172,8 +176,6 @@ def _write_programs(
         for name, key in keys.items():
             known.setdefault(key, written.get(made[name][0]))
         programs[profile.name] = {name: {**known[keys[name]], **dataclasses.asdict(s)} for name, s in wanted.items()}
-    if format == "aoti":
-        compile_all(folder, progress)
     return programs
 
 

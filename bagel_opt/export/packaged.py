@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_unflatten
 
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.model.bagel import Bagel
@@ -62,7 +63,9 @@ def compile_file(path: str) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.load(path)
-        inputs, keywords = program.example_inputs
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        fakes = [values[name] for name in program.graph_signature.user_inputs]  # no memory is needed to compile
+        inputs, keywords = tree_unflatten(fakes, program.call_spec.in_spec)
         files = torch._inductor.aot_compile(
             program.module(check_guards=False), inputs, keywords, options={"aot_inductor.package": True}
         )
@@ -93,10 +96,8 @@ def export_packaged(
     profile: Profile,
     folder: Path,
     progress: Callable[[str, int, int], None],
-    examples: bool = False,
 ) -> dict[str, dict]:
-    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, with their example inputs where
-    they are to be compiled; the manifest's entries."""
+    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives; the manifest's entries."""
     calls, entries = programs(model), {}
     dtype, device = model.latent_in.weight.dtype, model.latent_in.weight.device
     for done, (name, signature) in enumerate(signatures.items()):
@@ -108,8 +109,7 @@ def export_packaged(
         for part in cuts:
             graph, used = export_part(part)
             file = f"{name}.{part.role}{suffix}.pt2"
-            if not examples:
-                graph.example_inputs = None  # it would be saved, weights and all
+            graph.example_inputs = None  # it would be saved, weights and all
             torch.export.save(graph, folder / file)
             parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
         entries[name] = {"parts": parts, **dataclasses.asdict(signature)}
@@ -118,11 +118,11 @@ def export_packaged(
 
 
 def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles every archive of a folder, as many at a time as there are cores. Raises ChildProcessError where a
-    process dies or torch cannot load what it made."""
+    """Compiles every archive of a folder, as many at a time as there are cores, of which each needs some memory of a
+    GPU. Raises ChildProcessError where a process dies or torch cannot load what it made."""
     files = sorted(str(path) for path in folder.glob("*.pt2"))
     # spawned: forking a process with torch's threads is not safe
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count(), 16), multiprocessing.get_context("spawn")) as pool:
         try:
             for done, _ in enumerate(pool.map(compile_file, files)):
                 progress("compiling", done + 1, len(files))

@@ -136,7 +136,7 @@ class Bagel(nn.Module):
 
     def velocity(self, hidden_BNC: Tensor) -> Tensor:
         """Final norm and projection: the last layer's output to a velocity [B, N, L] in float32."""
-        return self.latent_out(self.llm.norm_gen(hidden_BNC)).float()
+        return self.latent_out(self.llm.norm_gen(hidden_BNC.to(self.latent_out.weight.dtype))).float()
 
     def _through_layers(self, program: str, inputs: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> tuple:
         und_BTC, gen_BNC, new = self.llm(self.start(program, inputs, caches[0].shape[1]), caches)
@@ -153,7 +153,8 @@ class Bagel(nn.Module):
     def _start_vit_context(
         self, embeddings_BPC: Tensor, position_B: Tensor, n_B: Tensor, kv_len_B: Tensor, slots: int
     ) -> Started:
-        x = torch.cat((self._markers(kv_len_B), embeddings_BPC), dim=1)
+        markers = self._markers(kv_len_B)
+        x = torch.cat((markers, embeddings_BPC.to(markers.dtype)), dim=1)
         return self.llm.start(x, None, position_B[:, None], kv_len_B, n_B + 2, False, slots)
 
     def _start_latents(

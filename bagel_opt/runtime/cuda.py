@@ -157,18 +157,18 @@ class Graph:
 class Graphs:
     """The captured programs of a runtime."""
 
-    def __init__(self, programs: dict[str, Callable], device: torch.device):
-        self.programs, self.device = programs, device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.captured: dict[tuple, Graph] = {}
 
-    def run(self, program: str, inputs: list[np.ndarray | Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, program: Callable, inputs: list[np.ndarray | Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
         where = (caches[0].data_ptr(), caches[0].shape, caches[-1].data_ptr()) if caches else ()
         key = program, *(tuple(x.shape) for x in inputs), where
         if key not in self.captured:
             if not self.captured:
                 self.pool = torch.cuda.graph_pool_handle()  # torch drops a pool with the last graph that used it
             tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
-            self.captured[key] = Graph(self.programs[program], tensors, caches, self.pool)
+            self.captured[key] = Graph(program, tensors, caches, self.pool)
         return self.captured[key](inputs)
 
     def forget(self, memory: Tensor) -> None:

@@ -21,9 +21,12 @@ from bagel_opt.runtime.torch import TorchRuntime
 
 
 def open_package(path: Path | str, device: torch.device) -> Any:
-    """What torch._inductor.aoti_load_package wraps: that one wants a C++ compiler and takes 8 s."""
-    index = device.index or 0 if device.type == "cuda" else -1
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+    """What torch._inductor.aoti_load_package wraps: that one wants a C++ compiler and takes 8 s.
+
+    On a GPU one thread at a time runs programs, and what keeps threads apart could not be captured in CUDA graphs.
+    """
+    cuda = device.type == "cuda"
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", cuda, 1, device.index or 0 if cuda else -1)
 
 
 class PackagedRuntime(TorchRuntime):
@@ -35,6 +38,10 @@ class PackagedRuntime(TorchRuntime):
         self.weights = load_file(folder / WEIGHTS, str(device))
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         self.graphs, self.spare_slots = None, 0
+        if device.type == "cuda":
+            from bagel_opt.runtime.cuda import CacheMemory, Graphs
+
+            self.graphs, self.memory = Graphs(device), CacheMemory(self.config.llm, self.dtype, device)
         self.fixed_slots, self.free_rows = True, False  # the caches' shapes are compiled in; the mask is cut instead
         self.programs: Any = self
         self.profile = manifest.profiles[0].name

@@ -24,7 +24,8 @@ class Part:
     role: "whole", "start", "layer" or "end". prefix: what goes before the owner's names in the bundle, with {} for the
     layer's number. A start returns the layers' state and then what all layers share; a layer takes both, its caches
     and the valid slots, and returns the new state; an end takes the state and the program's inputs. The mask that a
-    layer takes may cover the first slots alone, those in use. free: dimensions of inputs that are not static.
+    layer takes may cover the first slots alone, those in use; with FlashAttention it takes each row's number of visible
+    keys instead. free: dimensions of inputs that are not static.
     """
 
     role: str
@@ -43,7 +44,7 @@ def cut(
     caches: list[Tensor],
     free: tuple[dict | None, ...],
 ) -> Iterator[Part]:
-    """The parts of a program, with example inputs. Attention is SDPA with the mask as a tensor."""
+    """The parts of a program, with example inputs. Attention is the model's: SDPA with the mask as a tensor, or flash."""
     if name == "vit":
         yield from _vit(model, inputs)
     elif caches:
@@ -73,19 +74,23 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
 
 def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
     layer, slots, name = model.llm.layers[0], caches[0].shape[1], name.removesuffix(ROW)
+    flash = model.llm.backend == "flash"
+    causal = model.start(name, inputs, slots).seen.causal
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
         s = model.start(name, inputs, slots)
+        given = s.und_BTC, s.gen_BNC, s.cos, s.sin, s.seen.kv_len_B if flash else s.seen.mask
         # in plain memory order, as compiled code expects what it was compiled for
-        return tuple(x.contiguous() for x in (s.und_BTC, s.gen_BNC, s.cos, s.sin, s.seen.mask) if x is not None)
+        return tuple(x.contiguous() for x in given if x is not None)
 
     example = start(*inputs)
     state = len(example) - 3
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         und_BTC, gen_BNC = tensors[0], tensors[1] if state == 2 else None
-        cos, sin, mask, k, v, kv_len = tensors[state:]
-        out = layer(und_BTC, gen_BNC, cos, sin, k, v, kv_len, Visible(None, False, mask), "sdpa")
+        cos, sin, sees, k, v, kv_len = tensors[state:]
+        seen = Visible(sees, causal, None) if flash else Visible(None, False, sees)
+        out = layer(und_BTC, gen_BNC, cos, sin, k, v, kv_len, seen, model.llm.backend)
         return out[:state]
 
     def end(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -96,12 +101,12 @@ def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: li
         )
 
     yield Part("start", model, "", start, inputs)
-    *others, mask = example
+    *others, sees = example
     free = ()
-    if mask.numel() > slots:  # torch 2.13 cannot read an archive back in which a single vector has a free length
-        mask = mask[..., : slots // 2].contiguous()
+    if sees.numel() > slots:  # torch 2.13 cannot read an archive back in which a single vector has a free length
+        sees = sees[..., : slots // 2].contiguous()
         free = (*(None for _ in others), {3: torch.export.Dim.DYNAMIC}, None, None, None)
-    yield Part("layer", layer, TRANSFORMER, run, (*others, mask, caches[0], caches[len(caches) // 2], inputs[-1]), free)
+    yield Part("layer", layer, TRANSFORMER, run, (*others, sees, caches[0], caches[len(caches) // 2], inputs[-1]), free)
     yield Part("end", model, "", end, (*example[:state], *inputs))
 
 

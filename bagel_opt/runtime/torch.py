@@ -70,7 +70,7 @@ class TorchRuntime:
         if device.type == "cuda":
             from bagel_opt.runtime.cuda import CacheMemory, Graphs
 
-            self.graphs, self.memory = Graphs(self.programs, device), CacheMemory(model.config.llm, dtype, device)
+            self.graphs, self.memory = Graphs(device), CacheMemory(model.config.llm, dtype, device)
             model.vae.to(memory_format=torch.channels_last)
             layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
         for layer in layers:
@@ -116,7 +116,7 @@ class TorchRuntime:
             caches = [cache[as_slice(rows), :slots] for cache in caches]
         with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
             if self.graphs and program in GRAPHED:
-                return self.graphs.run(program, inputs, caches)
+                return self.graphs.run(self.programs[program], inputs, caches)
             out = self.programs[program](*map(self._tensor, inputs), *caches)
         return out[: len(out) - len(caches)]
 
