@@ -10,6 +10,8 @@ from bagel_opt.api import BACKENDS
 from bagel_opt.memory import BYTES
 from bagel_opt.request import RENORM_TYPES
 
+PRESET_BUNDLES = ("onnx", "aoti")
+
 
 def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argparse.ArgumentParser:
     """The whole command line. runs: what each command does."""
@@ -56,12 +58,13 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
     time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
-    time_.add_argument(
-        "--onnx",
-        metavar="DIR",
-        type=Path,
-        help="with --preset: also in ONNX Runtime, from a bundle that is exported to this folder (32 GB) or lies there",
-    )
+    for kind in PRESET_BUNDLES:
+        time_.add_argument(
+            f"--{kind}",
+            metavar="DIR",
+            type=Path,
+            help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
+        )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",

@@ -169,7 +169,7 @@ class Checkpoint:
     def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
         stacked in it, in the file's dtype."""
-        with contextlib.closing(Reader(self)) as reader:
+        with contextlib.closing(Reader(self.where)) as reader:
             for name, parameter in model.named_parameters():
                 parts = [reader.read(part) for part in published_names(name)]
                 if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
@@ -181,14 +181,14 @@ class Reader:
     """Reads tensors from memory-mapped files, mapping each file anew after some bytes: pages that were read would
     otherwise count as this process's memory until the file is closed."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, where: dict[str, Path]):
+        self.where = where
         self.file, self.path = None, None
         self.stack = contextlib.ExitStack()
         self.bytes = 0
 
     def read(self, name: str) -> torch.Tensor:
-        path = self.checkpoint.where[name]
+        path = self.where[name]
         if path != self.path or self.bytes > READ_AT_ONCE:
             self.close()
             self.file, self.path = self.stack.enter_context(opened(path)), path
@@ -199,6 +199,14 @@ class Reader:
     def close(self) -> None:
         self.stack.close()
         self.path, self.bytes = None, 0
+
+
+def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors of a file, each in memory of its own: products on the CPU take 9% longer with a mapped file's."""
+    with opened(path) as file:
+        names = list(file.keys())
+    with contextlib.closing(Reader(dict.fromkeys(names, path))) as reader:
+        return {name: reader.read(name).to(device, copy=True) for name in names}
 
 
 @contextlib.contextmanager

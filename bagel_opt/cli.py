@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bagel_opt.api import Model, load
-from bagel_opt.arguments import parser
+from bagel_opt.arguments import PRESET_BUNDLES, parser
 from bagel_opt.bundle import MANIFEST
 from bagel_opt.profile import profile_names
 from bagel_opt.recipe import load_recipe, recipe_names
@@ -101,12 +101,13 @@ def bench(a: argparse.Namespace) -> None:
 
     if a.json and not a.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
-    if a.onnx and not a.preset:
-        raise ValueError("--onnx is for --preset; a bundle goes in by its folder")
+    bundles = {kind: folder for kind in PRESET_BUNDLES if (folder := getattr(a, kind))}
+    if bundles and not a.preset:
+        raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
-        return _full_size(a)
+        return _full_size(a, bundles)
     side = min(map(default_side, a.sources or [None]))
     work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
     with _bar("timing") as update:
@@ -128,7 +129,7 @@ def bench(a: argparse.Namespace) -> None:
         raise ValueError(f"could not be timed: {', '.join(failed)}; the table says why")
 
 
-def _full_size(a: argparse.Namespace) -> None:
+def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
     from bagel_opt.bench.full_size import run_full_size
     from bagel_opt.bench.full_size_tables import tables
 
@@ -137,7 +138,7 @@ def _full_size(a: argparse.Namespace) -> None:
             a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     with _bar("timing") as update:
-        results = run_full_size(a.official, a.onnx, a.repeats, lambda what: update(what, 0, 0), save)
+        results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
     for table in tables(results):
         Console(highlight=False).print(table)
 

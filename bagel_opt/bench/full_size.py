@@ -1,6 +1,6 @@
 """BAGEL at its published sizes with random weights on one GPU: python -m bagel_opt bench --preset h100 [--official DIR]
 
-Ours under torch.compile, the official code, and on request ours in ONNX Runtime, in one process and one run, on the same
+Ours under torch.compile, the official code, and on request ours from bundles, in one process and one run, on the same
 weights: the first two on the same memory.
 """
 
@@ -176,13 +176,17 @@ def versions() -> dict[str, str | None]:
 
 
 def run_full_size(
-    checkout: str | None, onnx: Path | None, repeats: int, progress: Callable[[str], None], save: Callable[[dict], None]
+    checkout: str | None,
+    bundles: dict[str, Path],
+    repeats: int,
+    progress: Callable[[str], None],
+    save: Callable[[dict], None],
 ) -> dict:
-    """All figures, with the card and the versions. save(results) is called when there are more. onnx: a folder for an ONNX
-    bundle with random weights, which is left there, or such a bundle. Raises ValueError without a CUDA device, and
-    FileNotFoundError where `checkout` is none of the official code."""
-    if onnx:
-        from bagel_opt.bench.onnx_full_size import in_onnx, written
+    """All figures, with the card and the versions. save(results) is called when there are more. bundles: by "onnx" or
+    "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. Raises ValueError
+    without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
+    if bundles:
+        from bagel_opt.bench.bundles_full_size import from_bundle, written
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
@@ -221,7 +225,7 @@ def run_full_size(
     del ours
     gc.collect()
     torch.cuda.empty_cache()
-    exported = written(model, onnx, progress) if onnx else None
+    exported = {kind: written(model, folder, kind, progress) for kind, folder in bundles.items()}
     progress("float32")
     model = fresh_float32(model)
     exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
@@ -230,11 +234,13 @@ def run_full_size(
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    if onnx:
-        results["figures"]["onnx"], velocity = in_onnx(onnx, repeats, noise, progress)
-        results["figures"]["onnx"]["export, s"] = [exported] if exported else []
-        results["velocity errors"]["onnx"] = relative(velocity, exact)
+    for kind, folder in bundles.items():
+        results["figures"][kind], velocity = from_bundle(folder, kind, repeats, noise, progress)
+        results["figures"][kind]["export, s"] = [exported[kind]] if exported[kind] else []
+        results["velocity errors"][kind] = relative(velocity, exact)
         save(results)
+        gc.collect()
+        torch.cuda.empty_cache()
     return results
 
 

@@ -66,7 +66,6 @@ def export(
 
     try:
         import torch
-        from safetensors.torch import save_file
 
         if onnx:
             import onnxscript  # noqa: F401
@@ -75,6 +74,7 @@ def export(
 
     from bagel_opt.api import shipped_model, torch_device
     from bagel_opt.checkpoint import Checkpoint
+    from bagel_opt.export.weights import write_weights
     from bagel_opt.model.attention import choose
 
     kind = getattr(torch, dtype)
@@ -100,11 +100,13 @@ def export(
         if onnx:
             model.write_weights(partial, ((name, torch.cat(parts)) for name, parts in source.read(model.plain)))
         else:
-            save_file(dict(model.named_parameters()), partial / WEIGHTS)
-        (partial / WEIGHTS).chmod(0o644)  # it comes readable by its owner alone
+            weights = dict(model.named_parameters())
+            write_weights(
+                partial / WEIGHTS, {name: tuple(p.shape) for name, p in weights.items()}, kind, weights.items()
+            )
         shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
         programs = _write_programs(model, profiles, partial, format, progress)
-        del model  # its memory may be what compiling wants
+        model = weights = None  # their memory may be what compiling wants
         if format == "aoti":
             from bagel_opt.export.packaged import compile_all
 

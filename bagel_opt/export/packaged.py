@@ -1,6 +1,7 @@
 """Programs as torch.export archives or AOTInductor packages, in parts, with the weights as inputs."""
 
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -120,6 +121,8 @@ def export_packaged(
 def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
     """Compiles every archive of a folder, as many at a time as there are cores, of which each needs some memory of a
     GPU. Raises ChildProcessError where a process dies or torch cannot load what it made."""
+    gc.collect()
+    torch.cuda.empty_cache()
     files = sorted(str(path) for path in folder.glob("*.pt2"))
     # spawned: forking a process with torch's threads is not safe
     with ProcessPoolExecutor(min(os.cpu_count(), 16), multiprocessing.get_context("spawn")) as pool:

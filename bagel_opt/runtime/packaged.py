@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx.graph import CodeGen
 
 from bagel_opt.bundle import CACHE, WEIGHTS, Manifest
+from bagel_opt.checkpoint import read_weights
 from bagel_opt.errors import BundleError
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
@@ -35,7 +35,7 @@ class PackagedRuntime(TorchRuntime):
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
-        self.weights = load_file(folder / WEIGHTS, str(device))
+        self.weights = read_weights(folder / WEIGHTS, device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         self.graphs, self.spare_slots = None, 0
         if device.type == "cuda":
@@ -81,8 +81,8 @@ class PackagedRuntime(TorchRuntime):
             started = start(inputs, start_weights)
             shared = 3 if caches else 1
             state, shared = started[:-shared], started[-shared:]
-            if caches and shared[-1].numel() > caches[0].shape[1] and self.device.type == "cpu":
-                # cut to the slots in use, where `parts` lets it; a GPU would have to wait for the lengths
+            if caches and self.device.type == "cpu":
+                # cut to the slots in use; a GPU would have to wait for the lengths
                 new = sum(x.shape[1] for x in state)
                 used = slots_in_use(int(inputs[-1].max()), new, caches[0].shape[1])
                 shared = *shared[:-1], shared[-1][..., :used].contiguous()
@@ -129,7 +129,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
     with torch.device("meta"):
         model = Bagel(manifest.config)
-    model.load_state_dict(load_file(folder / WEIGHTS, str(device)), assign=True)
+    model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)
     model.set_backend(manifest.attention)
     return TorchRuntime(model, device, getattr(torch, manifest.dtype), compiled=True)

@@ -75,11 +75,16 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
 def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
     layer, slots, name = model.llm.layers[0], caches[0].shape[1], name.removesuffix(ROW)
     flash = model.llm.backend == "flash"
-    causal = model.start(name, inputs, slots).seen.causal
+    seen = model.start(name, inputs, slots).seen
+    # torch 2.13 cannot read an archive back in which a single vector has a free length: such a mask is given twice
+    vector, causal = not flash and seen.mask.numel() == slots, seen.causal
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
         s = model.start(name, inputs, slots)
-        given = s.und_BTC, s.gen_BNC, s.cos, s.sin, s.seen.kv_len_B if flash else s.seen.mask
+        sees = s.seen.kv_len_B if flash else s.seen.mask
+        if vector:
+            sees = sees.expand(-1, 2, -1, -1)
+        given = s.und_BTC, s.gen_BNC, s.cos, s.sin, sees
         # in plain memory order, as compiled code expects what it was compiled for
         return tuple(x.contiguous() for x in given if x is not None)
 
@@ -89,7 +94,7 @@ def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: li
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         und_BTC, gen_BNC = tensors[0], tensors[1] if state == 2 else None
         cos, sin, sees, k, v, kv_len = tensors[state:]
-        seen = Visible(sees, causal, None) if flash else Visible(None, False, sees)
+        seen = Visible(sees, causal, None) if flash else Visible(None, False, sees[:, :1])
         out = layer(und_BTC, gen_BNC, cos, sin, k, v, kv_len, seen, model.llm.backend)
         return out[:state]
 
@@ -103,7 +108,7 @@ def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: li
     yield Part("start", model, "", start, inputs)
     *others, sees = example
     free = ()
-    if sees.numel() > slots:  # torch 2.13 cannot read an archive back in which a single vector has a free length
+    if not flash:
         sees = sees[..., : slots // 2].contiguous()
         free = (*(None for _ in others), {3: torch.export.Dim.DYNAMIC}, None, None, None)
     yield Part("layer", layer, TRANSFORMER, run, (*others, sees, caches[0], caches[len(caches) // 2], inputs[-1]), free)

@@ -1,4 +1,4 @@
-"""BAGEL's published sizes in ONNX Runtime on the GPU, for full_size.py."""
+"""BAGEL's published sizes from bundles on the GPU, for full_size.py."""
 
 import dataclasses
 import shutil
@@ -13,51 +13,74 @@ from torch import Tensor
 
 from bagel_opt.api import shipped_model
 from bagel_opt.bench.full_size import PEAK, Ours, figures
-from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, Manifest, list_files, load_bundle
+from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, load_bundle, machine
 from bagel_opt.export import _write_programs
 from bagel_opt.export.onnx import Shapes
+from bagel_opt.export.packaged import compile_all
+from bagel_opt.export.weights import write_weights
+from bagel_opt.model.attention import choose
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
 
 PROFILES = ("bagel-512", "bagel-1024", "bagel-edit-1024")
 
 
-def written(model: Bagel, folder: Path, progress: Callable[[str], None]) -> float | None:
+def written(model: Bagel, folder: Path, kind: str, progress: Callable[[str], None]) -> float | None:
     """The seconds that it took to write a bundle of a model, or None where one lies in the folder."""
     if (folder / MANIFEST).is_file():
         return None
     begun = time.perf_counter()
-    write_bundle(model, folder, model.latent_in.weight.dtype, progress)
+    write_bundle(model, folder, kind, lambda what, *_: progress(f"{kind}: {what}"))
     return time.perf_counter() - begun
 
 
-def write_bundle(model: Bagel, folder: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
-    """A bundle of a model that is in no checkpoint: what `export` writes, with its parameters."""
+def write_bundle(model: Bagel, folder: Path, kind: str, progress: Callable[..., None]) -> None:
+    """A bundle, "onnx" or "aoti", of a model that is in no checkpoint: what `export` writes, with its parameters."""
     folder.mkdir(parents=True, exist_ok=True)
+    dtype, device = model.latent_in.weight.dtype, model.latent_in.weight.device
     profiles = sorted(map(load_profile, PROFILES), key=lambda profile: profile.cost())
-    shapes = Shapes(model.config, dtype, "cuda")
-    progress("ONNX: writing weights")
-    shapes.write_weights(folder, model.named_parameters())
+    progress("writing weights")
+    if kind == "onnx":
+        source = Shapes(model.config, dtype, "cuda")
+        source.write_weights(folder, model.named_parameters())
+        attention = source.model.llm.backend
+    else:
+        attention = choose("auto", device, dtype)
+        source = plain(model)
+        source.set_backend(attention)
+        weights = dict(source.named_parameters())
+        write_weights(folder / WEIGHTS, {name: tuple(p.shape) for name, p in weights.items()}, dtype, weights.items())
+    programs = _write_programs(source, profiles, folder, kind, progress)
+    if kind == "aoti":
+        compile_all(folder, progress)
     shutil.copyfile(shipped_model() / "tokenizer.json", folder / TOKENIZER)
     manifest = Manifest(
-        kind="onnx",
+        kind=kind,
         dtype=str(dtype).removeprefix("torch."),
         device="cuda",
-        attention=shapes.model.llm.backend,
+        attention=attention,
         profiles=profiles,
         config=model.config,
-        programs=_write_programs(shapes, profiles, folder, "onnx", lambda what, *_: progress(f"ONNX: {what}")),
+        programs=programs,
         versions={"torch": torch.__version__},
-        machine="",
+        machine=machine(device) if kind == "aoti" else "",
         files={},
     )
-    progress("ONNX: sha256")
+    progress("sha256")
     dataclasses.replace(manifest, files=list_files(folder)).write(folder)
     (folder / UNFINISHED).rename(folder / MANIFEST)
 
 
-class OnOnnx(Ours):
-    """The model as an ONNX bundle on ONNX Runtime's CUDA provider."""
+def plain(model: Bagel) -> Bagel:
+    """A model without what compiling did to it, with the same weights."""
+    with torch.device("meta"):
+        other = Bagel(model.config)
+    other.load_state_dict({name: p.detach().contiguous() for name, p in model.named_parameters()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+class Loaded(Ours):
+    """The model from a bundle."""
 
     def __init__(self, folder: Path):
         begun = time.perf_counter()
@@ -94,17 +117,18 @@ def watched_memory() -> Iterator[list[int]]:
         found[1] = used() - before
 
 
-def in_onnx(
-    folder: Path, repeats: int, noise: Tensor, progress: Callable[[str], None]
+def from_bundle(
+    folder: Path, kind: str, repeats: int, noise: Tensor, progress: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], Tensor]:
     """Figures and a velocity of a bundle, which has the GPU for itself."""
     with watched_memory() as memory:
-        progress("ONNX: loading")
-        bundle = OnOnnx(folder)
-        found = figures(bundle, repeats, lambda what: progress(f"ONNX: {what}"))
+        progress(f"{kind}: loading")
+        bundle = Loaded(folder)
+        found = figures(bundle, repeats, lambda what: progress(f"{kind}: {what}"))
     velocity = bundle.velocity(noise)
-    del found["and held by torch, GB"]
-    found[PEAK] = [memory[0] / 1e9]
-    found["held in the end, GB"] = [memory[1] / 1e9]
+    if kind == "onnx":  # its memory is not torch's
+        del found["and held by torch, GB"]
+        found[PEAK] = [memory[0] / 1e9]
+        found["held in the end, GB"] = [memory[1] / 1e9]
     found["load, s"] = [bundle.load_s]
     return found, velocity
