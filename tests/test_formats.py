@@ -23,6 +23,7 @@ from bagel_opt.sampling.plan import make_plan
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+ONE = Profile("one", rows=1, slots=160, text=16, patches=16, latents=16)
 
 
 def run_alone(script, folder, **environment):
@@ -111,7 +112,7 @@ def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
 
 @pytest.mark.parametrize("kind", ["export", "compile"])
 def test_bfloat16_passes_its_verification(kind, tmp_path):
-    folder = export(CHECKPOINT, tmp_path / "bf16", SMALL, format=kind, dtype="bfloat16", verify=True)
+    folder = export(CHECKPOINT, tmp_path / "bf16", ONE, format=kind, dtype="bfloat16", verify=True)
     assert bagel_opt.load(folder).runtime.dtype == torch.bfloat16
 
 
@@ -129,7 +130,7 @@ def _(q, k, v, kv_len, causal):
 def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
     monkeypatch.setattr(attention, "choose", lambda *_: "flash")
     monkeypatch.setattr(attention, "_flash", flash_attention)
-    model = bagel_opt.load(export(CHECKPOINT, tmp_path / "flash", SMALL, format="export"))
+    model = bagel_opt.load(export(CHECKPOINT, tmp_path / "flash", ONE, format="export"))
     layer = torch.export.load(tmp_path / "flash" / "generate.layer.pt2")
     assert [str(node.target) for node in layer.graph.nodes if "attention" in str(node.target)] == [
         "bagel_opt_tests.flash_attention.default"
@@ -138,7 +139,14 @@ def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
     assert model.chat("tell me", max_think_tokens=9) == eager.chat("tell me", max_think_tokens=9)
     velocities = []
     for one in (model, eager):
-        one.run(inputs, num_timesteps=3, seed=1, cfg_img_scale=1.0, on_step=lambda e: velocities.append(e.v_t))
+        one.run(
+            inputs,
+            num_timesteps=3,
+            seed=1,
+            cfg_text_scale=1.0,
+            cfg_img_scale=1.0,
+            on_step=lambda e: velocities.append(e.v_t),
+        )
     for got, want in zip(velocities[:2], velocities[2:], strict=True):
         assert relative(got, want) < 1e-5
 
