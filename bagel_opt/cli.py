@@ -122,11 +122,11 @@ def bench(a: argparse.Namespace) -> None:
             progress=update,
             **{name: getattr(a, name) for name in ("device", "dtype", "attention", "profile")},
         )
-    Console(highlight=False).print(table(results))
+    _tables().print(table(results))
     if a.json:
         a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if failed := [result["name"] for result in results if "error" in result]:
-        raise ValueError(f"could not be timed: {', '.join(failed)}; the table says why")
+    if failed := [f"{result['name']} ({result['error']})" for result in results if "error" in result]:
+        raise ValueError(f"could not be timed: {', '.join(failed)}")
 
 
 def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
@@ -140,7 +140,7 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
     with _bar("timing") as update:
         results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
     for table in tables(results):
-        Console(highlight=False).print(table)
+        _tables().print(table)
 
 
 def serve(a: argparse.Namespace) -> None:
@@ -215,7 +215,7 @@ def _replica_settings(a: argparse.Namespace) -> dict:
 def inspect(a: argparse.Namespace) -> None:
     from bagel_opt.inspect import describe
 
-    output = Console(highlight=False)
+    output = _tables()
     for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check):
         output.print(table)
 
@@ -273,6 +273,12 @@ def _save(a: argparse.Namespace, outputs: list) -> None:
         print(thought)
     picture.save(a.out)
     print(a.out)
+
+
+def _tables() -> Console:
+    """Where tables go. A pipe or a file has no width to break them at."""
+    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if fixed else 250)
 
 
 @contextlib.contextmanager

@@ -110,6 +110,13 @@ def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
     assert sum(entry["size"] for entry in manifest.files.values()) < weights + 12e6
 
 
+def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
+    folder = load(CHECKPOINT, "export").runtime.folder
+    layers = {path.name.split(".")[0]: torch.export.load(path) for path in folder.glob("*.layer.pt2")}
+    assert {"text", "vit_context", "decode", "decode_row", "generate", "generate_row"} < layers.keys()
+    assert {name for name, program in layers.items() if not program.range_constraints} == {"vit"}
+
+
 @pytest.mark.parametrize("kind", ["export", "compile"])
 def test_bfloat16_passes_its_verification(kind, tmp_path):
     folder = export(CHECKPOINT, tmp_path / "bf16", ONE, format=kind, dtype="bfloat16", verify=True)

@@ -151,7 +151,7 @@ def table(results: list[dict]) -> Table:
     first = None
     for result in results:
         if "error" in result:
-            shown.add_row(result["name"], result["error"])
+            shown.add_row(result["name"], "failed")
             continue
         step = statistics.median(result["step"])
         first = first or step

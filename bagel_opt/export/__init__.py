@@ -65,6 +65,7 @@ def export(
         raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
 
     try:
+        import safetensors  # noqa: F401
         import torch
 
         if onnx:

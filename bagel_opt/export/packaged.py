@@ -125,7 +125,7 @@ def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None
     torch.cuda.empty_cache()
     files = sorted(str(path) for path in folder.glob("*.pt2"))
     # spawned: forking a process with torch's threads is not safe
-    with ProcessPoolExecutor(min(os.cpu_count(), 16), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
         try:
             for done, _ in enumerate(pool.map(compile_file, files)):
                 progress("compiling", done + 1, len(files))
