@@ -31,7 +31,7 @@ from bagel_opt import Profile
 import torch.export, safetensors.torch, bagel_opt.export.packaged
 
 checkpoint, folder, first, count = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
-profile = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+profile = Profile("small", rows=1, slots=160, text=16, patches=16, latents=16)
 
 def start(number):
     out = folder / str(number) / "bundle"
