@@ -23,6 +23,7 @@ from bagel_opt.request import Options
 from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
+NO_COMPILER = ("No working C++ compiler", "C++ compile error")  # as torch's compiler says it
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -43,6 +44,12 @@ def guarded(run: Callable[[], object]) -> int:
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError, Image.DecompressionBombError) as error:
         return _fail(" ".join(str(error).split()))
     except (MemoryError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        if failed := next((line for line in lines if any(text in line for text in NO_COMPILER)), None):
+            return _fail(
+                f"{failed.strip()}; compiling needs a C++ compiler, such as g++, or one named by CXX, and for a GPU the CUDA "
+                "toolkit; --backend eager and bundles of --format onnx or export need none"
+            )
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         said = " ".join(str(error).split("\n")[0].split())

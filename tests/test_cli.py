@@ -1,5 +1,6 @@
 """The command line on the golden checkpoint."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,7 @@ def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
         (["serve", "--max-replicas", "3"], "--max-replicas is for replicas; give --replicas too"),
         (["bench", "somewhere", "--preset", "h100"], "--preset makes its own weights; leave somewhere out"),
         (["bench", "--onnx", "somewhere"], "--onnx is for --preset"),
+        (["bench", "--aoti", "somewhere"], "--aoti is for --preset"),
         (
             ["export", "--out", "x"],
             "export/ has bagel-1024, bagel-1024-aoti, bagel-1024-onnx, bagel-512, demo-aoti, demo-onnx",
@@ -269,3 +271,14 @@ def test_interrupted(run, monkeypatch):
 
     monkeypatch.setattr("bagel_opt.cli.load", interrupt)
     assert run("chat", "a") == (130, "", "bagel-opt: interrupted\n")
+
+
+def test_a_missing_compiler_is_told_in_one_line():
+    command = [sys.executable, "-m", "bagel_opt", "chat", "a", "--checkpoint", str(CHECKPOINT), "--backend", "compile"]
+    environment = {**os.environ, "CXX": "/nowhere/g++"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No working C++ compiler" in line
+    assert "or one named by CXX" in line

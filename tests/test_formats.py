@@ -110,6 +110,13 @@ def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
     assert sum(entry["size"] for entry in manifest.files.values()) < weights + 12e6
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_are_copied_since_mapped_ones_are_slower(load):
+    weights = load(CHECKPOINT, "export").runtime.folder / "weights.safetensors"
+    assert weights.exists()
+    assert str(weights) not in Path("/proc/self/maps").read_text()
+
+
 def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
     folder = load(CHECKPOINT, "export").runtime.folder
     layers = {path.name.split(".")[0]: torch.export.load(path) for path in folder.glob("*.layer.pt2")}

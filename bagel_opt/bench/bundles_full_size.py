@@ -17,7 +17,7 @@ from bagel_opt.bundle import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest,
 from bagel_opt.export import _write_programs
 from bagel_opt.export.onnx import Shapes
 from bagel_opt.export.packaged import compile_all
-from bagel_opt.export.weights import write_weights
+from bagel_opt.export.weights import write_parameters
 from bagel_opt.model.attention import choose
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
@@ -48,8 +48,7 @@ def write_bundle(model: Bagel, folder: Path, kind: str, progress: Callable[..., 
         attention = choose("auto", device, dtype)
         source = plain(model)
         source.set_backend(attention)
-        weights = dict(source.named_parameters())
-        write_weights(folder / WEIGHTS, {name: tuple(p.shape) for name, p in weights.items()}, dtype, weights.items())
+        write_parameters(folder / WEIGHTS, source)
     programs = _write_programs(source, profiles, folder, kind, progress)
     if kind == "aoti":
         compile_all(folder, progress)

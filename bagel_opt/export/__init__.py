@@ -75,7 +75,7 @@ def export(
 
     from bagel_opt.api import shipped_model, torch_device
     from bagel_opt.checkpoint import Checkpoint
-    from bagel_opt.export.weights import write_weights
+    from bagel_opt.export.weights import write_parameters
     from bagel_opt.model.attention import choose
 
     kind = getattr(torch, dtype)
@@ -101,13 +101,10 @@ def export(
         if onnx:
             model.write_weights(partial, ((name, torch.cat(parts)) for name, parts in source.read(model.plain)))
         else:
-            weights = dict(model.named_parameters())
-            write_weights(
-                partial / WEIGHTS, {name: tuple(p.shape) for name, p in weights.items()}, kind, weights.items()
-            )
+            write_parameters(partial / WEIGHTS, model)
         shutil.copyfile(source.folder / "tokenizer.json", partial / TOKENIZER)
         programs = _write_programs(model, profiles, partial, format, progress)
-        model = weights = None  # their memory may be what compiling wants
+        del model  # its memory may be what compiling wants
         if format == "aoti":
             from bagel_opt.export.packaged import compile_all
 

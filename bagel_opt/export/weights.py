@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64  # bytes; the first tensor's place, so that a mapped file can be read as it lies
@@ -28,6 +28,13 @@ def write_weights(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.d
             if (wanted, shape) != (name, tuple(tensor.shape)):
                 raise ValueError(f"{name} {list(tensor.shape)} came where {wanted} {list(shape)} is to be written")
             file.write(_bytes(tensor.to(dtype)))
+
+
+def write_parameters(path: Path, model: nn.Module) -> None:
+    """A model's parameters, under their names in it."""
+    weights = dict(model.named_parameters())
+    dtype = next(iter(weights.values())).dtype
+    write_weights(path, {name: tuple(p.shape) for name, p in weights.items()}, dtype, weights.items())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
