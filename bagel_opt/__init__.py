@@ -1,7 +1,8 @@
 """bagel_opt: BAGEL on static shapes, eagerly, compiled and from bundles. Start with `load`."""
 
-from bagel_opt.api import Model, load
+from bagel_opt.api import Model
 from bagel_opt.errors import BundleError, CheckpointError, ProfileError, UnknownOptionError
+from bagel_opt.loading import load
 from bagel_opt.profile import Profile
 from bagel_opt.request import Options, Request, StepEvent
 

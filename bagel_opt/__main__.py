@@ -1,4 +1,4 @@
-from bagel_opt.cli import main
+from bagel_opt.cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

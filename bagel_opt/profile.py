@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_opt.errors import ProfileError
-from bagel_opt.settings import names, package_folder, read_settings
+from bagel_opt.toml_files import names, package_folder, read_settings
 
 
 @dataclass(frozen=True)

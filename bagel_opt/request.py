@@ -111,6 +111,11 @@ class Options:
         for name in ("on_step", "on_token"):
             check(name, getattr(self, name) is None or callable(getattr(self, name)), "None or a function")
 
+    @property
+    def counts_evaluations(self) -> bool:
+        """Whether the step cache counts each guidance branch's evaluations by itself."""
+        return self.step_cache == "taylorseer"
+
     @classmethod
     def make(cls, options: dict) -> "Options":
         """Raises UnknownOptionError, a TypeError and a ValueError, for a name that is no option."""

@@ -8,8 +8,8 @@ from support import CHECKPOINT, ODD  # noqa: E402  after the rewrite is register
 
 import bagel_opt  # noqa: E402
 from bagel_opt import Profile  # noqa: E402
-from bagel_opt.api import shipped_model  # noqa: E402
 from bagel_opt.export import export  # noqa: E402
+from bagel_opt.loading import shipped_model  # noqa: E402
 from bagel_opt.profile import load_profile  # noqa: E402
 
 PROFILES = {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cases, relative
 
-from bagel_opt.model import attention, cache
+from bagel_opt.model import attention, kv_cache
 
 ROOT = Path(__file__).parent.parent
 CPU_BACKENDS = ["sdpa", "flex"]
@@ -66,7 +66,7 @@ def test_write_touches_only_its_slots(data):
     want = old.clone()
     for b in range(rows):
         want[b, start[b] : start[b] + length] = new[b]
-    assert torch.equal(cache.write(old, new, start), want)
+    assert torch.equal(kv_cache.write(old, new, start), want)
 
 
 @pytest.mark.parametrize("name", ["auto2", "", "flash", "cudnn"])

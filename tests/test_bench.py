@@ -17,7 +17,7 @@ import bagel_opt
 from bagel_opt import bench
 from bagel_opt.bench import charts, full_size_tables, official, worker
 from bagel_opt.bench import serving as bench_serving
-from bagel_opt.cli import main
+from bagel_opt.cli.commands import main
 from bagel_opt.model.attention import attention
 
 WORK = bench.Work(height=64, width=96, steps=2, tokens=3, repeats=2)

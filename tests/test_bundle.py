@@ -16,14 +16,16 @@ from support import CHECKPOINT, cases
 
 import bagel_opt
 from bagel_opt import BundleError, Profile, ProfileError
-from bagel_opt.bundle import FORMAT, MANIFEST, WEIGHTS, locate_weights, read_manifest
-from bagel_opt.cli import main
-from bagel_opt.export import _replaceable, export, onnx_graph, processes
+from bagel_opt.cli.commands import main
+from bagel_opt.export import export, onnx_graph, processes
 from bagel_opt.export import onnx as exporter
-from bagel_opt.export.free import free_sizes, rows_to_trace
+from bagel_opt.export.bundle import _replaceable
+from bagel_opt.export.onnx_free_sizes import free_sizes, rows_to_trace
 from bagel_opt.export.verify import verify
+from bagel_opt.files.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
+from bagel_opt.files.weights import locate_weights
+from bagel_opt.programs.signatures import ONE_ROW, ROW
 from bagel_opt.runtime.onnx import OnnxRuntime
-from bagel_opt.runtime.programs import ONE_ROW, ROW
 
 PROFILE = Profile("test", 2, 600, 64, 64, 64)
 CACHED = ("text", "vit_context", "decode", "generate")
@@ -195,7 +197,7 @@ def test_a_missing_or_truncated_file_is_refused(copy, name):
 
 def rewrite(folder, **changes):
     """Changes fields of a manifest and signs it anew, as another version of bagel_opt might have written it."""
-    import bagel_opt.bundle as bundle
+    import bagel_opt.files.manifest as bundle
 
     data = json.loads((folder / MANIFEST).read_text())
     data.pop("sha256")
@@ -307,7 +309,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_fails_in_another_process_is_told():
-    with pytest.raises(RuntimeError, match=r"a process of the export failed: (?s:.*)expected 5, got 4"):
+    with pytest.raises(RuntimeError, match=r"a process of the export failed with status 1: (?s:.*)expected 5, got 4"):
         list(processes.in_processes("bagel_opt.export.onnx:write_programs", "wide", [1, 2]))
 
 

@@ -16,7 +16,7 @@ from support import CHECKPOINT, cases
 
 import bagel_opt
 from bagel_opt import CheckpointError, images
-from bagel_opt.checkpoint import Checkpoint
+from bagel_opt.files.checkpoint import Checkpoint
 
 SMALL = {"heads": 4, "head_dim": 8, "mlp": 48, "vit_hidden": 16, "vit_side": 4, "latent_side": 4}
 LAYER = "language_model.model.layers.1."
@@ -354,7 +354,7 @@ def large(tmp_path_factory):
 
 PEAK = """
 import sys, torch
-from bagel_opt.checkpoint import Checkpoint
+from bagel_opt.files.checkpoint import Checkpoint
 
 def memory(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

@@ -12,7 +12,7 @@ from PIL import Image
 from support import CHECKPOINT, GOLDEN
 
 import bagel_opt
-from bagel_opt.cli import main
+from bagel_opt.cli.commands import main
 
 PICTURE = GOLDEN / "cases" / "image_editing" / "input0.png"
 SMALL = ["--checkpoint", CHECKPOINT, "--num-timesteps", 3, "--seed", 0]
@@ -199,7 +199,7 @@ def test_bad_value(fails, arguments, message):
 
 @pytest.mark.parametrize("arguments", [["--num-timesteps", 1], ["--out", "cat.xyz"]])
 def test_slips_cost_no_loading(fails, monkeypatch, arguments):
-    monkeypatch.setattr("bagel_opt.cli.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("bagel_opt.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
     fails("generate", "a cat", *arguments)
 
 
@@ -226,7 +226,9 @@ def test_bad_usage(capsys, argv):
 @pytest.mark.parametrize("arguments", [[], ["--no-check"]])
 def test_checking_of_bundles_can_be_left_out(run, monkeypatch, arguments):
     seen, load = [], bagel_opt.load
-    monkeypatch.setattr("bagel_opt.cli.load", lambda *a, check, **k: seen.append(check) or load(*a, check=check, **k))
+    monkeypatch.setattr(
+        "bagel_opt.cli.commands.load", lambda *a, check, **k: seen.append(check) or load(*a, check=check, **k)
+    )
     run("chat", "hi", "--max-think-tokens", "1", *arguments)
     assert seen == [not arguments]
 
@@ -261,7 +263,7 @@ def test_out_of_memory_says_how_much(fails, monkeypatch):
     def full(*arguments, **options):
         raise MemoryError("no 1.2 GB left on the GPU")
 
-    monkeypatch.setattr("bagel_opt.cli.load", full)
+    monkeypatch.setattr("bagel_opt.cli.commands.load", full)
     assert "out of memory (no 1.2 GB left on the GPU); use a smaller picture" in fails("chat", "a")
 
 
@@ -269,7 +271,7 @@ def test_interrupted(run, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bagel_opt.cli.load", interrupt)
+    monkeypatch.setattr("bagel_opt.cli.commands.load", interrupt)
     assert run("chat", "a") == (130, "", "bagel-opt: interrupted\n")
 
 

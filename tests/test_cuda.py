@@ -1,4 +1,4 @@
-"""What runtime/cuda.py puts together in another way than the model does, on the CPU: without streams or compilation."""
+"""What runtime/two_streams.py puts together in another way than the model does, on the CPU: without streams or compilation."""
 
 import contextlib
 from types import SimpleNamespace
@@ -10,8 +10,11 @@ import torch.nn.functional as F
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
-from bagel_opt.model.transformer import Layer, rope
-from bagel_opt.runtime import cuda, hopper
+from bagel_opt.model.ops import TorchOps
+from bagel_opt.model.rotary import rope
+from bagel_opt.model.transformer import Layer, run_layer
+from bagel_opt.runtime import cuda_graphs, fused_products
+from bagel_opt.runtime import two_streams as streams
 
 
 def plain_product(x, weight, bias=None, residual_MN=None):
@@ -32,11 +35,11 @@ class Stream:
 def two_streams(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(hopper, "LEAST_ROWS", 4)
-    monkeypatch.setattr(hopper, "product", plain_product)
-    monkeypatch.setattr(hopper, "gated_product", plain_gated_product)
-    found = object.__new__(cuda.TwoStreams)
-    found.side, found.way = Stream(), cuda.Way(lambda part, options=None: part, fused=request.param)
+    monkeypatch.setattr(fused_products, "LEAST_ROWS", 4)
+    monkeypatch.setattr(fused_products, "product", plain_product)
+    monkeypatch.setattr(fused_products, "gated_product", plain_gated_product)
+    found = object.__new__(streams.TwoStreams)
+    found.side, found.way = Stream(), streams.Way(lambda part, options=None: part, fused=request.param)
     return found
 
 
@@ -51,10 +54,10 @@ def test_experts_side_by_side_compute_the_layer(two_streams, text, latents):
     cos, sin = rope(torch.tensor([[5], [9]])[:rows], 16, 1e4)
     seen = attention.visible("sdpa", start + text + latents, text + latents, slots, causal=not latents)
     results = []
-    for call in (Layer.__call__, two_streams):
+    for call in (run_layer, two_streams):
         k, v = (cache.clone() for cache in caches)
         with torch.no_grad():
-            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, "sdpa"))
+            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, TorchOps("sdpa")))
     for got, want in zip(results[1], results[0], strict=True):
         assert (got is None) == (want is None)
         if want is not None:
@@ -62,7 +65,7 @@ def test_experts_side_by_side_compute_the_layer(two_streams, text, latents):
 
 
 def test_caches_of_one_batch_after_another_share_memory():
-    memory, gone = cuda.CacheMemory(LLMConfig(64, 96, 3, 4, 2, 10), torch.float32, torch.device("cpu")), []
+    memory, gone = cuda_graphs.CacheMemory(LLMConfig(64, 96, 3, 4, 2, 10), torch.float32, torch.device("cpu")), []
     small = memory.take(1, 8, gone.append)
     assert {cache.shape for cache in small} == {(1, 8, *small[0].shape[2:])}
     for cache in small:
@@ -86,7 +89,7 @@ def test_caches_of_one_batch_after_another_share_memory():
 
 def test_a_replayed_graph_reads_what_it_was_given_last():
     """From the host or the device: the same picture may join a context before and after a flow step in that row."""
-    graph, seen = object.__new__(cuda.Graph), []
+    graph, seen = object.__new__(cuda_graphs.Graph), []
     graph.inputs, graph.given, graph.outputs = [torch.zeros(3)], [None], []
     graph.graph = SimpleNamespace(replay=lambda: seen.append(graph.inputs[0].tolist()))
     image, noisy = np.ones(3, np.float32), torch.full((3,), 7.0)
@@ -98,19 +101,19 @@ def test_a_replayed_graph_reads_what_it_was_given_last():
 @pytest.mark.parametrize(
     ("m", "n", "tile"),
     [  # two rows of 4,096 latent tokens, where these are an H100's fastest; by the rule one row, three, and two of 1,024
-        (8192, 3584, hopper.WIDE),
-        (8192, 4608, hopper.NARROW),
-        (4096, 3584, hopper.NARROW),
-        (12288, 3584, hopper.NARROW),
-        (2048, 3584, hopper.WIDE),
+        (8192, 3584, fused_products.WIDE),
+        (8192, 4608, fused_products.NARROW),
+        (4096, 3584, fused_products.NARROW),
+        (12288, 3584, fused_products.NARROW),
+        (2048, 3584, fused_products.WIDE),
     ],
 )
 def test_tiles_fill_the_multiprocessors(m, n, tile, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    assert hopper._tile(torch.empty(m, 1, device="meta"), torch.empty(n, 1, device="meta")) == tile
+    assert fused_products._tile(torch.empty(m, 1, device="meta"), torch.empty(n, 1, device="meta")) == tile
 
 
 def test_the_share_of_tiles_that_is_wanted():
-    assert hopper._fill(128 * 4, 256 * 3, hopper.WIDE, 12) == 1
-    assert hopper._fill(128 * 4, 256 * 3, hopper.WIDE, 8) == 12 / 16
-    assert hopper._fill(100, 192, hopper.NARROW, 1) == 100 / 128
+    assert fused_products._fill(128 * 4, 256 * 3, fused_products.WIDE, 12) == 1
+    assert fused_products._fill(128 * 4, 256 * 3, fused_products.WIDE, 8) == 12 / 16
+    assert fused_products._fill(100, 192, fused_products.NARROW, 1) == 100 / 128

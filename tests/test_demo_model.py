@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import bagel_opt
-from bagel_opt.api import shipped_model
 from bagel_opt.demo import evaluate
+from bagel_opt.loading import shipped_model
 
 CASES = {"prompts": evaluate.prompts, "edits": evaluate.edits, "questions": evaluate.questions}
 WANTED = {"prompts": 0.9, "edits": 0.85, "questions": 0.95}  # shares
@@ -69,7 +69,7 @@ def test_guidance_is_worth_something(right):
 
 
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
-    with evaluate.branches_mixed():
+    with evaluate.branches_mixed(eager):
         mixed = evaluate.right(eager, evaluate.prompts(60), together=False)
     assert sum(mixed) <= sum(right("prompts")[:60]) - 3
 

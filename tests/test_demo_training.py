@@ -13,7 +13,8 @@ from bagel_opt.api import Model
 from bagel_opt.demo import __main__, data, evaluate, layout, loop, objective, texts, train
 from bagel_opt.demo.world import draw
 from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT
+from bagel_opt.runtime.torch_setup import prepare
+from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT
 from bagel_opt.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def inference(model, tokenizer):
-    return Model(TorchRuntime(model, torch.device("cpu"), torch.float32, False), model.config, tokenizer)
+    return Model(TorchRuntime(prepare(model)), model.config, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_opt.sampling.flow import TaylorSeer, schedule, seeded_noise
+from bagel_opt.sampling.flow import schedule, seeded_noise
+from bagel_opt.sampling.step_caches import BranchSeer
 
 
 @pytest.mark.parametrize("num_timesteps", [2, 3, 24, 25, 50, 333])
@@ -47,7 +48,7 @@ def test_no_seed_is_another_noise_each_time():
 
 
 def test_taylorseer_evaluates_the_first_five_and_every_third():
-    seer, full, stored = TaylorSeer(), [], []
+    seer, full, stored = BranchSeer(), [], []
     for evaluation in range(24):
         if seer.next():
             full.append(evaluation)

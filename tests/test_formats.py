@@ -16,10 +16,10 @@ from torch import Tensor
 
 import bagel_opt
 from bagel_opt import BundleError, Profile, ProfileError
-from bagel_opt.bundle import read_manifest
 from bagel_opt.export import export
+from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
-from bagel_opt.sampling.plan import make_plan
+from bagel_opt.sampling.planning import make_plan
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
@@ -77,7 +77,8 @@ def test_branches_stay_together_where_a_profile_has_the_rows(two):
 
     def chosen(inputs, **options):
         plan = make_plan(bagel_opt.Request(inputs, **options), model.config, model.tokenizer)
-        return model.choose(plan).name, plan
+        profile, plan = model.choose(plan)
+        return profile.name, plan
 
     picture = Image.new("RGB", (48, 48))
     assert chosen(["a red circle"], height=32, width=32)[0] == "small"

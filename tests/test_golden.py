@@ -7,7 +7,8 @@ from support import CHECKPOINT, ODD, cases, check_together, relative
 
 from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.job import Job
-from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT, Block, fit_profile, make_plan
+from bagel_opt.sampling.plan import Block, fit_profile
+from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
 # Compiling takes minutes: the second checkpoint goes through what every other runtime is traced from, and ONNX.
 CASES = pytest.mark.parametrize(
@@ -109,5 +110,5 @@ def prefill(model, plan, blocks):
         order += slots
         start += block.length
     layers = model.config.llm.num_hidden_layers
-    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches.caches[0]])
+    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches[0].caches])
     return stacked[:layers, order], stacked[layers:, order]

@@ -10,13 +10,13 @@ from test_attention import random_inputs
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.bundle import read_manifest
 from bagel_opt.demo.loop import Settings
 from bagel_opt.demo.train import train
 from bagel_opt.export import export
+from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
-from bagel_opt.runtime import hopper
-from bagel_opt.runtime.cuda import Graphs
+from bagel_opt.runtime import fused_products
+from bagel_opt.runtime.cuda_graphs import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -149,7 +149,7 @@ def test_training_in_cuda_graphs_is_training(tmp_path):
 
 @pytest.mark.parametrize(("m", "k", "n"), [(512, 64, 64), (777, 3584, 4608), (1030, 1152, 320), (8192, 256, 3584)])
 def test_fused_products(m, k, n):
-    if not hopper.usable(torch.device("cuda"), torch.bfloat16):
+    if not fused_products.usable(torch.device("cuda"), torch.bfloat16):
         pytest.skip("needs Hopper and quack-kernels")
     torch.manual_seed(0)
     x, residual, weight, bias, gate_up = (
@@ -157,9 +157,9 @@ def test_fused_products(m, k, n):
     )
     gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=-1)
     for got, want in (
-        (hopper.product(x, weight, bias), x.double() @ weight.double().T + bias),
-        (hopper.product(x, weight, residual_MN=residual), x.double() @ weight.double().T + residual),
-        (hopper.gated_product(x, gate_up), torch.nn.functional.silu(gate) * up),
+        (fused_products.product(x, weight, bias), x.double() @ weight.double().T + bias),
+        (fused_products.product(x, weight, residual_MN=residual), x.double() @ weight.double().T + residual),
+        (fused_products.gated_product(x, gate_up), torch.nn.functional.silu(gate) * up),
     ):
         assert relative(got.double(), want) < 3e-3
 

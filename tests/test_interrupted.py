@@ -14,9 +14,9 @@ from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import BundleError
-from bagel_opt.bundle import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.export import export
-from bagel_opt.export.packaged import check_loads, compile_all
+from bagel_opt.export.torch_packages import check_loads, compile_all
+from bagel_opt.files.manifest import MANIFEST, UNFINISHED, read_manifest
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 import bagel_opt
 from bagel_opt.export import export
 from bagel_opt import Profile
-import torch.export, safetensors.torch, bagel_opt.export.packaged
+import torch.export, safetensors.torch, bagel_opt.export.torch_packages
 
 checkpoint, folder, first, count = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
 profile = Profile("small", rows=1, slots=160, text=16, patches=16, latents=16)
@@ -107,7 +107,7 @@ def export_quickly(ready, folder, die=None):
     """An export whose programs are copies of another bundle's; it dies at a step."""
     import shutil
 
-    import bagel_opt.export as module
+    import bagel_opt.export.bundle as module
 
     manifest = read_manifest(ready)
 

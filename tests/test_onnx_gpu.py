@@ -15,16 +15,18 @@ from support import CHECKPOINT, cases, relative
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.api import Model
-from bagel_opt.bundle import TOKENIZER, WEIGHTS, locate_weights, read_manifest
-from bagel_opt.checkpoint import Checkpoint
 from bagel_opt.export import export, onnx_graph
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export.examples import example_inputs
-from bagel_opt.export.verify import run_programs
+from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, read_manifest
+from bagel_opt.files.weights import locate_weights, mapped_weights
+from bagel_opt.programs.callables import programs
+from bagel_opt.programs.exercise import run_programs
+from bagel_opt.programs.signatures import signatures
 from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
 from bagel_opt.runtime.onnx import load_session
-from bagel_opt.runtime.onnx_gpu import GRAPHED, OnnxGpuRuntime, read_weights
-from bagel_opt.runtime.programs import programs, signatures
+from bagel_opt.runtime.onnx_gpu import GRAPHED, OnnxGpuRuntime
 from bagel_opt.tokenizer import Tokenizer
 
 PROFILE = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
@@ -203,8 +205,8 @@ def test_bfloat16_graphs_hold_no_other_precision_inside(tmp_path):
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     products = [node.output[0] for node in graph.node if node.op_type in ("Gemm", "Attention", "RMSNormalization")]
     assert {kinds.get(name, onnx.TensorProto.BFLOAT16) for name in products} == {onnx.TensorProto.BFLOAT16}
-    stored = dict(read_weights(folder / WEIGHTS, np.dtype("uint16")))
-    assert {at.dtype for at in locate_weights(folder / WEIGHTS).values()} == {"BF16"}
+    stored = {name: array.view("uint16") for name, _, array in mapped_weights(folder / WEIGHTS)}
+    assert {at.dtype.name for at in locate_weights(folder / WEIGHTS).values()} == {"bfloat16"}
     layer = bagel_opt.load(CHECKPOINT, device="cpu").runtime.model.llm.layers[1].gen
     halves = [torch.from_numpy(stored[f"llm.layers.1.gen.gate_up.{half}.weight"].copy()) for half in ("gate", "up")]
     assert torch.equal(torch.cat(halves).view(torch.bfloat16), layer.gate_up.weight.bfloat16())

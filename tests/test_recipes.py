@@ -10,12 +10,12 @@ from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.cli import main
+from bagel_opt.cli.commands import main
+from bagel_opt.cli.memory import needs
 from bagel_opt.config import PUBLISHED
-from bagel_opt.memory import needs
+from bagel_opt.export.recipe import load_recipe, recipes_folder
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
-from bagel_opt.recipe import load_recipe, recipes_folder
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 

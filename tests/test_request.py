@@ -9,8 +9,8 @@ from PIL import Image
 from support import CHECKPOINT
 
 from bagel_opt import Model, Options, Profile, ProfileError, Request, UnknownOptionError
-from bagel_opt.checkpoint import Checkpoint
-from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT, make_plan
+from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
 GOOD = {
     "output": ["image", "text"],
@@ -315,12 +315,12 @@ def test_profile_just_large_enough(plan, inputs, options):
     p = plan(inputs, **options)
     fits = dataclasses.replace(TINY, latents=p.latents() or 1, patches=p.tokens("vit") or 1, slots=9999)
     fits = dataclasses.replace(fits, slots=p.peak(fits.text, fits.patches, fits.latents)[1])
-    p.check(fits)
+    assert p.fitted(fits).max_tokens == p.max_tokens
     needs = {"slots": fits.slots, "latents": p.latents(), "patches": p.tokens("vit")}
     for name, need in needs.items():
         if need > 1:
             with pytest.raises(ProfileError) as caught:
-                p.check(dataclasses.replace(fits, **{name: need - 1}))
+                p.fitted(dataclasses.replace(fits, **{name: need - 1}))
             assert f"needs {name} of at least {need}, but profile 'tiny' has {name} = {need - 1};" in str(caught.value)
 
 

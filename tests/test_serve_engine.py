@@ -9,7 +9,7 @@ from support import CHECKPOINT, cases
 
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
-from bagel_opt.sampling.plan import make_plan
+from bagel_opt.sampling.planning import make_plan
 
 SHORT = {"num_timesteps": 6, "seed": 5}
 

@@ -114,11 +114,11 @@ def test_what_cannot_be_loaded_starts_no_cluster():
 
 
 def test_options_of_a_config_file_are_those_of_the_command():
-    from bagel_opt.cli import serve_settings
+    from bagel_opt.cli.serving import cluster_settings
 
-    found = serve_settings({"max-replicas": "4", "gpus_per_replica": "0.5", "remote-images": "true", "timeout": "9"})
+    found = cluster_settings({"max-replicas": "4", "gpus_per_replica": "0.5", "remote-images": "true", "timeout": "9"})
     assert (found["replicas"].least, found["replicas"].most, found["replicas"].gpus) == (1, 4, 0.5)
     assert (found["remote"], found["timeout"], found["name"]) == (True, 9, "bagel-demo")
-    assert not serve_settings({"remote-images": "false"})["remote"]
+    assert not cluster_settings({"remote-images": "false"})["remote"]
     with pytest.raises(ValueError, match="remote-images='maybe'; allowed are true and false"):
-        serve_settings({"remote-images": "maybe"})
+        cluster_settings({"remote-images": "maybe"})

@@ -12,7 +12,9 @@ from support import CHECKPOINT, cases, check_together, relative
 import bagel_opt
 from bagel_opt import Profile, ProfileError
 from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.sampling.plan import fit_profile, make_plan
+from bagel_opt.runtime.torch_setup import prepare
+from bagel_opt.sampling.plan import fit_profile
+from bagel_opt.sampling.planning import make_plan
 
 ALL = cases()
 
@@ -54,7 +56,7 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
         latents=need.latents + data.draw(extra),
         slots=700 + data.draw(extra),
     )
-    runtime = Poisoned(eager.runtime.model, torch.device("cpu"), torch.float32, compiled=False)
+    runtime = Poisoned(prepare(eager.runtime.model))
     model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, [profile])
     for i, outputs, seen in zip(chosen, model.run_many(requests), events, strict=True):
         for got, want in zip(outputs, alone[i][0], strict=True):
@@ -172,7 +174,7 @@ def test_a_failed_allocation_loses_nobody_elses_work(eager):
             return super().caches(rows, slots)
 
     case = next(c for c in ALL if c.name == "text_to_image_no_cfg")  # one row
-    runtime = Small(eager.runtime.model, torch.device("cpu"), torch.float32, compiled=False)
+    runtime = Small(prepare(eager.runtime.model))
     model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, [Profile("rows", 1, 300, 64, 64, 64)])
     outputs, failed = model.run_many([case.request(), case.request()], return_exceptions=True)
     case.check_outputs(outputs)

@@ -7,8 +7,8 @@ from support import CHECKPOINT, cases, relative
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.sampling import engine, flow
-from bagel_opt.sampling.flow import TeaCache
+from bagel_opt.sampling import engine, step_caches
+from bagel_opt.sampling.step_caches import Drift
 
 PICTURE = {"num_timesteps": 30, "height": 64, "width": 96, "seed": 3}
 CACHED = {**PICTURE, "step_cache": "teacache"}
@@ -37,15 +37,15 @@ def programs(eager, monkeypatch):
 
 
 def test_it_evaluates_where_the_input_has_drifted_the_first_and_the_last():
-    tea = TeaCache(8)
+    tea = Drift(8)
     assert [tea.due(change, 2) for change in (9, 0.02, 0.02, 0.02, 0.02, 0.04, 0.01, 0)] == [
         True, False, False, True, False, True, False, True,
     ]  # fmt: skip
-    tea = TeaCache(9)  # guidance comes: its branches have nothing to reuse; when it goes, main still has
+    tea = Drift(9)  # guidance comes: its branches have nothing to reuse; when it goes, main still has
     assert [tea.due(0.005, branches) for branches in (1, 1, 3, 3, 1, 1, 3, 3, 1)] == [
         True, False, True, False, False, False, False, False, True,
     ]  # fmt: skip
-    assert TeaCache(3).due(float("nan"), 1)  # whatever the row held before
+    assert Drift(3).due(float("nan"), 1)  # whatever the row held before
 
 
 def test_steps_between_reuse_what_the_last_evaluation_added(eager, programs):
@@ -55,7 +55,7 @@ def test_steps_between_reuse_what_the_last_evaluation_added(eager, programs):
         for program, inputs, outputs in programs:
             if program == "tea_change":
                 x, t, index, n, before = (torch.as_tensor(value) for value in inputs)
-                embedded = model.latent_in(x) + model.time(t)[:, None] + model.latent_position(index)
+                embedded = model.latent_in(x) + model.time(t, x.dtype)[:, None] + model.latent_position(index)
                 change = (embedded - before)[0, :24].abs().mean() / before[0, :24].abs().mean()
                 assert n.tolist() == [24]
                 if evaluated:
@@ -72,7 +72,7 @@ def test_steps_between_reuse_what_the_last_evaluation_added(eager, programs):
 @pytest.mark.parametrize("case", [case for case in cases() if case.name in ("text_to_image", "image_editing")], ids=str)
 def test_without_skipping_it_is_the_plain_picture(eager, monkeypatch, case):
     """With both guidances, in their interval."""
-    monkeypatch.setattr(flow, "MOST_CHANGE", 0.0)
+    monkeypatch.setattr(step_caches, "MOST_CHANGE", 0.0)
     plain, cached = (watched(eager, case.inputs, **case.options, step_cache=kind)[0] for kind in (None, "teacache"))
     assert all(relative(a, b) < 1e-5 for a, b in zip(cached, plain, strict=True))
 

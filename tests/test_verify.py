@@ -8,10 +8,10 @@ from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import BundleError, Profile
-from bagel_opt.bundle import read_manifest
 from bagel_opt.export import export, onnx
 from bagel_opt.export.verify import _largest, relative, verify
-from bagel_opt.runtime.programs import signatures
+from bagel_opt.files.manifest import read_manifest
+from bagel_opt.programs.signatures import signatures
 
 SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bagel_opt.api import BACKENDS, shipped_model
-from bagel_opt.bundle import MANIFEST, read_manifest
+from bagel_opt.files.manifest import MANIFEST, read_manifest
+from bagel_opt.loading import BACKENDS, shipped_model
 
 # What is measured, and the head of its column.
 COLUMNS = {
@@ -64,7 +64,7 @@ def default_side(source: str | None) -> int:
     folder = shipped_model() if source is None else Path(source)
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).config.default_size
-    from bagel_opt.checkpoint import Checkpoint
+    from bagel_opt.files.checkpoint import Checkpoint
 
     return Checkpoint(source or folder).config.default_size
 
@@ -117,7 +117,7 @@ def bench(
             if (Path(source) / MANIFEST).is_file():
                 contenders.append(Contender(f"{name}, bundle", source, "bundle", device=settings.get("device")))
                 continue
-            from bagel_opt.checkpoint import find_folder
+            from bagel_opt.files.checkpoint import find_folder
 
             source = str(find_folder(source))
             if official:
@@ -125,7 +125,7 @@ def bench(
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))
             contenders += [Contender(f"{name}, {backend}", source, backend, **settings) for backend in backends]
             for format in formats if profiles else ():
-                from bagel_opt.export import export, precisions
+                from bagel_opt.export.bundle import export, precisions
 
                 progress(f"exporting {name} as {format}", 0, 0)
                 how = {"dtype": settings.get("dtype") or "float32", "device": settings.get("device") or "cpu"}

@@ -4,50 +4,29 @@ Ours under torch.compile, the official code, and on request ours from bundles, i
 weights: the first two on the same memory.
 """
 
+import dataclasses
 import datetime
 import functools
 import gc
-import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import bagel_opt
-from bagel_opt.api import Model, shipped_model
-from bagel_opt.bench.official_full_size import DEFAULTS, PROMPT, TOKENS, Official
-from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, VAEConfig, ViTConfig
-from bagel_opt.model.attention import _flash_package, choose
+from bagel_opt.bench.contenders import Ours, in_process
+from bagel_opt.bench.full_size_official import Official
+from bagel_opt.bench.measure import figures, seconds
+from bagel_opt.config import PUBLISHED, BagelConfig
+from bagel_opt.loading import shipped_model
+from bagel_opt.model.attention import flash_package
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.sampling.job import Job
 from bagel_opt.tokenizer import Tokenizer
-
-EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
-EDIT_POINTS = 9
-PEAK = "peak memory so far, GB"
-SIZES = {"1024x1024": (1024, 1024), "768x1024": (1024, 768), "512x512": (512, 512)}  # names are width x height
-
-
-def published(tokenizer: Tokenizer) -> BagelConfig:
-    """BAGEL-7B-MoT."""
-    return BagelConfig(
-        llm=LLMConfig(3584, 18944, 28, 28, 4, 152064),
-        vit=ViTConfig(1152, 4304, 26, 16, 14, 70**2),
-        vae=VAEConfig(),
-        vae_resize=ResizeConfig(1024, 512, 16),
-        vit_resize=ResizeConfig(980, 224, 14),
-        special=tokenizer.special,
-        latent_side=64,
-        vit_side=70,
-    )
 
 
 def random_model(config: BagelConfig, device: torch.device) -> Bagel:
@@ -64,111 +43,9 @@ def random_model(config: BagelConfig, device: torch.device) -> Bagel:
     return model
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.effect_mandelbrot((width, height), (-2, -1.2, 1, 1.2), 30).convert("RGB")
-
-
-class Ours:
-    """The model under torch.compile."""
-
-    def __init__(self, model: Bagel, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16, compiled: bool = True):
-        device = model.latent_in.weight.device
-        model.set_backend(choose("auto", device, dtype))
-        runtime = TorchRuntime(model, device, dtype, compiled)
-        self.model = Model(runtime, model.config, tokenizer, round_up=True)
-        self.drawn: list[float] = []  # seconds of denoising, of each picture
-
-    def draw(self, inputs: list, count: int = 1, **options: object) -> list[Image.Image]:
-        self.drawn.clear()
-        requests = [bagel_opt.Request(inputs, seed=i, **options) for i in range(count)]
-        with timed_draw(self.drawn):
-            return [outputs[-1] for outputs in self.model.run_many(requests)]
-
-    def tokens(self, rows: int = 1) -> list[float]:
-        """Milliseconds per token."""
-        seen: list[float] = []
-        answer = {"output": "text", "do_sample": True, "text_temperature": 1000.0, "max_think_tokens": TOKENS + 2}
-        requests = [bagel_opt.Request(PROMPT, seed=i, **answer) for i in range(rows)]
-        requests[0] = bagel_opt.Request(PROMPT, seed=0, on_token=lambda _: seen.append(time.perf_counter()), **answer)
-        self.model.run_many(requests)
-        return [1000 * (b - a) for a, b in itertools.pairwise(seen)][1:]
-
-    def decode_picture(self) -> None:
-        runtime = self.model.runtime
-        runtime.host(runtime.run("vae_decode", [torch.randn(1, 16, 128, 128, device=runtime.device)])[0])
-
-    def velocity(self, noise: Tensor) -> Tensor:
-        """The first guided velocity of a picture that starts at this noise."""
-        seen: list[Tensor] = []
-        shape = {"height": 1024, "width": 1024, "num_timesteps": 2, "noise": noise}
-        self.model.generate(PROMPT, on_step=lambda event: seen.append(event.v_t), **shape)
-        return seen[0].double()
-
-
-@contextmanager
-def timed_draw(seconds: list[float]) -> Iterator[None]:
-    """Appends how long each request denoised, from its filled contexts to its final latents."""
-    original = Job._draw
-
-    def draw(job: Job) -> Iterator:
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        latents = yield from original(job)
-        seconds.append(time.perf_counter() - begun)  # the latents are on the host
-        return latents
-
-    Job._draw = draw
-    try:
-        yield
-    finally:
-        Job._draw = original
-
-
-def seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds, and milliseconds per step or token, of each work after a warm-up."""
-    found: dict[str, list[float]] = {}
-
-    def draws(name: str, inputs: list, count: int = 1, repeats: int = repeats, **options: Any) -> None:
-        progress(name)
-        short = {**options, "num_timesteps": 8}  # reaches the times without guidance, too
-        begun = time.perf_counter()
-        contender.draw(inputs, count, **short)
-        found[f"{name}: first call, s"] = [time.perf_counter() - begun]
-        contender.draw(inputs, count, **short)  # what ran once in the first call may be captured in the second
-        for _ in range(repeats):
-            whole = seconds(lambda: contender.draw(inputs, count, **options))
-            found.setdefault(f"{name}: denoising, s", []).append(max(contender.drawn))
-            found.setdefault(f"{name}: whole, s", []).append(whole)
-
-    torch.cuda.reset_peak_memory_stats()
-    for name, (height, width) in SIZES.items():
-        draws(name, [PROMPT], height=height, width=width, **DEFAULTS)
-    draws("edit 1024x1024, 8 steps", [picture(1024, 1024), "make it red"], **{**EDIT, "num_timesteps": EDIT_POINTS})
-    progress("tokens")
-    contender.tokens()
-    found["token, ms"] = [t for _ in range(repeats) for t in contender.tokens()]
-    contender.decode_picture()
-    found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
-    found[PEAK] = [torch.cuda.max_memory_allocated() / 1e9]
-    found["and held by torch, GB"] = [torch.cuda.max_memory_reserved() / 1e9]
-    if type(contender) is Ours:  # the official code draws and writes for one request at a time, the bundle for one row
-        contender.tokens(8)
-        found["token of 8 rows, ms"] = contender.tokens(8)
-        draws("4 pictures 1024x1024", [PROMPT], 4, 1, height=1024, width=1024, **DEFAULTS)
-    return found
-
-
 def versions() -> dict[str, str | None]:
     """What has a share in the figures, as far as it is installed."""
-    found = {"bagel_opt": bagel_opt.__version__, "torch": torch.__version__, "flash": _flash_package()}
+    found = {"bagel_opt": bagel_opt.__version__, "torch": torch.__version__, "flash": flash_package()}
     for name in ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "transformers", "onnxruntime-gpu"):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -186,14 +63,14 @@ def run_full_size(
     "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. Raises ValueError
     without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
     if bundles:
-        from bagel_opt.bench.bundles_full_size import from_bundle, written
+        from bagel_opt.bench.full_size_bundles import measured, written
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
         raise ValueError("the h100 preset needs a CUDA device, and this torch finds none")
     device = torch.device("cuda")
     tokenizer = Tokenizer(shipped_model() / "tokenizer.json")
-    config = published(tokenizer)
+    config = dataclasses.replace(PUBLISHED, special=tokenizer.special)
     model = random_model(config, device)
     noise = torch.randn(64 * 64, config.latent_dim, generator=torch.Generator().manual_seed(0))
     results: dict[str, Any] = {
@@ -211,7 +88,7 @@ def run_full_size(
         del official
     gc.collect()
     torch.cuda.empty_cache()
-    ours = Ours(model, tokenizer)
+    ours = in_process(model, tokenizer)
     results["figures"]["ours"] = figures(ours, repeats, lambda what: progress(f"ours: {what}"))
     velocities["ours"] = ours.velocity(noise)
     save(results)
@@ -228,14 +105,14 @@ def run_full_size(
     exported = {kind: written(model, folder, kind, progress) for kind, folder in bundles.items()}
     progress("float32")
     model = fresh_float32(model)
-    exact = Ours(model, tokenizer, torch.float32, compiled=False).velocity(noise)
+    exact = in_process(model, tokenizer, compiled=False).velocity(noise)
     results["velocity errors"] = {name: relative(v, exact) for name, v in velocities.items()}
     save(results)
     del model
     gc.collect()
     torch.cuda.empty_cache()
     for kind, folder in bundles.items():
-        results["figures"][kind], velocity = from_bundle(folder, kind, repeats, noise, progress)
+        results["figures"][kind], velocity = measured(folder, kind, repeats, noise, progress)
         results["figures"][kind]["export, s"] = [exported[kind]] if exported[kind] else []
         results["velocity errors"][kind] = relative(velocity, exact)
         save(results)

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import bagel_opt
-from bagel_opt.cli import guarded
+from bagel_opt.cli.console import guarded
 from bagel_opt.demo.sheet import Cell, sheet
 from bagel_opt.export import export
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bagel_opt.demo import texts
 from bagel_opt.demo.world import Edit, Scene, draw
-from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT
+from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT
 from bagel_opt.tokenizer import Tokenizer
 
 IGNORED = -100  # a label of cross-entropy that does not count

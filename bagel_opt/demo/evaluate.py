@@ -19,15 +19,15 @@ from rich.table import Table
 from torch import Tensor
 
 import bagel_opt
-from bagel_opt.bundle import MANIFEST
-from bagel_opt.cli import guarded
+from bagel_opt.cli.console import guarded
 from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows
 from bagel_opt.demo.world import Scene, draw, sample_scene
-from bagel_opt.model import attention
+from bagel_opt.files.manifest import MANIFEST
 from bagel_opt.model.attention import Visible
+from bagel_opt.model.ops import TorchOps
 from bagel_opt.request import Request
-from bagel_opt.sampling.flow import TaylorSeer, TeaCache
+from bagel_opt.sampling.step_caches import BranchSeer, Drift
 
 PROMPTS, EDITS, QUESTIONS, TIMESTEPS = 100, 60, 100, 25
 THINK = {"think": True, "max_think_tokens": 256}  # with room for 1000, every step looks at as many slots
@@ -77,48 +77,51 @@ def _right(wanted: Scene | str, got: object) -> bool:
     return shows(got, wanted)
 
 
-@contextlib.contextmanager
-def branches_mixed() -> Iterator[None]:
+class MixedOps(TorchOps):
     """Lets all rows of a flow step see each other's keys, as when guidance branches are packed without a mask.
 
     For showing what isolation is worth: eager models on SDPA, one request at a time.
     """
-    attend = attention.attend
 
-    def mixed(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
+    def attend(self, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
         rows = len(q_BQHD)
         if rows > 1 and not seen.causal:
             k_BSGD, v_BSGD = (x.flatten(0, 1)[None].expand(rows, -1, -1, -1) for x in (k_BSGD, v_BSGD))
             seen = seen._replace(mask=seen.mask.flatten()[None, None, None])
-        return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
+        return super().attend(q_BQHD, k_BSGD, v_BSGD, seen)
 
-    attention.attend = mixed
+
+@contextlib.contextmanager
+def branches_mixed(model: bagel_opt.Model) -> Iterator[None]:
+    """Gives an eager model MixedOps for a while."""
+    network = model.runtime.model
+    network.ops, right = MixedOps(), network.ops
     try:
         yield
     finally:
-        attention.attend = attend
+        network.ops = right
 
 
 def full_evaluations(steps: int) -> int:
     """How many of a branch's evaluations TaylorSeer makes in full."""
-    seer = TaylorSeer()
+    seer = BranchSeer()
     return sum(seer.next() for _ in range(steps))
 
 
 @contextlib.contextmanager
 def tea_steps() -> Iterator[list[bool]]:
     """Whether each step that TeaCache decides on is evaluated."""
-    due, seen = TeaCache.due, []
+    due, seen = Drift.due, []
 
     def noted(*arguments: object) -> bool:
         seen.append(due(*arguments))
         return seen[-1]
 
-    TeaCache.due = noted
+    Drift.due = noted
     try:
         yield seen
     finally:
-        TeaCache.due = due
+        Drift.due = due
 
 
 def main() -> None:
@@ -177,7 +180,7 @@ def measure(a: argparse.Namespace) -> None:
     # exported code is what it is; eager attention alone can be told to mix branches
     if a.backend == "eager" and not (a.checkpoint and (Path(a.checkpoint) / MANIFEST).is_file()):
         row("prompts", prompts(), "one at a time", steps, together=False)
-        with branches_mixed():
+        with branches_mixed(model):
             row("prompts", prompts(), "one at a time, branches mixed", steps, together=False)
     Console().print(table)
     if a.json:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from bagel_opt.checkpoint import part_rows, published_names
 from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, SpecialTokens, VAEConfig, ViTConfig
 from bagel_opt.demo.world import SIDE
+from bagel_opt.files.checkpoint import VAE_FILE, published_tensors
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import SPECIAL
 
@@ -159,19 +159,12 @@ def write_config(folder: Path, config: BagelConfig) -> None:
         _json(folder / f"{name}.json", data)
 
 
-def write_weights(folder: Path, model: Bagel) -> None:
-    """ema.safetensors and ae.safetensors in bfloat16, under the published names."""
-    files: dict[str, dict[str, torch.Tensor]] = {"ema.safetensors": {}, "ae.safetensors": {}}
-    for name, parameter in model.named_parameters():
-        sources = published_names(name)
-        parts = (
-            parameter.detach()
-            .to("cpu", torch.bfloat16)
-            .split(part_rows(model.config, name, len(sources), parameter.shape[0]))
-        )
-        for source, part in zip(sources, parts, strict=True):
-            file = "ae.safetensors" if source.startswith("vae.") else "ema.safetensors"
-            files[file][source.removeprefix("vae.")] = part.contiguous()
+def write_checkpoint(folder: Path, model: Bagel) -> None:
+    """The weights as ema.safetensors and ae.safetensors, in bfloat16, under the published names."""
+    files: dict[str, dict[str, torch.Tensor]] = {"ema.safetensors": {}, VAE_FILE: {}}
+    for name, tensor in published_tensors(model):
+        file = VAE_FILE if name.startswith("vae.") else "ema.safetensors"
+        files[file][name.removeprefix("vae.")] = tensor.to("cpu", torch.bfloat16).contiguous()
     for file, tensors in files.items():
         save_file(tensors, folder / file)
         (folder / file).chmod(0o644)  # it comes readable by its owner alone

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from bagel_opt.config import VAEConfig
 from bagel_opt.demo.data import IGNORED, Packed
-from bagel_opt.model import attention
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.model.transformer import Layer, rope
+from bagel_opt.model.ops import TorchOps
+from bagel_opt.model.rotary import rope
+from bagel_opt.model.transformer import Layer
 
 # Times are logit-normal (arXiv 2403.03206). The mean shifts them towards noise as timestep_shift = exp(mean) does.
 TIME_MEAN, TIME_DEVIATION = 0.8, 1.2
+OPS = TorchOps("sdpa")
 
 
 def pixels(pictures_PHWC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,13 +78,13 @@ def run_layer(
     layer: Layer, und: Tensor, gen: Tensor | None, ropes: tuple[Tensor, ...], seen: Visible
 ) -> tuple[Tensor, Tensor | None]:
     """One layer over sequences without a cache: what inference does in several calls, in one."""
-    q, k, v = layer.und.project(und, *ropes[:2])
+    q, k, v = layer.und.project(und, *ropes[:2], OPS)
     if gen is not None:
-        parts = zip((q, k, v), layer.gen.project(gen, *ropes[2:]), strict=True)
+        parts = zip((q, k, v), layer.gen.project(gen, *ropes[2:], OPS), strict=True)
         q, k, v = (torch.cat(part, dim=1) for part in parts)
     if q.is_cuda:  # torch's fused kernels with a mask and a gradient take no grouped queries
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    out = attention.attend("sdpa", q, k, v, seen)
+    out = OPS.attend(q, k, v, seen)
     length = und.shape[1]
     und = layer.und.finish(und, out[:, :length])
     return und, None if gen is None else layer.gen.finish(gen, out[:, length:])
@@ -114,7 +116,7 @@ def forward(
             places = [rows.images["clean"][0], *places]
         n = noisy_RNK.shape[1]
         gen = model.latent_in(torch.cat(latents, dim=1).to(und.dtype))
-        gen = gen + torch.cat([model.time(t)[:, None].expand(-1, n, -1) for t in times], dim=1)
+        gen = gen + torch.cat([model.time(t, und.dtype)[:, None].expand(-1, n, -1) for t in times], dim=1)
         gen = gen + model.latent_position(grid).repeat(1, len(latents), 1)
         gen_position = torch.cat([place[:, None].expand(-1, n) for place in places], dim=1)
     seen = visible(position if gen is None else torch.cat((position, gen_position), dim=1), und.dtype)

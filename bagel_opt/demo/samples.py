@@ -14,13 +14,14 @@ from bagel_opt.demo.world import draw, sample_scene
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.request import Request
 from bagel_opt.runtime.torch import TorchRuntime
+from bagel_opt.runtime.torch_setup import prepare
 from bagel_opt.tokenizer import Tokenizer
 
 
-def training_sheet(model: Bagel, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Image.Image:
+def training_sheet(model: Bagel, tokenizer: Tokenizer) -> Image.Image:
     """Six held-out prompts and six held-out edits."""
     rng = Random(0)
-    whole = Model(TorchRuntime(model, device, dtype, compiled=False), model.config, tokenizer)
+    whole = Model(TorchRuntime(prepare(model)), model.config, tokenizer)
     prompts = [texts.sample_prompt(rng, sample_scene(rng, held_out=True), placed=True)[0] for _ in range(6)]
     edits = [texts.sample_edit(rng, held_out=True) for _ in range(6)]
     requests = [Request(prompt, seed=0, num_timesteps=25) for prompt in prompts]

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bagel_opt.api import torch_device
-from bagel_opt.checkpoint import Checkpoint
-from bagel_opt.cli import guarded
+from bagel_opt.cli.console import guarded
 from bagel_opt.config import BagelConfig
 from bagel_opt.demo import data, objective, texts
-from bagel_opt.demo.layout import GRID, demo_config, write_config, write_tokenizer, write_weights
+from bagel_opt.demo.layout import GRID, demo_config, write_checkpoint, write_config, write_tokenizer
 from bagel_opt.demo.loop import Run, Settings, Stopped, Weights, deterministic
 from bagel_opt.demo.samples import reconstruction_sheet, training_sheet
 from bagel_opt.demo.world import BACKGROUNDS, SIDE, middle, sample_scene
+from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.loading import torch_device
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.sampling.plan import THINK_IMAGE, THINK_TEXT
+from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT
 from bagel_opt.tokenizer import Tokenizer
 
 TEXT_WEIGHT = 0.3  # of cross-entropy beside the flow's error
@@ -136,7 +136,7 @@ def train_transformer(run: Run, model: Bagel, tokenizer: Tokenizer) -> None:
         return found
 
     def show(name: str) -> None:
-        training_sheet(model, tokenizer, run.device, run.dtype).save(run.out / name)
+        training_sheet(model, tokenizer).save(run.out / name)
 
     dataset = data.Batches(tokenizer, s.seed, s.pairs, s.steps)
     run.stage("transformer", weights, s.steps, s.rate, dataset, prepare, compute, show)
@@ -186,7 +186,7 @@ def train(out: Path, settings: Settings, device: str | torch.device, stop_after:
             model.vae.to(torch.bfloat16).to(run.dtype).requires_grad_(False)
             train_transformer(run, model, tokenizer)
     finally:
-        write_weights(checkpoint, model)  # of an unfinished run too, to look at
+        write_checkpoint(checkpoint, model)  # of an unfinished run too, to look at
     Checkpoint(checkpoint).check(model)
     run.log(stage="done", bytes=sum(path.stat().st_size for path in checkpoint.iterdir()))
     return checkpoint

@@ -1,6 +1,6 @@
 import sys
 
-from bagel_opt.cli import main
+from bagel_opt.cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["export", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.programs import Signature, cache_names, cache_shape
+from bagel_opt.programs.signatures import Signature, cache_names, cache_shape
 
 SIDES = {"height": 64, "width": 96, "latent_height": 8, "latent_width": 12}  # of dimensions that stay free
 

@@ -18,18 +18,20 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bagel_opt.bundle import WEIGHTS
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
-from bagel_opt.export.free import free_sizes
+from bagel_opt.export.onnx_free_sizes import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
+from bagel_opt.export.onnx_ops import OnnxOps
 from bagel_opt.export.processes import in_processes
-from bagel_opt.export.weights import write_weights
+from bagel_opt.files.torch_weights import write_weights
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import Expert, GateUp
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.programs import ONE_ROW, Signature, cache_names, programs
+from bagel_opt.programs.callables import programs
+from bagel_opt.programs.signatures import ONE_ROW, Signature, cache_names
 
 OPSET = 24
 
@@ -52,7 +54,7 @@ class Apart(nn.Module):
     def __init__(self, joint: GateUp):
         super().__init__()
         sides = joint.in_features, joint.out_features // 2
-        self.gate, self.up = (nn.Linear(*sides, bias=False, device="meta") for _ in range(2))
+        self.gate, self.up = (Linear(*sides, bias=False, device="meta") for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.gate(x), self.up(x)
@@ -76,7 +78,7 @@ class Shapes:
             expert.gate_up = Apart(expert.gate_up)
             if device == "cuda":
                 expert.qkv = SplitQKV(expert.qkv)
-        linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in self.model.named_modules() if isinstance(module, Linear)]
         self.transposed = {f"{name}.weight" for name in linear} if device == "cpu" else set()
         self.stored = {
             name: tuple(w.shape) for pair in self.plain.named_parameters() for name, w in self.as_stored(*pair)
@@ -87,7 +89,7 @@ class Shapes:
                 path, _, last = name.rpartition(".")
                 empty = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=False)
                 setattr(self.model.get_submodule(path), last, empty)
-        self.model.eval().set_backend("onnx" if device == "cpu" else "onnx-cudnn" if self.fused else "onnx-cuda")
+        self.model.eval().ops = OnnxOps("onnx" if device == "cpu" else "onnx-cudnn" if self.fused else "onnx-cuda")
 
     def as_stored(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A parameter of `Bagel` under the names and in the order of channels in which graphs want it."""
@@ -100,10 +102,10 @@ class Shapes:
         for part, tensor in parts:
             yield part, tensor.t() if part in self.transposed else tensor
 
-    def write_weights(self, folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Writes the parameters of `Bagel`, in its order, to the bundle's file."""
+    def write(self, path: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes the parameters of `Bagel`, in its order, to a bundle's file of weights."""
         tensors = (stored for parameter in parameters for stored in self.as_stored(*parameter))
-        write_weights(folder / WEIGHTS, self.stored, self.dtype, tensors)
+        write_weights(path, [(name, shape, self.dtype) for name, shape in self.stored.items()], tensors)
 
 
 def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
@@ -141,22 +143,23 @@ class Recorded(TorchDispatchMode):
 def only_used_parameters(
     model: nn.Module, fake: FakeTensorMode, call: Callable, inputs: tuple[Tensor, ...]
 ) -> Iterator[None]:
-    """Takes the parameters that a call has no use for out of a model for a while: the exporter makes each an input, and
-    its time grows with their square."""
+    """Leaves the parameters that a call has no use for as mere attributes of a model for a while: the exporter makes each
+    parameter an input, and its time grows with their square."""
     with fake, Recorded() as recorded:
         call(*inputs)
     unused = [
         (module, name, p)
         for module in model.modules()
         for name, p in module._parameters.items()
-        if id(p) not in recorded.given
+        if p is not None and id(p) not in recorded.given
     ]
-    for module, name, _ in unused:
-        module._parameters[name] = None
+    for module, name, p in unused:
+        module._parameters[name], module.__dict__[name] = None, p.data
     try:
         yield
     finally:
         for module, name, p in unused:
+            del module.__dict__[name]
             module._parameters[name] = p
 
 

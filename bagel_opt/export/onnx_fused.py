@@ -10,6 +10,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from bagel_opt.config import LLMConfig
+from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import QKV
 
 DOMAIN = "com.microsoft"
@@ -26,8 +27,8 @@ class SplitQKV(nn.Module):
         super().__init__()
         self.heads, size = joint.heads, joint.in_features
         head = joint.out_features // sum(joint.heads)
-        self.q = nn.Linear(size, joint.heads[0] * head, device="meta")
-        self.kv = nn.Linear(size, 2 * joint.heads[1] * head, device="meta")
+        self.q = Linear(size, joint.heads[0] * head, device="meta")
+        self.kv = Linear(size, 2 * joint.heads[1] * head, device="meta")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, kv = self.q(x), self.kv(x)
@@ -36,7 +37,7 @@ class SplitQKV(nn.Module):
 
 
 def store_split(c: LLMConfig, name: str, weight: Tensor, grouped: bool) -> list[tuple[str, Tensor]]:
-    """A parameter of an expert as `SplitQKV` has it. grouped: with its query heads in the order that `attend` wants: first
+    """A parameter of an expert as `SplitQKV` has it. grouped: with its query heads in the order that onnx_ops.py wants: first
     one of each group. Then [B, Q, H * D] is also [B, Q * H / G, G * D], and grouped queries are more queries of as many
     heads as there are keys.
     """
@@ -54,21 +55,6 @@ def store_split(c: LLMConfig, name: str, weight: Tensor, grouped: bool) -> list[
     if stem.endswith(".o"):
         return [(name, ordered(weight.t()).t())]
     return [(name, weight)]
-
-
-def attend(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor) -> Tensor:
-    """MultiHeadAttention over the first kv_len keys, which runs on cuDNN; queries ordered as by `store_split`."""
-    rows, queries, heads, size = q_BQHD.shape
-    groups = k_BSGD.shape[2]
-    q = q_BQHD.reshape(rows, queries * heads // groups, groups * size)
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::MultiHeadAttention",
-        (q, k_BSGD.flatten(2), v_BSGD.flatten(2), None, kv_len_B.int()),
-        {"num_heads": groups},
-        dtype=q.dtype,
-        shape=q.shape,
-        version=1,
-    ).view(q_BQHD.shape)
 
 
 def fuse(program: ir.Model) -> None:

@@ -7,7 +7,8 @@ import onnx_ir.passes.common as passes
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common
 
-from bagel_opt.bundle import WEIGHTS, locate_weights
+from bagel_opt.files.manifest import WEIGHTS
+from bagel_opt.files.weights import locate_weights
 
 # ONNX Runtime's CPU provider copies weights, in the order that its kernels read, for each program that it loads. Of models
 # with more bytes of weights than this it may copy only what one program of a profile alone needs, and the file's own copy

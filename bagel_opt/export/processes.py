@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from typing import Any
 MOST = 8  # processes, each of which imports torch
 
 
-def in_processes(function: str, common: Any, tasks: list) -> Generator:
-    """What function(common, share of the tasks) yields in each process, as it comes. function: "module:name"; everything
-    must be picklable. Raises RuntimeError with the end of what a process printed that failed."""
-    count = min(len(tasks), os.cpu_count() or 1, MOST)
+class ProcessDiedError(RuntimeError):
+    """A process that ended without a word of its own, as for want of memory."""
+
+
+def in_processes(function: str, common: Any, tasks: list, most: int = MOST) -> Generator:
+    """What function(common, share of the tasks) yields for each task, as it comes. function: "module:name"; everything
+    must be picklable; each process has one thread. Raises what the function raised where that can be told, and
+    ProcessDiedError with the end of what a process printed that died."""
+    count = min(len(tasks), os.cpu_count() or 1, most)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     here = str(Path(__file__).parents[2])
     command = [
@@ -39,7 +45,8 @@ def in_processes(function: str, common: Any, tasks: list) -> Generator:
             process.stdin.close()
             threading.Thread(target=_listen, args=(process, results), daemon=True).start()
         for _ in tasks:
-            if isinstance(result := results.get(), RuntimeError):
+            result = results.get()
+            if isinstance(result, Exception):
                 raise result
             yield result
     finally:
@@ -57,15 +64,29 @@ def _listen(process: subprocess.Popen, results: queue.SimpleQueue) -> None:
             results.put(pickle.load(process.stdout))
     except (EOFError, pickle.UnpicklingError):
         reader.join()
-        if process.wait():
-            results.put(RuntimeError(f"a process of the export failed: {errors[0].decode()[-2000:].strip()}"))
+        if status := process.wait():
+            said = errors[0].decode(errors="replace")[-2000:].strip()
+            results.put(ProcessDiedError(f"a process of the export failed with status {status}: {said}"))
 
 
 def answer() -> None:
     """A process's own part: reads its work from standard input, and writes what the function yields to standard output."""
     sys.path[:], function, common, tasks = pickle.load(sys.stdin.buffer)
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no result
-    module, _, name = function.partition(":")
-    for result in getattr(importlib.import_module(module), name)(common, tasks):
+
+    def tell(result: Any) -> None:
         pickle.dump(result, out)
         out.flush()
+
+    module, _, name = function.partition(":")
+    try:
+        for result in getattr(importlib.import_module(module), name)(common, tasks):
+            tell(result)
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # of the files and the machine; what else fails is a fault of ours
+        told = type(error)(*error.args) if type(error).__module__ == "builtins" else RuntimeError(str(error))
+        told.add_note(traceback.format_exc())
+        tell(told)

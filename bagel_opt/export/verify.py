@@ -6,15 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bagel_opt.api import Model, load
-from bagel_opt.bundle import MANIFEST, UNFINISHED, load_bundle, read_manifest
-from bagel_opt.config import BagelConfig
+from bagel_opt.api import Model
 from bagel_opt.errors import BundleError, ProfileError
+from bagel_opt.files.manifest import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.images import resized
-from bagel_opt.profile import Profile
-from bagel_opt.runtime.base import Runtime
-from bagel_opt.runtime.programs import ROW, one_row
-from bagel_opt.sampling.flow import MAX_ORDER
+from bagel_opt.loading import load, load_bundle
+from bagel_opt.programs.exercise import run_programs
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}  # relative
 
@@ -72,97 +69,6 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
         return float(np.where(off <= 1, 0, off).max()) / 255
     got, want = got.astype(np.float64), want.astype(np.float64)
     return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9))
-
-
-def run_programs(runtime: Runtime, config: BagelConfig, profile: Profile) -> list[tuple[str, list[np.ndarray]]]:
-    """(program, its outputs and the caches after it) for the same random inputs, in an order that fills a context."""
-    c, p, rng = config, profile, np.random.default_rng(0)
-    caches = runtime.caches(p.rows, p.slots)
-    total, found = p.rows * p.batches, []
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    def whole(*values: int) -> np.ndarray:
-        return np.array(values, np.int64)
-
-    def run(
-        name: str, *inputs: np.ndarray, row: int | None = None, cached: bool = False, real: int | None = None
-    ) -> None:
-        """real: how many tokens of the outputs are no padding, of which nothing is promised."""
-        outputs = [runtime.host(x) for x in runtime.run(name, list(inputs), caches if cached else (), row)]
-        if real is not None:
-            outputs = [x[:, :real] for x in outputs]
-        found.append((name, outputs + ([_filled(runtime, cache) for cache in caches] if cached else [])))
-
-    def _filled(runtime: Runtime, cache: object) -> np.ndarray:
-        return runtime.host(cache)[:1, :length]
-
-    def room(wanted: int, padded: int) -> int:
-        """Slots of context, of which there may be few in a small profile."""
-        return max(0, min(wanted, p.slots - padded))
-
-    real = max(1, p.text - 1)
-    length = real
-    run("text", rng.integers(0, c.llm.vocab_size, (1, p.text)), whole(0), whole(0), row=0, cached=True, real=real)
-    patches, index = normal(1, p.patches, c.vit.patch_dim), np.arange(p.patches)[None] % c.vit.num_positions
-    n = max(1, p.patches - 1)
-    run("vit", patches, index, whole(n), real=n)
-    embeddings = normal(1, p.patches, c.llm.hidden_size)
-    before = room(length, p.patches + 2)
-    length = before + n + 2
-    run("vit_context", embeddings, whole(real), whole(n), whole(before), row=0, cached=True, real=2 + n)
-    n = max(1, p.latents - 1)
-    places = np.arange(p.latents)[None] % c.latent_side**2
-    before = room(length, p.latents + 2)
-    length = before + n + 2
-    clean = (
-        normal(1, p.latents, c.latent_dim),
-        np.zeros(1, np.float32),
-        places,
-        whole(real + 1),
-        whole(n),
-        whole(before),
-    )
-    run(one_row("generate", p), *clean, row=0, cached=True, real=n)
-    before = room(length, 1)
-    length = before + 1
-    rows = np.ones(p.rows, np.int64)
-    step = rng.integers(0, c.llm.vocab_size, p.rows), (real + 2) * rows, before * rows
-    run("decode", *step, cached=True)
-    if p.rows > 1:
-        run("decode" + ROW, *(x[:1] for x in step), row=0, cached=True)
-    before = room(length, p.latents + 2)
-    length = before + n + 2
-    noisy = normal(p.rows, p.latents, c.latent_dim)
-    t = np.linspace(0.1, 1, p.rows, dtype=np.float32)
-    tables = np.repeat(places, p.rows, axis=0)
-    step = noisy, t, tables, (real + 3) * rows, n * rows, before * rows
-    run("generate", *step, cached=True, real=n)
-    if p.rows > 1:
-        run("generate" + ROW, *(x[:1] for x in step), row=0, cached=True, real=n)
-
-    warm = np.arange(p.rows) % 2 * np.float32(0.7)
-    step = normal(p.rows, c.llm.vocab_size), warm.astype(np.float32), rng.random(p.rows, np.float32)
-    run("choose", *step)
-    if p.rows > 1:
-        run("choose" + ROW, *(x[:1] for x in step))
-    order = np.arange(total)
-    scales = [np.full(total, value, np.float32) for value in (4.0, 1.5, 0.0)]
-    counts = np.full(total, p.latents, np.int64)
-    batches = [normal(p.rows, p.latents, c.latent_dim) for _ in range(2 * p.batches)]
-    dt = np.full(total, 0.05, np.float32)
-    run("step", order, np.roll(order, 1), np.roll(order, 2), *scales, order % 3, dt, counts, *batches)
-    factors = normal(MAX_ORDER + 1, p.rows, p.latents, c.llm.hidden_size)
-    hidden, three = normal(p.rows, p.latents, c.llm.hidden_size), np.full(p.rows, 3, np.float32)
-    run("taylor_update", hidden, np.arange(p.rows) % (MAX_ORDER + 1), three, factors)
-    run("taylor_predict", three - 2, noisy, factors)
-    run("tea_change", noisy, t, tables, counts[: p.rows], hidden)
-    run("tea_apply", np.arange(p.rows) % 3, hidden, *factors[:2], noisy)
-    side = 4 * c.token_pixels
-    run("vae_encode", np.clip(normal(1, 3, side, side), -1, 1))
-    run("vae_decode", normal(1, c.vae.z_channels, side // c.vae.downsample, side // c.vae.downsample))
-    return found
 
 
 def _requests(model: Model) -> list[tuple[str, list, dict]]:

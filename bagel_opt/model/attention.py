@@ -1,4 +1,4 @@
-"""The one attention op, and the only place that knows a backend.
+"""The one attention op of PyTorch, and the only place that knows its backends.
 
     attention(q_BQHD, k_BSGD, v_BSGD, kv_len_B, causal) -> out_BQHD
 
@@ -19,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
-# Nodes of a graph: for ONNX Runtime's CPU provider, and for its CUDA provider in float32 and in 16 bits.
-ONNX = ("onnx", "onnx-cuda", "onnx-cudnn")
 
 # Compiled, since it would otherwise materialise all scores; where it is first used, since importing torch's compiler takes
 # two seconds.
@@ -69,8 +67,6 @@ def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bo
         return Visible(kv_len_B, causal, create_block_mask(sees, rows, None, queries, slots, device=kv_len_B.device))
     if backend == "flash":
         return Visible(kv_len_B.int(), causal, None)
-    if backend in ONNX:
-        return Visible(kv_len_B, causal, None)
     key_S = torch.arange(slots, device=kv_len_B.device)
     last_BQ = kv_len_B[:, None] - 1
     if causal:
@@ -82,8 +78,6 @@ def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: V
     """Attention of prepared visibility: [B, Q, H, D]."""
     if backend == "flash":
         return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B, seen.causal)
-    if backend in ONNX:
-        return _onnx(backend, q_BQHD, k_BSGD, v_BSGD, seen)
     if backend != "flex":  # a mask may cover the first slots alone, those in use
         k_BSGD, v_BSGD = (x[:, : seen.mask.shape[-1]] for x in (k_BSGD, v_BSGD))
     q_BHQD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BQHD, k_BSGD, v_BSGD))
@@ -111,7 +105,7 @@ def attention(
 
 
 @functools.cache
-def _flash_package() -> str | None:
+def flash_package() -> str | None:
     """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn).
     None leaves the kernels of 2 that torch brings."""
     for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
@@ -126,7 +120,7 @@ def _flash_package() -> str | None:
 # A custom op, so that torch.compile neither traces into the package nor breaks the graph at it.
 @torch.library.custom_op("bagel_opt::flash_attention", mutates_args=())
 def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
-    package = _flash_package()
+    package = flash_package()
     if package == "flash_attn.cute":
         from flash_attn.cute import flash_attn_varlen_func
 
@@ -155,44 +149,3 @@ def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, cau
 @_flash.register_fake
 def _(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
     return torch.empty_like(q_BQHD)
-
-
-def _onnx(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
-    """One ONNX Attention node in its 3-D form, which takes this cache layout without a transpose."""
-    if backend == "onnx-cudnn":
-        if not seen.causal:
-            from bagel_opt.export.onnx_fused import attend
-
-            return attend(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B)
-        # queries are ordered for it; this node wants those of a group together
-        grouped = q_BQHD.unflatten(2, (-1, k_BSGD.shape[2])).transpose(2, 3).flatten(2, 3)
-        out = _onnx("onnx-cuda", grouped, k_BSGD, v_BSGD, seen)
-        return out.unflatten(2, (k_BSGD.shape[2], -1)).transpose(2, 3).flatten(2, 3)
-    shape = q_BQHD.shape
-    k, v = k_BSGD.flatten(2), v_BSGD.flatten(2)
-    if backend == "onnx":
-        k, v = _in_use(seen.kv_len_B, k, v)
-    return torch.onnx.ops.symbolic(
-        "Attention",
-        (q_BQHD.flatten(2), k, v, None, None, None, seen.kv_len_B),
-        {"q_num_heads": shape[2], "kv_num_heads": k_BSGD.shape[2], "is_causal": int(seen.causal)},
-        dtype=q_BQHD.dtype,
-        shape=(shape[0], shape[1], shape[2] * shape[3]),
-        version=24,
-    ).unflatten(-1, shape[2:])
-
-
-def _in_use(kv_len_B: Tensor, *kv_BSC: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values up to the longest row's end, in steps of 64.
-
-    ONNX Runtime's CPU provider computes over all slots that it is given, and would group a row's sums by the length of
-    its neighbours. How many slots are left is unknown to the tracer, which is told that there are as many as before.
-    """
-    ints = {"dtype": torch.int64, "shape": (1,), "version": 24}
-    longest = torch.onnx.ops.symbolic("ReduceMax", (kv_len_B,), {"keepdims": 1}, **ints)
-    end = (longest + 63) // 64 * 64
-    zero, one = (torch.tensor([value], device=end.device) for value in (0, 1))
-    return tuple(
-        torch.onnx.ops.symbolic("Slice", (x, zero, end, one), {}, dtype=x.dtype, shape=x.shape, version=24)
-        for x in kv_BSC
-    )

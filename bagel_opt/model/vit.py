@@ -3,13 +3,14 @@
 B images, P patches, C hidden channels, H heads, D channels per head.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_opt.config import ViTConfig
-from bagel_opt.model import attention
-from bagel_opt.model.attention import Visible
-from bagel_opt.model.transformer import Embedding
+from bagel_opt.model.linear import Embedding, Linear
+from bagel_opt.model.ops import Ops
 
 
 class ViTLayer(nn.Module):
@@ -17,15 +18,15 @@ class ViTLayer(nn.Module):
         super().__init__()
         self.heads = c.num_attention_heads
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
-        self.out = nn.Linear(c.hidden_size, c.hidden_size)
+        self.qkv = Linear(c.hidden_size, 3 * c.hidden_size)
+        self.out = Linear(c.hidden_size, c.hidden_size)
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x_BPC: Tensor, seen: Visible, backend: str) -> Tensor:
+    def forward(self, x_BPC: Tensor, seen: Any, ops: Ops) -> Tensor:
         q, k, v = self.qkv(self.norm1(x_BPC)).unflatten(-1, (3 * self.heads, -1)).chunk(3, dim=2)
-        x_BPC = x_BPC + self.out(attention.attend(backend, q, k, v, seen).flatten(2))
+        x_BPC = x_BPC + self.out(ops.attend(q, k, v, seen).flatten(2))
         return x_BPC + self.fc2(F.gelu(self.fc1(self.norm2(x_BPC)), approximate="tanh"))
 
 
@@ -35,22 +36,21 @@ class ViT(nn.Module):
 
     def __init__(self, c: ViTConfig):
         super().__init__()
-        self.backend = "sdpa"
-        self.patch = nn.Linear(c.patch_dim, c.hidden_size)
+        self.patch = Linear(c.patch_dim, c.hidden_size)
         self.position = Embedding(c.num_positions, c.hidden_size)
         self.layers = nn.ModuleList(ViTLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def start(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor) -> tuple[Tensor, Visible]:
+    def start(self, patches_BPK: Tensor, index_BP: Tensor, n_B: Tensor, ops: Ops) -> tuple[Tensor, Any]:
         """What enters the first layer, and what all layers share. index_BP: places in the position table; n_B: real
         patches, which see only each other."""
         x_BPC = self.patch(patches_BPK) + self.position(index_BP)
-        return x_BPC, attention.visible(self.backend, n_B, x_BPC.shape[1], x_BPC.shape[1], causal=False)
+        return x_BPC, ops.visible(n_B, x_BPC.shape[1], x_BPC.shape[1], causal=False)
 
-    def forward(self, x_BPC: Tensor, seen: Visible) -> Tensor:
+    def forward(self, x_BPC: Tensor, seen: Any, ops: Ops) -> Tensor:
         """Runs all layers."""
         for layer in self.layers:
-            x_BPC = layer(x_BPC, seen, self.backend)
+            x_BPC = layer(x_BPC, seen, ops)
         return x_BPC
 
 
@@ -59,8 +59,8 @@ class Connector(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.fc1 = nn.Linear(c_in, c_out)
-        self.fc2 = nn.Linear(c_out, c_out)
+        self.fc1 = Linear(c_in, c_out)
+        self.fc2 = Linear(c_out, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

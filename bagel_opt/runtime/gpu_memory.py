@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  by which NumPy knows bfloat16
 import numpy as np
 
-KINDS = {  # of numbers: NumPy's type and ONNX's
-    "float32": (np.dtype(np.float32), 1),
-    "uint8": (np.dtype(np.uint8), 2),
-    "int64": (np.dtype(np.int64), 7),
-    "float16": (np.dtype(np.float16), 10),
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), 16),
-}
-BY_NUMBER = {number: kind for kind, (_, number) in KINDS.items()}
+from bagel_opt.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -26,7 +19,7 @@ class DeviceTensor:
 
     pointer: int
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # of dtypes.DTYPES
     owner: Any
 
     def __getitem__(self, rows: int | slice) -> "DeviceTensor":
@@ -42,7 +35,7 @@ class DeviceTensor:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * KINDS[self.kind][0].itemsize
+        return prod(self.shape) * DTYPES[self.kind].bytes
 
 
 class Allocation:
@@ -73,7 +66,7 @@ class GpuMemory:
         self._check(runtime.cudaSetDevice(device), "choosing the GPU")
 
     def empty(self, shape: tuple[int, ...], kind: str) -> DeviceTensor:
-        owner = Allocation(self, max(1, prod(shape) * KINDS[kind][0].itemsize))
+        owner = Allocation(self, max(1, prod(shape) * DTYPES[kind].bytes))
         return DeviceTensor(owner.pointer, tuple(shape), kind, owner)
 
     def zeros(self, shape: tuple[int, ...], kind: str) -> DeviceTensor:
@@ -88,14 +81,14 @@ class GpuMemory:
 
     def upload(self, array: np.ndarray, to: DeviceTensor) -> None:
         """Copies an array of any type into the start of a tensor."""
-        array = np.ascontiguousarray(array, KINDS[to.kind][0])
+        array = np.ascontiguousarray(array, to.kind)
         if array.nbytes > to.nbytes:
             raise ValueError(f"{array.nbytes} bytes do not fit into {to.nbytes}")
         self.copy(to.pointer, array.ctypes.data, array.nbytes)
 
     def numpy(self, tensor: DeviceTensor) -> np.ndarray:
         """On the host; 16-bit floats as float32."""
-        array = np.empty(tensor.shape, KINDS[tensor.kind][0])
+        array = np.empty(tensor.shape, tensor.kind)
         self.copy(array.ctypes.data, tensor.pointer, array.nbytes)
         return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 

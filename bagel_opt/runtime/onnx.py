@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
 from bagel_opt.errors import BundleError
+from bagel_opt.files.manifest import WEIGHTS, Manifest
+from bagel_opt.files.weights import locate_weights
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.base import as_slice
-from bagel_opt.runtime.programs import cache_names, cache_shape
+from bagel_opt.programs.interface import as_slice
+from bagel_opt.programs.signatures import cache_names, cache_shape
 
 # One pool of threads for all programs. With a pool each, those of the last program still spin while the next one runs,
 # and take its cores: steps of a small model took four times as long.
@@ -28,8 +29,6 @@ ort.create_and_register_allocator(
     ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
     ort.OrtArenaCfg({"arena_extend_strategy": 0}),
 )
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
 def load_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
@@ -62,18 +61,17 @@ class OnnxRuntime:
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._prepare(folder, manifest)
-        self.dtype = DTYPES[manifest.dtype]
         with (folder / WEIGHTS).open("rb") as file:
             self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.weights = {
             name: ort.OrtValue.ortvalue_from_numpy(
-                np.frombuffer(self.mapped, self.dtype, prod(at.shape), at.offset).reshape(at.shape)
+                np.frombuffer(self.mapped, at.dtype.name, prod(at.shape), at.offset).reshape(at.shape)
             )
             for name, at in locate_weights(folder / WEIGHTS).items()
         }
 
     def _prepare(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.dtype = folder, manifest, manifest.dtype
         self.cache_names = cache_names(manifest.config)
         self.programs = manifest.programs[manifest.profiles[0].name]
         self.sessions: dict[str, ort.InferenceSession] = {}  # by file
@@ -109,7 +107,7 @@ class OnnxRuntime:
         """They are not kept."""
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> np.ndarray:
-        return np.zeros(shape, self.dtype if hidden else np.float32)
+        return np.zeros(shape, self.dtype if hidden else "float32")
 
     def write_row(self, tensor: np.ndarray, row: int, values: np.ndarray) -> np.ndarray:
         tensor = tensor.copy()  # what a program returned may be ONNX Runtime's own memory
@@ -128,8 +126,8 @@ class OnnxRuntime:
         session, entry = self.session(program), self.programs[program]
         binding = session.io_binding()
         for (name, (_, kind)), value in zip(entry["inputs"].items(), inputs, strict=True):
-            dtype = self.dtype if kind == "model" else DTYPES[kind]
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype))
+            kind = self.dtype if kind == "model" else kind
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, kind))
             binding.bind_ortvalue_input(name, value)
         for name in entry["outputs"]:
             binding.bind_output(name, "cpu")

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from bagel_opt.bundle import WEIGHTS, Manifest, locate_weights
-from bagel_opt.runtime.base import as_slice
-from bagel_opt.runtime.gpu_memory import BY_NUMBER, KINDS, DeviceTensor, GpuMemory
+from bagel_opt.dtypes import BY_ONNX, DTYPES
+from bagel_opt.files.manifest import WEIGHTS, Manifest
+from bagel_opt.files.weights import mapped_weights
+from bagel_opt.programs.interface import as_slice
+from bagel_opt.programs.signatures import cache_shape
+from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
 from bagel_opt.runtime.onnx import OnnxRuntime, load_session
-from bagel_opt.runtime.programs import cache_shape
 
 PROVIDER = "CUDAExecutionProvider"
 # Replayed as CUDA graphs: launching their kernels one by one takes longer than many of them do.
 GRAPHED = ("decode", "generate")
-READ_AT_ONCE = 256 * 2**20  # bytes of the file that are mapped at a time
 SDPA_KERNELS = str(
     1 | 2 | 8 | 16
 )  # those allowed: flash, memory-efficient, cuDNN (not by default on all GPUs) and math
@@ -28,7 +29,7 @@ GRAPH_NUMBERS = itertools.count(1)
 SHARED: set[int] = (
     set()
 )  # GPUs with memory for the values of all programs but those in graphs, of which each has its own
-TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}  # as ORT names them
 
 
 class Bound(NamedTuple):
@@ -52,8 +53,7 @@ class OnnxGpuRuntime(OnnxRuntime):
         self.bound: dict[tuple, Bound] = {}
         self.returned: list[list[DeviceTensor]] = []  # caches for the next request
         self.weights = {
-            name: memory.from_numpy(array, manifest.dtype)
-            for name, array in read_weights(folder / WEIGHTS, KINDS[manifest.dtype][0])
+            name: memory.from_numpy(array, kind.name) for name, kind, array in mapped_weights(folder / WEIGHTS)
         }
 
     # ---- memory
@@ -61,17 +61,26 @@ class OnnxGpuRuntime(OnnxRuntime):
     def caches(self, rows: int, slots: int) -> list[DeviceTensor]:
         shape = cache_shape(self.manifest.config, rows, slots)
         with self.running:
-            for caches in self.returned:
-                if caches[0].shape == shape:
-                    self.returned.remove(caches)
-                    for cache in caches:
-                        self.memory.clear(cache)
-                    return caches
-            for caches in self.returned:  # of other sizes: their memory may be needed
-                stale = caches[0].pointer
-                self.bound = {key: bound for key, bound in self.bound.items() if stale not in key}
-            self.returned.clear()
-            return [self.memory.zeros(shape, self.manifest.dtype) for _ in self.cache_names]
+            fitting = [number for number, caches in enumerate(self.returned) if caches[0].shape == shape]
+            if fitting:
+                caches = self.returned.pop(fitting[0])
+                for cache in caches:
+                    self.memory.clear(cache)
+                return caches
+            while True:
+                try:
+                    return [self.memory.zeros(shape, self.manifest.dtype) for _ in self.cache_names]
+                except MemoryError:
+                    if not self.returned:
+                        raise
+                    self._forget(self.returned.pop(0)[0])  # of another size, such as another profile's
+
+    def _forget(self, keys: DeviceTensor) -> None:
+        """Drops what was bound to caches that are let go, told by the first. The runtimes of all profiles share `bound`
+        and `returned`, so both change in place."""
+        gone = range(keys.pointer, keys.pointer + keys.nbytes)
+        for key in [key for key in self.bound if any(pointer in gone for pointer in key[1:])]:
+            del self.bound[key]
 
     def give_back(self, caches: list[DeviceTensor]) -> None:
         """Kept, with the graphs that were captured with them."""
@@ -162,11 +171,11 @@ class OnnxGpuRuntime(OnnxRuntime):
             self.memory.upload(value, to)
 
     def _bind_input(self, bound: Bound, name: str, x: DeviceTensor) -> None:
-        where = self.memory.name, self.memory.device, KINDS[x.kind][1], x.shape, x.pointer
+        where = self.memory.name, self.memory.device, DTYPES[x.kind].onnx, x.shape, x.pointer
         bound.binding.bind_input(name, *where)
 
     def _bind_output(self, bound: Bound, name: str, x: DeviceTensor) -> None:
-        where = self.memory.name, self.memory.device, KINDS[x.kind][1], x.shape, x.pointer
+        where = self.memory.name, self.memory.device, DTYPES[x.kind].onnx, x.shape, x.pointer
         bound.binding.bind_output(name, *where)
 
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
@@ -195,18 +204,8 @@ def share_memory(device: int) -> None:
         SHARED.add(device)
 
 
-def read_weights(path: Path, dtype: np.dtype) -> "itertools.chain[tuple[str, np.ndarray]]":
-    """Each tensor of a safetensors file as an array that is mapped from it. The file is mapped anew after some bytes: pages
-    that were read would otherwise count as this process's memory until the end."""
-    mapped, begin = None, 0
-    for name, at in locate_weights(path).items():
-        if mapped is None or at.offset + at.length - begin > READ_AT_ONCE:
-            mapped, begin = np.memmap(path, np.uint8, "r"), at.offset
-        yield name, mapped[at.offset : at.offset + at.length].view(dtype).reshape(at.shape)
-
-
 def _wrapped(value: ort.OrtValue) -> DeviceTensor:
-    return DeviceTensor(value.data_ptr(), tuple(value.shape()), BY_NUMBER[value.element_type()], value)
+    return DeviceTensor(value.data_ptr(), tuple(value.shape()), BY_ONNX[value.element_type()].name, value)
 
 
 def usable_memory(device: int) -> GpuMemory:

@@ -1,20 +1,19 @@
-"""The torch runtime: eager, or with the transformer's and the ViT's layers compiled."""
+"""The torch runtime: runs a model that runtime/torch_setup.py has prepared."""
 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bagel_opt.model.bagel import Bagel
-from bagel_opt.model.cache import empty_cache
-from bagel_opt.model.vae import ResnetBlock
+from bagel_opt.model.kv_cache import empty_cache
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.base import as_slice, slots_in_use
-from bagel_opt.runtime.programs import ONE_ROW, ROW, programs
+from bagel_opt.programs.interface import as_slice, slots_in_use
+from bagel_opt.programs.signatures import ONE_ROW, ROW
+from bagel_opt.runtime.cuda_graphs import CacheMemory, Graphs
+from bagel_opt.runtime.torch_setup import Prepared
 
 _FLAGS = threading.Lock()
 # Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
@@ -32,49 +31,24 @@ def _exact() -> Iterator[None]:
         yield
 
 
-def _with_free_slots(layer: nn.Module, und: Tensor, gen: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any) -> tuple:
-    """Calls a layer that is compiled for any number of slots, for Transformer.call_layer."""
-    k_BSGD, v_BSGD, _, seen, _ = rest
-    for tensor, axis in ((k_BSGD, 1), (v_BSGD, 1), (seen.mask, 3)):
-        torch._dynamo.maybe_mark_dynamic(tensor, axis)
-    return layer(und, gen, cos, sin, *rest)
-
-
 class TorchRuntime:
-    def __init__(self, model: Bagel, device: torch.device, dtype: torch.dtype, compiled: bool):
-        self.model, self.config, self.device, self.dtype = model, model.config, device, dtype
-        self.programs = programs(model)
-        flex = model.llm.backend == "flex"
-        # each number of slots would be compiled, or captured
-        self.fixed_slots = flex or (compiled and device.type == "cuda")
-        self.free_rows = not compiled and not flex
-        self.spare_slots = 0
-        self.graphs = None
-        if compiled or flex:
-            # Each shape of each program compiles once, which is more than torch takes for normal.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        if not compiled:
-            return
-        # one layer is compiled and serves all of its kind
-        layers = [*model.vit_encoder.layers]
-        if model.llm.backend == "flash":
-            from bagel_opt.runtime.cuda import TwoStreams
+    """Runs the programs of a prepared model."""
 
-            model.llm.call_layer = TwoStreams(device, dtype)
-        else:
-            layers += model.llm.layers
-            if not self.fixed_slots:
-                # More slots than are used, so that the part in use never is the whole, for which torch would compile anew.
-                self.spare_slots = 128
-                model.llm.call_layer = _with_free_slots
-        if device.type == "cuda":
-            from bagel_opt.runtime.cuda import CacheMemory, Graphs
+    def __init__(self, prepared: Prepared):
+        self.prepared, model = prepared, prepared.model
+        self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
+        self.programs = prepared.programs
+        self.fixed_slots, self.free_rows, self.spare_slots = (
+            prepared.fixed_slots,
+            prepared.free_rows,
+            prepared.spare_slots,
+        )
+        self._replay(prepared.graphs)
 
-            self.graphs, self.memory = Graphs(device), CacheMemory(model.config.llm, dtype, device)
-            model.vae.to(memory_format=torch.channels_last)
-            layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
-        for layer in layers:
-            layer.compile(dynamic=False)
+    def _replay(self, graphs: bool) -> None:
+        """Whether programs are replayed as CUDA graphs; caches then stay in place."""
+        self.graphs = Graphs(self.device) if graphs else None
+        self.memory = CacheMemory(self.config.llm, self.dtype, self.device) if graphs else None
 
     def for_profile(self, profile: Profile) -> "TorchRuntime":
         """Its programs take any shape."""

@@ -6,8 +6,7 @@ import numpy as np
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.base import Runtime, Tensor
-from bagel_opt.sampling.flow import TaylorSeer
+from bagel_opt.programs.interface import Runtime, Tensor
 
 
 @dataclass
@@ -19,41 +18,54 @@ class Context:
     kv_len: int = 0
     position: int = 0
     marks: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
-    seer: TaylorSeer | None = None
+
+
+@dataclass
+class Batch:
+    """The tensors of one batch, of which each is made when it is first needed.
+
+    caches: KV caches. x: latents [rows, latents, channels]. v: velocities, and last: the last layer's output, where rows
+    are evaluated one by one.
+    """
+
+    caches: list[Tensor] | None = None
+    x: Tensor | None = None
+    v: Tensor | None = None
+    last: Tensor | None = None
 
 
 class Batches:
-    """The memory of all batches. Each is allocated when its first row is taken, and a row is cleared when it is
-    taken again: a request that overflowed may have left infinities, and 0 * inf would reach the next one."""
+    """The memory of all batches. A row is cleared when it is taken again: a request that overflowed may have left
+    infinities, and 0 * inf would reach the next one."""
 
     def __init__(self, runtime: Runtime, config: BagelConfig, profile: Profile):
         self.runtime, self.config, self.profile = runtime, config, profile
         self.free = [(batch, row) for batch in range(profile.batches) for row in range(profile.rows)]
-        self.caches: list[list[Tensor] | None] = [None] * profile.batches
-        self.x: list[Tensor | None] = [None] * profile.batches  # latents [rows, latents, channels]
-        self.v: list[Tensor | None] = [None] * profile.batches  # velocities, where rows are evaluated one by one
-        self.last: list[Tensor | None] = [None] * profile.batches  # and the last layer's output, where it is remembered
-        self.factors: list[Tensor | None] = [None] * profile.batches  # TaylorSeer's, where a request uses it
-        self.embedded: list[Tensor | None] = [None] * profile.batches  # and TeaCache's
-        self.added: list[Tensor | None] = [None] * profile.batches
+        self.every = [Batch() for _ in range(profile.batches)]
 
-    def take(self, taylorseer: bool) -> Context:
-        return Context(*self.free.pop(0), seer=TaylorSeer() if taylorseer else None)
+    def __getitem__(self, number: int) -> Batch:
+        return self.every[number]
+
+    def take(self) -> Context:
+        return Context(*self.free.pop(0))
 
     def release(self, contexts: list[Context]) -> None:
         self.free = sorted(self.free + [(c.batch, c.row) for c in contexts])
 
     def close(self) -> None:
         """Hands the caches back; nothing may use these batches afterwards."""
-        for caches in filter(None, self.caches):
-            self.runtime.give_back(caches)
+        for batch in self.every:
+            if batch.caches is not None:
+                self.runtime.give_back(batch.caches)
+                batch.caches = None
 
     def open(self, c: Context) -> None:
         """Makes a row ready for a new context."""
-        if self.caches[c.batch] is None:
-            self.caches[c.batch] = self.runtime.caches(self.profile.rows, self.profile.slots)
+        batch = self[c.batch]
+        if batch.caches is None:
+            batch.caches = self.runtime.caches(self.profile.rows, self.profile.slots)
         else:
-            self.runtime.clear_row(self.caches[c.batch], c.row)
+            self.runtime.clear_row(batch.caches, c.row)
 
     def zeros(self) -> Tensor:
         """Latents or velocities of a batch [rows, latents, channels]."""
@@ -66,17 +78,17 @@ class Batches:
 
     def set_latents(self, c: Context, latents: np.ndarray) -> None:
         """Puts latent tokens [tokens, channels] into a row, zeros after them."""
-        if self.x[c.batch] is None:
-            self.x[c.batch] = self.zeros()
-        self.x[c.batch] = self.runtime.write_row(self.x[c.batch], c.row, padded(latents, self.profile.latents))
+        batch = self[c.batch]
+        x = self.zeros() if batch.x is None else batch.x
+        batch.x = self.runtime.write_row(x, c.row, padded(latents, self.profile.latents))
 
     def latents(self, c: Context, length: int) -> np.ndarray:
         """The first latent tokens of a row, on the host."""
-        return self.runtime.host(self.x[c.batch], c.row)[:length]
+        return self.runtime.host(self[c.batch].x, c.row)[:length]
 
     def copy_start(self, source: Context, target: Context) -> None:
         """Copies as many slots as the target counts from the source's row."""
-        caches = self.caches[source.batch], self.caches[target.batch]
+        caches = self[source.batch].caches, self[target.batch].caches
         self.runtime.copy_row(caches[0], source.row, caches[1], target.row, target.kv_len)
 
     def at(self, c: Context) -> int:

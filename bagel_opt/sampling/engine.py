@@ -5,28 +5,31 @@ same in one call per batch. Between programs a request is nothing but lengths: w
 them are valid, which position comes next.
 """
 
+import itertools
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from bagel_opt import images
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
-from bagel_opt.request import RENORM_TYPES
-from bagel_opt.runtime.base import Runtime, Tensor
-from bagel_opt.runtime.programs import ROW
+from bagel_opt.programs.interface import Runtime, Tensor
+from bagel_opt.programs.signatures import ROW
 from bagel_opt.sampling.batches import Batches
-from bagel_opt.sampling.flow import MAX_ORDER, REUSE, STORE, FlowStep
-from bagel_opt.sampling.job import Job, Token
+from bagel_opt.sampling.flow import FlowStep
+from bagel_opt.sampling.flow_rows import FlowRows
+from bagel_opt.sampling.job import Job, Observer, Token
 from bagel_opt.sampling.plan import Plan, slots_together
+from bagel_opt.sampling.step_caches import STEP_CACHES, StepCache
 from bagel_opt.tokenizer import Tokenizer
 
 # What a call of a program costs besides computing: as operations that two cores of a CPU could have done meanwhile, and
 # for reading the weights as tokens, of which a CPU computes 20 in that time and a GPU some hundreds.
 CALL, READ = 1.5e9, 100
+log = logging.getLogger("bagel_opt")
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
 
 
@@ -35,16 +38,35 @@ class Engine:
 
     def __init__(self, runtime: Runtime, config: BagelConfig, tokenizer: Tokenizer, profile: Profile):
         self.runtime, self.config, self.tokenizer, self.profile = runtime, config, tokenizer, profile
-        self.batches = Batches(runtime, config, profile)
+        self.flow_seconds = 0.0  # what the last flow step took
+        self._start()
+
+    def _start(self) -> None:
+        """No request, and batches without memory."""
+        self.batches = Batches(self.runtime, self.config, self.profile)
+        self.step_caches: dict[str, StepCache] = {name: make(self.batches) for name, make in STEP_CACHES.items()}
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.finished: list[Job] = []
-        self.flow_seconds = 0.0  # what the last flow step took
 
-    def run(self, plans: list[Plan]) -> list[list | Exception]:
+    def restart(self, error: Exception) -> list[Job]:
+        """Hands the memory back and starts afresh, after a fault of its own, of which all requests on their way end.
+        -> the requests that ended, those included that had just been done"""
+        ended = [*self.finished, *self.active, *self.waiting]
+        for job in ended[len(self.finished) :]:
+            job.work.close()
+            job.result = error
+        try:
+            self.batches.close()
+        except Exception:  # of a device that failed
+            log.exception("caches could not be handed back")
+        self._start()
+        return ended
+
+    def run(self, plans: list[Plan], observers: Sequence[Observer | None] = ()) -> list[list | Exception]:
         """The outputs of each request, in order; the exception in place of a request that failed by itself. The engine
         is used up."""
-        jobs = [self.submit(plan) for plan in plans]
+        jobs = [self.submit(*one) for one in itertools.zip_longest(plans, observers)]
         try:
             while self.waiting or self.active:
                 self.step()
@@ -52,9 +74,10 @@ class Engine:
             self.batches.close()
         return [job.result for job in jobs]
 
-    def submit(self, plan: Plan) -> Job:
-        """Puts a request in line; it joins in the first step with room for it."""
-        job = Job(plan, self.batches, self.tokenizer)
+    def submit(self, plan: Plan, observer: Observer | None = None) -> Job:
+        """Puts a request in line; it joins in the first step with room for it. observer: by default what its options name."""
+        observer = observer or Observer(plan.options.on_step, plan.options.on_token)
+        job = Job(plan, self.batches, self.tokenizer, observer)
         self.waiting.append(job)
         return job
 
@@ -164,7 +187,7 @@ class Engine:
             if len(mine) == 1 < self.profile.rows:
                 rows, ending, row = slice(mine[0], mine[0] + 1), ROW, mine[0]
             inputs = [self.batches.of(array, batch)[rows] for array in (ids, position, kv_len)]
-            logits = self.runtime.run("decode" + ending, inputs, self.batches.caches[batch], row)[0]
+            logits = self.runtime.run("decode" + ending, inputs, self.batches[batch].caches, row)[0]
             choice = [self.batches.of(array, batch)[rows] for array in (temperature, uniform)]
             chosen = self.runtime.run("choose" + ending, [logits, *choice])[0]
             self.batches.of(ids, batch)[rows] = self.runtime.host(chosen)
@@ -172,110 +195,56 @@ class Engine:
 
     def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """One flow step of each of these requests; (x_t, v_t) for those that watch."""
-        kv_len, position = self._lengths()
-        rows, p = len(kv_len), self.profile
-        cond, text, img = (np.arange(rows) for _ in range(3))
-        text_scale, img_scale, renorm_min, dt, t = (np.zeros(rows, np.float32) for _ in range(5))
-        renorm, n, n_evaluated = (np.zeros(rows, np.int64) for _ in range(3))
-        index = np.zeros((rows, p.latents), np.int64)
-        differences, distance = np.full(rows, -1), np.zeros(rows, np.float32)
-        predicted, tea = np.zeros(rows, np.float32), np.zeros(rows, np.int64)
-        skipping = self._skipping([job for job in jobs if job.tea])
+        rows = FlowRows(self.batches, *self._lengths())
         for job in jobs:
-            options, step, grid = job.plan.options, job.want, job.plan.grid
-            places = images.positions(*grid, self.config.latent_side)
-            for c in job.contexts:
-                at = self.batches.at(c)
-                cond[at], text[at], img[at] = (self.batches.at(b) for b in (job.main, job.cfg_text, job.cfg_img))
-                text_scale[at] = options.cfg_text_scale if step.guided else 0
-                img_scale[at] = options.cfg_img_scale if step.guided else 0
-                renorm_min[at], renorm[at] = options.cfg_renorm_min, RENORM_TYPES.index(options.cfg_renorm_type)
-                dt[at], n[at] = step.dt, len(places)
-            for c in job.branches():
-                at = self.batches.at(c)
-                if job.tea:
-                    tea[at] = REUSE if job in skipping else STORE
-                if tea[at] != REUSE and (c.seer is None or c.seer.next()):
-                    t[at], n_evaluated[at], index[at, : len(places)] = step.t, len(places), places
-                    if c.seer:
-                        differences[at], distance[at] = c.seer.store()
-                elif c.seer:
-                    predicted[at] = c.seer.distance
-        x, v = list(self.batches.x), list(self.batches.x)
-        for batch in range(p.batches):
-            if x[batch] is None:  # no request draws there; any tensor of the shape will do
-                x[batch] = v[batch] = self.batches.zeros()
-            mine = [self.batches.of(array, batch) for array in (t, index, position, n_evaluated, kv_len)]
-            taken, what, hidden = self.batches.of(differences, batch), self.batches.of(tea, batch), None
-            if mine[3].any():
-                remembers = (taken >= 0).any() or (what == STORE).any()
-                v[batch], hidden = self._evaluate(batch, [x[batch], *mine], remembers)
-            if (taken >= 0).any():
-                self._remember(batch, hidden, taken, self.batches.of(distance, batch))
-            if what.any():
-                embedded = self.batches.embedded[batch]
-                inputs = [what, embedded if hidden is None else hidden, embedded, self.batches.added[batch], v[batch]]
-                self.batches.added[batch], v[batch] = self.runtime.run("tea_apply", inputs)
-            if self.batches.of(predicted, batch).any():
-                inputs = [self.batches.of(predicted, batch), v[batch], self.batches.factors[batch]]
-                v[batch] = self.runtime.run("taylor_predict", inputs)[0]
-        numbers = [cond, text, img, text_scale, img_scale, renorm_min, renorm, dt, n]
-        out = self.runtime.run("step", [*numbers, *x, *v])
-        self.batches.x, v = list(out[: p.batches]), out[p.batches :]
+            rows.add(job)
+        acting = []
+        for name, cache in self.step_caches.items():
+            if users := [job for job in jobs if job.plan.options.step_cache == name]:
+                cache.before(rows, users)
+                acting.append(cache)
+        x, v = [batch.x for batch in self.batches.every], []
+        for number in range(len(x)):
+            if x[number] is None:  # no request draws there; any tensor of the shape will do
+                x[number] = self.batches.zeros()
+            velocity, hidden = self._evaluate(number, x[number], rows, any(c.remembers(number) for c in acting))
+            for cache in acting:
+                velocity = cache.after(number, velocity, hidden)
+            v.append(velocity)
+        out = self.runtime.run("step", [*rows.guidance(), *x, *v])
+        x, v = out[: len(x)], out[len(x) :]
+        for batch, latents in zip(self.batches.every, x, strict=True):
+            batch.x = latents
         return [self._watched(job, x, v) for job in jobs]
 
-    def _skipping(self, jobs: list[Job]) -> list[Job]:
-        """Those of these requests, all with TeaCache, that are not evaluated in this step."""
-        p, b, changes = self.profile, self.batches, {}
-        for batch in {c.batch for job in jobs for c in job.contexts}:
-            t, n, index = (
-                np.zeros(p.rows, np.float32),
-                np.zeros(p.rows, np.int64),
-                np.zeros((p.rows, p.latents), np.int64),
-            )
-            for job in jobs:
-                places = images.positions(*job.plan.grid, self.config.latent_side)
-                for c in (c for c in job.contexts if c.batch == batch):
-                    t[c.row], n[c.row], index[c.row, : len(places)] = job.want.t, len(places), places
-            if b.embedded[batch] is None:
-                b.embedded[batch], b.added[batch] = b.hidden(), b.hidden()
-            change, b.embedded[batch] = self.runtime.run("tea_change", [b.x[batch], t, index, n, b.embedded[batch]])
-            changes[batch] = self.runtime.host(change)
-        drift = [float(changes[job.main.batch][job.main.row]) for job in jobs]
-        return [job for job, d in zip(jobs, drift, strict=True) if not job.tea.due(d, len(job.branches()))]
-
-    def _evaluate(self, batch: int, inputs: list, remembers: bool) -> tuple[Tensor, Tensor | None]:
-        """Velocities of one batch, of all rows at once, or of those that take part where that takes less; and the last
-        layer's output where it is to be remembered."""
-        b, caches, rows = self.batches, self.batches.caches[batch], np.flatnonzero(inputs[4]).tolist()
+    def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
+        """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents
+        themselves where none does); and the last layer's output where it is to be remembered."""
+        b, inputs = self.batches[number], [x, *flow.evaluation(number)]
+        rows = np.flatnonzero(inputs[4]).tolist()
+        if not rows:
+            return x, None
         parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
         token, every = self.config.llm.expert_work, self.profile.rows
         row, call = token * (self.profile.latents + 2), CALL + READ * token
         together = not self.runtime.free_rows and every * row + call < len(rows) * (row + call)
         if together or len(rows) == every:
-            return self.runtime.run("generate", inputs, caches)
-        if b.v[batch] is None:
-            b.v[batch] = b.zeros()
-        if remembers and b.last[batch] is None:
-            b.last[batch] = b.hidden()
+            return self.runtime.run("generate", inputs, b.caches)
+        if b.v is None:
+            b.v = self.batches.zeros()
+        if remembers and b.last is None:
+            b.last = self.batches.hidden()
         for part in parts:
             name = "generate" if part.stop - part.start > 1 else "generate" + ROW
-            v, hidden = self.runtime.run(name, [x[part] for x in inputs], caches, part)
-            for number, row in enumerate(range(part.start, part.stop)):
-                b.v[batch] = self.runtime.write_row(b.v[batch], row, v[number])
+            v, hidden = self.runtime.run(name, [given[part] for given in inputs], b.caches, part)
+            for place, row in enumerate(range(part.start, part.stop)):
+                b.v = self.runtime.write_row(b.v, row, v[place])
                 if remembers:
-                    b.last[batch] = self.runtime.write_row(b.last[batch], row, hidden[number])
-        return b.v[batch], b.last[batch]
-
-    def _remember(self, batch: int, hidden: Tensor, differences: np.ndarray, distance: np.ndarray) -> None:
-        """Stores the last layer's output for TaylorSeer."""
-        if self.batches.factors[batch] is None:
-            self.batches.factors[batch] = self.batches.hidden(MAX_ORDER + 1)
-        inputs = [hidden, differences, distance, self.batches.factors[batch]]
-        self.batches.factors[batch] = self.runtime.run("taylor_update", inputs)[0]
+                    b.last = self.runtime.write_row(b.last, row, hidden[place])
+        return b.v, b.last
 
     def _watched(self, job: Job, x: list[Tensor], v: list[Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
-        if not job.plan.options.on_step:
+        if not job.observer.on_step:
             return None
         c, n = job.main, len(job.plan.noise)
         return tuple(self.runtime.host(tensor[c.batch], c.row)[:n] for tensor in (x, v))

@@ -1,7 +1,8 @@
 """One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ from PIL import Image
 
 from bagel_opt import images
 from bagel_opt.errors import ProfileError
+from bagel_opt.programs.interface import Tensor
+from bagel_opt.programs.signatures import one_row
 from bagel_opt.request import StepEvent
-from bagel_opt.runtime.base import Tensor
-from bagel_opt.runtime.programs import one_row
 from bagel_opt.sampling.batches import Batches, Context, padded
-from bagel_opt.sampling.flow import FlowStep, TeaCache
+from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.plan import Block, Plan
 from bagel_opt.tokenizer import Tokenizer
 
@@ -27,27 +28,41 @@ class Token:
     uniform: float
 
 
+@dataclass(frozen=True)
+class Observer:
+    """Who watches a request on its way. on_step, on_token: as in Options; on_denoising(begins): as the flow begins, from
+    filled contexts, and as its latents are on the host."""
+
+    on_step: Callable[[StepEvent], Any] | None = None
+    on_token: Callable[[int], Any] | None = None
+    on_denoising: Callable[[bool], Any] | None = None
+
+
 class Job:
     """A request on its way. `work` yields what it wants, a Token or a FlowStep, or None to let others go on.
 
     cfg_text and cfg_img may be main itself, or each other, where they hold the same.
     """
 
-    def __init__(self, plan: Plan, batches: Batches, tokenizer: Tokenizer):
-        self.plan, self.batches, self.tokenizer = plan, batches, tokenizer
+    def __init__(self, plan: Plan, batches: Batches, tokenizer: Tokenizer, observer: Observer = Observer()):
+        self.plan, self.batches, self.tokenizer, self.observer = plan, batches, tokenizer, observer
         self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
         self.contexts: list[Context] = []
         self.passed = 0  # how many requests that came later went first
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
-        self.tea = TeaCache(len(plan.steps)) if plan.options.step_cache == "teacache" else None
+        self.remembered: Any = None  # by its step cache
         self.encoded: dict[tuple[str, int], Any] = {}
         self.work = self._work()
 
     def take_rows(self) -> None:
-        taylorseer = self.plan.options.step_cache == "taylorseer"
-        self.contexts = [self.batches.take(taylorseer) for _ in range(self.plan.contexts())]
+        self.contexts = [self.batches.take() for _ in range(self.plan.contexts())]
         self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in self.plan.roles())
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where the latent tokens of the picture to draw are in the position table."""
+        return images.positions(*self.plan.grid, self.config.latent_side)
 
     def branches(self) -> list[Context]:
         """The contexts that the wanted flow step evaluates."""
@@ -98,7 +113,7 @@ class Job:
     def _prefill(self, context: Context, blocks: list[Block]) -> Generator:
         """Extends one row's context block by block. What was written is counted before others get to run, since a
         program that this row takes no part in writes after what it holds."""
-        caches, p = self.batches.caches[context.batch], self.profile
+        caches, p = self.batches[context.batch].caches, self.profile
 
         def run(program: str, inputs: list, lengths: list[int], slots: int, positions: int) -> None:
             numbers = [np.array([value], np.int64) for value in (context.position, *lengths, context.kv_len)]
@@ -157,21 +172,25 @@ class Job:
             if token == self.config.special.eos_token_id:
                 break
             ids.append(token)
-            if options.on_token:
-                options.on_token(token)
+            if self.observer.on_token:
+                self.observer.on_token(token)
         context.kv_len, context.position = before
         return self.tokenizer.decode(ids)
 
     def _draw(self) -> Generator:
         """Denoises the picture's latent tokens [tokens, channels]."""
-        noise, steps, on_step = self.plan.noise, self.plan.steps, self.plan.options.on_step
+        noise, steps, observer = self.plan.noise, self.plan.steps, self.observer
+        if observer.on_denoising:
+            observer.on_denoising(True)
         for context in self.contexts:
             self.batches.set_latents(context, noise)
         for index, step in enumerate(steps):
             seen = yield step
-            if on_step:
-                on_step(StepEvent(index, len(steps), step.t, *map(_public, seen)))
+            if observer.on_step:
+                observer.on_step(StepEvent(index, len(steps), step.t, *map(_public, seen)))
         tokens = self.batches.latents(self.main, len(noise))
+        if observer.on_denoising:
+            observer.on_denoising(False)
         if not np.isfinite(tokens).all():
             raise FloatingPointError(
                 "the picture overflowed; use smaller guidance scales, or dtype float32 or bfloat16"

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 
 from bagel_opt.api import Model
 from bagel_opt.serve.app import create_app
-from bagel_opt.serve.engine import EngineThread
-from bagel_opt.serve.gate import JsonLines
+from bagel_opt.serve.engine_thread import EngineThread
 from bagel_opt.serve.limits import Limits
 from bagel_opt.serve.metrics import Metrics
+from bagel_opt.serve.middleware import JsonLines
 from bagel_opt.serve.service import Service
 
 __all__ = ["EngineThread", "JsonLines", "Limits", "Metrics", "Service", "create_app", "make_app", "serve"]

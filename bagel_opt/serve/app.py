@@ -10,8 +10,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bagel_opt import __version__
-from bagel_opt.serve import chat, errors, images
-from bagel_opt.serve.gate import Gate
+from bagel_opt.serve import errors
+from bagel_opt.serve.middleware import Gate
+from bagel_opt.serve.routes import chat, images
 from bagel_opt.serve.schemas import ERRORS, ModelCard, ModelList
 from bagel_opt.serve.service import Injected, Service
 

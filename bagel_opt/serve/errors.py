@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from bagel_opt.errors import ProfileError
-from bagel_opt.serve.engine import CancelledError, DeadlineError, QueueFullError
+from bagel_opt.serve.engine_thread import CancelledError, DeadlineError, QueueFullError
 
 log = logging.getLogger("bagel_opt.serve")
 

@@ -1,28 +1,20 @@
 """What all endpoints share: from checked requests to tickets, and from tickets to answers or event streams."""
 
 import asyncio
-import base64
 import contextlib
-import io
-import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends
-from fastapi.responses import StreamingResponse
-from PIL import Image
 from starlette.requests import Request as HttpRequest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from bagel_opt.request import Request
 from bagel_opt.sampling.plan import Plan
 from bagel_opt.serve import errors
-from bagel_opt.serve.engine import EngineThread, Ticket
+from bagel_opt.serve.engine_thread import EngineThread, Ticket
 from bagel_opt.serve.limits import Limits
-from bagel_opt.tokenizer import Tokenizer
-
-KEEP_ALIVE = 15  # seconds without an event after which a stream sends a comment, so that no proxy gives it up
 
 
 @dataclass(frozen=True)
@@ -83,64 +75,6 @@ def _service(http: HttpRequest) -> Service:
 
 
 Injected = Annotated[Service, Depends(_service)]
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of one ticket. A failure on the way becomes the last event."""
-
-    def __init__(self, service: Service, ticket: Ticket, events: AsyncIterator[str]):
-        super().__init__(self._guarded(events), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.service, self.ticket = service, ticket
-
-    async def _guarded(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
-        coming = asyncio.ensure_future(anext(events))
-        try:
-            while True:
-                done, _ = await asyncio.wait([coming], timeout=KEEP_ALIVE)
-                if not done:
-                    yield ": waiting\n\n"
-                    continue
-                yield coming.result()
-                coming = asyncio.ensure_future(anext(events))
-        except StopAsyncIteration:
-            pass
-        except Exception as error:
-            yield sse(errors.body(errors.as_api_error(error)), "error")
-        finally:
-            coming.cancel()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self.service.watched(receive, [self.ticket]):
-            await super().__call__(scope, receive, send)
-
-
-def sse(data: Any, event: str | None = None) -> str:
-    return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-async def encoded(picture: Image.Image, file_format: str = "png", quality: int | None = None) -> str:
-    """A picture's file in base64."""
-    buffer = io.BytesIO()
-    options = {"quality": quality} if quality is not None and file_format != "png" else {}
-    await asyncio.to_thread(picture.save, buffer, file_format, **options)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-class TextStream:
-    """Turns token ids into the text that each adds. Bytes of a character that is not whole yet are held back."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.sent = tokenizer, [tokenizer.special.bos_token_id], ""
-
-    def push(self, token: int) -> str:
-        self.ids.append(token)
-        return self.until(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
-
-    def until(self, text: str) -> str:
-        """What is missing of `text`."""
-        new = text[len(self.sent) :] if text.startswith(self.sent) else ""
-        self.sent += new
-        return new
 
 
 def input_tokens(plan: Plan) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+"""Ours at full size, from any runtime, for full_size.py."""
+
+import itertools
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel_opt.api import Model
+from bagel_opt.bench.full_size_official import PROMPT, TOKENS
+from bagel_opt.loading import load_bundle
+from bagel_opt.model.attention import choose
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.ops import TorchOps
+from bagel_opt.request import Request
+from bagel_opt.runtime.torch import TorchRuntime
+from bagel_opt.runtime.torch_setup import prepare
+from bagel_opt.sampling.job import Observer
+from bagel_opt.tokenizer import Tokenizer
+
+
+class Ours:
+    """A model, asked for what the official code is asked for. several: whether it is also timed on several requests."""
+
+    def __init__(self, model: Model, several: bool):
+        self.model, self.several = model, several
+        self.drawn: list[float] = []  # seconds of denoising of each picture, from its filled contexts to its latents
+
+    def draw(self, inputs: list, count: int = 1, **options: object) -> list[Image.Image]:
+        self.drawn.clear()
+        requests = [Request(inputs, seed=i, **options) for i in range(count)]
+        outputs = self.model.run_many(requests, observers=[self._timer() for _ in requests])
+        return [pictures[-1] for pictures in outputs]
+
+    def _timer(self) -> Observer:
+        begun = []
+
+        def denoising(begins: bool) -> None:
+            if begins:
+                torch.cuda.synchronize()
+                begun.append(time.perf_counter())
+            else:  # the latents are on the host
+                self.drawn.append(time.perf_counter() - begun[0])
+
+        return Observer(on_denoising=denoising)
+
+    def tokens(self, rows: int = 1) -> list[float]:
+        """Milliseconds per token."""
+        seen: list[float] = []
+        answer = {"output": "text", "do_sample": True, "text_temperature": 1000.0, "max_think_tokens": TOKENS + 2}
+        requests = [Request(PROMPT, seed=i, **answer) for i in range(rows)]
+        requests[0] = Request(PROMPT, seed=0, on_token=lambda _: seen.append(time.perf_counter()), **answer)
+        self.model.run_many(requests)
+        return [1000 * (b - a) for a, b in itertools.pairwise(seen)][1:]
+
+    def decode_picture(self) -> None:
+        runtime = self.model.runtime
+        runtime.host(runtime.run("vae_decode", [torch.randn(1, 16, 128, 128).numpy()])[0])
+
+    def velocity(self, noise: Tensor) -> Tensor:
+        """The first guided velocity of a picture that starts at this noise."""
+        seen: list[Tensor] = []
+        shape = {"height": 1024, "width": 1024, "num_timesteps": 2, "noise": noise}
+        self.model.generate(PROMPT, on_step=lambda event: seen.append(event.v_t), **shape)
+        return seen[0].double()
+
+
+def in_process(model: Bagel, tokenizer: Tokenizer, compiled: bool = True) -> Ours:
+    """The model as it is, under torch.compile or eager."""
+    model.ops = TorchOps(choose("auto", model.device, model.dtype))
+    runtime = TorchRuntime(prepare(model, compiled))
+    return Ours(Model(runtime, model.config, tokenizer, round_up=True), several=True)
+
+
+def from_bundle(folder: Path) -> Ours:
+    """The model from a bundle, which has rows for one request."""
+    return Ours(load_bundle(folder, check=False), several=False)

@@ -1,0 +1,204 @@
+"""The command line's options."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bagel_opt import __version__
+from bagel_opt.dtypes import COMPUTE
+from bagel_opt.loading import BACKENDS
+from bagel_opt.request import RENORM_TYPES
+
+PRESET_BUNDLES = ("onnx", "aoti")
+
+
+def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argparse.ArgumentParser:
+    """The whole command line. runs: what each command does."""
+    top = argparse.ArgumentParser("bagel-opt", description="BAGEL on static shapes: draw, edit, understand, export.")
+    top.add_argument("--version", action="version", version=f"bagel-opt {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, *positional: tuple[str, str]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=runs[name])
+        for field, meaning in positional:
+            sub.add_argument(field, help=meaning)
+        return sub
+
+    image, out = ("image", "picture file"), "where to write the picture (default: %(default)s)"
+    draw = command("generate", "Draw a picture from a text.", ("prompt", "what to draw"))
+    edit_ = command("edit", "Change a picture.", image, ("prompt", "what to change"))
+    ask = command("understand", "Answer a question about a picture.", image, ("prompt", "the question"))
+    talk = command("chat", "Answer a text.", ("prompt", "the text"))
+    for sub in (draw, edit_):
+        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=out)
+        _picture_options(sub, sized=sub is draw)
+    for sub in (draw, edit_, ask, talk):
+        _model_options(sub)
+        _text_options(sub)
+
+    export_ = command("export", "Write a bundle that another runtime loads.")
+    export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
+    export_.add_argument("--recipe", help="recipe file, or a name from export/; the options below override it")
+    export_.add_argument("--format", help="onnx (default), aoti, export or compile")
+    export_.add_argument(
+        "--profile", action="append", help="profile file, or a name from profiles/; several share the weights"
+    )
+    export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
+    export_.add_argument("--dtype", help="float32 (default), float16 or bfloat16; ONNX for the CPU has no bfloat16")
+    export_.add_argument(
+        "--attention", help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
+    )
+    export_.add_argument("--device", help="cpu (default) or cuda")
+    export_.add_argument(
+        "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"
+    )
+
+    time_ = command("bench", "Time models side by side, each in a process of its own.")
+    time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
+    time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
+    for kind in PRESET_BUNDLES:
+        time_.add_argument(
+            f"--{kind}",
+            metavar="DIR",
+            type=Path,
+            help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
+        )
+    time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
+    time_.add_argument(
+        "--export",
+        metavar="PROFILE",
+        action="append",
+        help="also export each checkpoint for it (or for several) and time the bundles",
+    )
+    time_.add_argument("--formats", default="onnx", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
+    time_.add_argument(
+        "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
+    )
+    time_.add_argument("--official-python", default=sys.executable, help="Python with what the official code needs")
+    for name, value, text in (
+        ("height", None, "pixels (the largest of the model, up to 1024)"),
+        ("width", None, "pixels"),
+        ("steps", 8, "timed flow steps per picture (8)"),
+        ("tokens", 32, "timed tokens per answer (32)"),
+        ("repeats", 3, "runs after the warm-up (3)"),
+    ):
+        time_.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=text)
+    for name in ("device", "dtype", "profile"):
+        time_.add_argument(f"--{name}", help="as for the other commands")
+    time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+    time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+
+    serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
+    serve_options(serve_)
+
+    show = command("inspect", "Show what a checkpoint or a bundle holds.")
+    show.add_argument(
+        "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
+    )
+    show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
+    show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
+    _no_check(show)
+    return top
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
+    """An option under its official name, with dashes or underscores."""
+    spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    sub.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, **settings)
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
+    _load_options(sub)
+
+
+def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to the request") -> None:
+    group = sub.add_argument_group("model")
+    group.add_argument("--backend", default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
+    group.add_argument("--device", help="cpu, cuda or cuda:N")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16")
+    group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+    group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    _no_check(group)
+
+
+def _no_check(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
+    )
+
+
+def load_settings(a: argparse.Namespace) -> dict:
+    """Of bagel_opt.load, besides the source and the profile."""
+    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "check")}
+
+
+def serve_options(sub: argparse.ArgumentParser) -> None:
+    """Those of `bagel-opt serve`."""
+    sub.add_argument(
+        "checkpoint", nargs="?", help="bundle, checkpoint folder or repo id (default: the model that ships)"
+    )
+    _load_options(sub, "demo for the model that ships; another checkpoint needs one")
+    group = sub.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    group.add_argument("--name", help="the model's name for clients (default: the folder's)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="clients must send one of these as bearer token; better in BAGEL_OPT_API_KEYS, with commas",
+    )
+    group.add_argument(
+        "--remote-images", action="store_true", help="fetch input pictures from public http(s) addresses too"
+    )
+    many = sub.add_argument_group("replicas, on Ray Serve")
+    many.add_argument("--replicas", type=_count, metavar="N", help="engines with a model each, behind one address")
+    many.add_argument("--max-replicas", type=_count, metavar="N", help="start more while requests wait, up to so many")
+    many.add_argument("--requests-per-replica", type=_count, metavar="N", help="that autoscaling aims at (4)")
+    many.add_argument("--cpus-per-replica", type=float, metavar="N", help="cores, and threads, of each (1)")
+    many.add_argument("--gpus-per-replica", type=float, metavar="N", help="GPUs of each (0)")
+    limits = sub.add_argument_group("limits")
+    for name, value, text in (
+        ("max-queue", 64, "requests that wait or run; more are answered 429"),
+        ("timeout", 600, "seconds until a request is given up"),
+        ("max-body", 32, "MiB of a request's body"),
+        ("max-pixels", 2**24, "pixels of an input picture"),
+        ("max-images", 8, "input pictures of a request"),
+        ("max-n", 8, "pictures that one request may ask for"),
+        ("max-timesteps", 200, "largest num_timesteps of a request"),
+    ):
+        limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
+
+
+def _text_options(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("text")
+    _flag(group, "think", action="store_true", help="think before answering or drawing")
+    _flag(group, "max_think_tokens", type=int, metavar="N", help="longest text to generate (1000)")
+    _flag(group, "do_sample", action="store_true", help="sample the text instead of taking the likeliest token")
+    _flag(group, "text_temperature", type=float, metavar="T", help="temperature of sampling (0.3)")
+    _flag(group, "seed", type=int, metavar="N", help="same seed, same answer")
+
+
+def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
+    group = sub.add_argument_group("picture")
+    if sized:
+        _flag(group, "height", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
+        _flag(group, "width", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
+    _flag(group, "num_timesteps", type=int, metavar="N", help="points of the flow schedule (50)")
+    _flag(group, "timestep_shift", type=float, metavar="S", help="above 1: more steps at high noise (3)")
+    _flag(group, "cfg_text_scale", type=float, metavar="S", help="how strongly to follow the text (4)")
+    _flag(group, "cfg_img_scale", type=float, metavar="S", help="how strongly to keep the input image (1.5)")
+    _flag(group, "cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times with guidance (0.4 1)")
+    _flag(group, "cfg_renorm_min", type=float, metavar="R", help="smallest rescaling of the guided velocity (0)")
+    _flag(group, "cfg_renorm_type", help=f"{', '.join(RENORM_TYPES)} (global)")
+    _flag(group, "negative_prompt", metavar="TEXT", help="what not to draw")
+    _flag(group, "step_cache", help="taylorseer or teacache: fewer evaluations, nearly the same picture")

@@ -1,0 +1,191 @@
+"""The command line: `bagel-opt`, or `python -m bagel_opt`."""
+
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from bagel_opt.api import Model
+from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
+from bagel_opt.cli.console import bar, guarded, tables
+from bagel_opt.cli.inspect import describe
+from bagel_opt.cli.serving import replica_settings, server_settings
+from bagel_opt.export.recipe import load_recipe, recipe_names
+from bagel_opt.loading import load
+from bagel_opt.profile import profile_names
+from bagel_opt.request import Options
+from bagel_opt.sampling.plan import DEFAULT_TOKENS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
+    arguments = parser(COMMANDS).parse_args(argv)
+    return guarded(lambda: arguments.run(arguments))
+
+
+# ---- commands
+
+
+def generate(a: argparse.Namespace) -> None:
+    _check_out(a.out)
+    _save(a, _run(a, [a.prompt], "image"))
+
+
+def edit(a: argparse.Namespace) -> None:
+    _check_out(a.out)
+    _save(a, _run(a, [_open(a.image), a.prompt], "image"))
+
+
+def understand(a: argparse.Namespace) -> None:
+    print(_run(a, [_open(a.image), a.prompt], "text")[0])
+
+
+def chat(a: argparse.Namespace) -> None:
+    print(_run(a, [a.prompt], "text")[0])
+
+
+def export(a: argparse.Namespace) -> None:
+    from bagel_opt.export import export as write_bundle
+
+    options = dataclasses.asdict(load_recipe(a.recipe)) if a.recipe else {}
+    options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
+    profiles = a.profile or options.get("profiles")
+    options.pop("profiles", None)
+    if not profiles:
+        raise ValueError(
+            f"give --profile or --recipe; profiles/ has {', '.join(profile_names())}; export/ has {', '.join(recipe_names())}"
+        )
+    with bar("exporting") as update:
+        folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
+    print(folder)
+
+
+def bench(a: argparse.Namespace) -> None:
+    from bagel_opt.bench import Work, default_side, table
+    from bagel_opt.bench import bench as time_all
+
+    if a.json and not a.json.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
+    bundles = {kind: folder for kind in PRESET_BUNDLES if (folder := getattr(a, kind))}
+    if bundles and not a.preset:
+        raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")
+    if a.preset:
+        if a.sources:
+            raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
+        return _full_size(a, bundles)
+    side = min(map(default_side, a.sources or [None]))
+    work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
+    with bar("timing") as update:
+        results = time_all(
+            a.sources,
+            work,
+            backends=tuple(a.backends.split(",")),
+            profiles=a.export or (),
+            formats=tuple(a.formats.split(",")),
+            official=a.official,
+            official_python=a.official_python,
+            progress=update,
+            **{name: getattr(a, name) for name in ("device", "dtype", "attention", "profile")},
+        )
+    tables().print(table(results))
+    if a.json:
+        a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if failed := [f"{result['name']} ({result['error']})" for result in results if "error" in result]:
+        raise ValueError(f"could not be timed: {', '.join(failed)}")
+
+
+def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
+    from bagel_opt.bench.full_size import run_full_size
+    from bagel_opt.bench.full_size_tables import tables as full_size_tables
+
+    def save(results: dict) -> None:
+        if a.json:
+            a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    with bar("timing") as update:
+        results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
+    for table in full_size_tables(results):
+        tables().print(table)
+
+
+def serve(a: argparse.Namespace) -> None:
+    try:
+        import bagel_opt.serve as server
+    except ImportError as error:
+        raise ImportError(f"{error}; the server needs: pip install 'bagel-opt[serve]'") from None
+
+    if a.replicas is None:
+        for name in ("max_replicas", "requests_per_replica", "cpus_per_replica", "gpus_per_replica"):
+            if getattr(a, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for replicas; give --replicas too")
+        settings = server_settings(a)
+        server.serve(_load(a), settings.pop("name"), a.host, a.port, **settings)
+        return
+    try:
+        from bagel_opt.serve.replicas import serve_replicas
+    except ImportError as error:
+        raise ImportError(f"{error}; replicas need: pip install 'bagel-opt[ray]'") from None
+    serve_replicas(**replica_settings(a), host=a.host, port=a.port)
+
+
+def inspect(a: argparse.Namespace) -> None:
+    output = tables()
+    for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check):
+        output.print(table)
+
+
+def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
+    options = {name: getattr(a, name) for name in Options.__dataclass_fields__ if hasattr(a, name)}
+    if "cfg_interval" in options:
+        options["cfg_interval"] = tuple(options["cfg_interval"])
+    Options.make(options)  # a typing slip should not cost the loading of 29 GB
+    model = _load(a)
+    with bar("denoising" if output == "image" else "writing") as update:
+
+        def on_step(event: object) -> None:
+            update("denoising", event.index + 1, event.total)
+
+        written = []
+
+        def on_token(token: int) -> None:
+            written.append(token)
+            update("writing", len(written), options.get("max_think_tokens", DEFAULT_TOKENS))
+
+        return model.run(inputs, output=output, on_step=on_step, on_token=on_token, **options)
+
+
+def _load(a: argparse.Namespace) -> Model:
+    with bar("loading") as update:
+        progress = functools.partial(update, "loading")
+        return load(a.checkpoint, profile=a.profile, progress=progress, **load_settings(a))
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except SyntaxError as error:  # what PIL raises for damaged EXIF data
+        raise ValueError(f"{path} is a damaged picture: {error}") from None
+
+
+def _check_out(path: Path) -> None:
+    """A typing slip should not cost the drawing of a picture."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {path}: the name must end in .png, .jpg or .webp")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
+
+
+def _save(a: argparse.Namespace, outputs: list) -> None:
+    *thoughts, picture = outputs
+    for thought in thoughts:
+        print(thought)
+    picture.save(a.out)
+    print(a.out)
+
+
+COMMANDS = {run.__name__: run for run in (generate, edit, understand, chat, export, bench, serve, inspect)}

@@ -1,0 +1,61 @@
+"""What every command shows: progress bars, tables, and an error in one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
+NO_COMPILER = ("No working C++ compiler", "C++ compile error")  # as torch's compiler says it
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Runs a command; an error of the user's or of a file becomes one line on stderr. -> the exit status"""
+    try:
+        run()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except UnidentifiedImageError as error:
+        return _fail(f"{error}; give a PNG, JPEG or WebP picture")
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, Image.DecompressionBombError) as error:
+        return _fail(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        if failed := next((line for line in lines if any(text in line for text in NO_COMPILER)), None):
+            return _fail(
+                f"{failed.strip()}; compiling needs a C++ compiler, such as g++, or one named by CXX, and for a GPU the CUDA "
+                "toolkit; --backend eager and bundles of --format onnx or export need none"
+            )
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        said = " ".join(str(error).split("\n")[0].split())
+        return _fail(
+            f"out of memory{said and f' ({said})'}; use a smaller picture, a shorter text or a smaller profile, and for a "
+            "checkpoint another --dtype or --device cpu"
+        )
+    return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"bagel-opt: {message}", file=sys.stderr)
+    return status
+
+
+def tables() -> Console:
+    """Where tables go. A pipe or a file has no width to break them at."""
+    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if fixed else 250)
+
+
+@contextlib.contextmanager
+def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr where that is a terminal; yields update(what, done, total)."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

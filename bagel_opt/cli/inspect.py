@@ -1,0 +1,139 @@
+"""Tables of what a checkpoint or a bundle holds."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from bagel_opt.cli.memory import needs
+from bagel_opt.config import BagelConfig
+from bagel_opt.dtypes import BY_SAFETENSORS
+from bagel_opt.files.manifest import MANIFEST, WEIGHTS, check_files, read_manifest
+from bagel_opt.files.weights import locate_weights
+from bagel_opt.loading import shipped_model
+from bagel_opt.profile import Profile, load_profile
+
+PARTS = {
+    "_moe_gen": "generation expert",
+    ".language_model.": "understanding expert, embeddings",
+    ".vit_model.": "ViT",
+    ".vae.": "VAE",
+    "": "connectors, positions, time",
+}
+
+
+def describe(
+    source: str | Path | None, profiles: Sequence[str] = (), dtype: str | None = None, check: bool = True
+) -> list[Table]:
+    """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
+    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. Raises what `load` raises, and ValueError for
+    profiles of a bundle."""
+    folder = shipped_model() if source is None else Path(source)
+    if (folder / MANIFEST).is_file():
+        if profiles or dtype:
+            raise ValueError(
+                f"{folder} is a bundle, whose profiles and dtype were fixed when it was exported; leave them out"
+            )
+        return _bundle(folder, check)
+    return _checkpoint(
+        folder if source is None else source, [load_profile(name) for name in profiles], dtype or "float32"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _bundle(folder: Path, check: bool) -> list[Table]:
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, digests=check)
+    total = sum(entry["size"] for entry in manifest.files.values())
+    about = _table(f"bundle {folder}", "", "")
+    for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
+        about.add_row(*row)
+    for profile in manifest.profiles:
+        for name, value in vars(profile).items():
+            about.add_row(f"profile {name}", str(value))
+    for name, value in manifest.versions.items():
+        about.add_row(name, value)
+    programs = _table("programs", "program", "size", "inputs", "outputs")
+    for name, entry in manifest.programs[manifest.profiles[-1].name].items():
+        inputs = [f"{key} {_shape(shape)} {kind}" for key, (shape, kind) in entry["inputs"].items()]
+        outputs = list(entry["outputs"])
+        if entry["cache_rows"]:
+            layers = manifest.config.llm.num_hidden_layers
+            note = f"caches of {entry['cache_rows']} rows, {layers} layers"
+            inputs.append(note)
+            outputs.append(note)
+        files = {part["file"] for part in (entry, *entry.get("parts", {}).values()) if "file" in part}
+        size = _size(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
+        programs.add_row(name, size, "\n".join(inputs), "\n".join(outputs))
+    parameters = sum(math.prod(place.shape) for place in locate_weights(folder / WEIGHTS).values())
+    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, parameters)
+    return [about, programs, _config(manifest.config), memory]
+
+
+def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, parameters: int) -> Table:
+    table = _table(f"memory in {dtype}", "profile", "weights", "caches", "workspace, about", "together")
+    for profile in profiles:
+        needed = needs(config, profile, dtype, parameters)
+        table.add_row(profile.name, *map(_size, (*needed.values(), sum(needed.values()))))
+    return table
+
+
+def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list[Table]:
+    try:
+        from bagel_opt.files.checkpoint import Checkpoint
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is a checkpoint, which needs {error.name}: pip install 'bagel-opt[torch]'"
+        ) from None
+
+    checkpoint = Checkpoint(source)
+    parameters, dtypes, size = Counter(), defaultdict(set), Counter()
+    for name, shape in checkpoint.shapes.items():
+        part = next(label for key, label in PARTS.items() if key in f".{name}")
+        parameters[part] += math.prod(shape)
+        dtypes[part].add(checkpoint.dtypes[name])
+        kind = BY_SAFETENSORS.get(checkpoint.dtypes[name])
+        size[part] += math.prod(shape) * (kind.bytes if kind else 1)
+    weights = _table(f"checkpoint {checkpoint.folder}", "part", "parameters", "dtype", "size")
+    for part in PARTS.values():
+        weights.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
+    weights.add_section()
+    weights.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
+    tables = [weights, _config(checkpoint.config)]
+    return [*tables, _memory(checkpoint.config, profiles, dtype, parameters.total())] if profiles else tables
+
+
+def _config(c: BagelConfig) -> Table:
+    table = _table("model", "", "")
+    heads = f"{c.llm.num_attention_heads} heads on {c.llm.num_key_value_heads} of {c.llm.head_dim} channels"
+    rows = {
+        "transformer": f"{c.llm.num_hidden_layers} layers of {c.llm.hidden_size}, MLP {c.llm.intermediate_size}, {heads}",
+        "vocabulary": f"{c.llm.vocab_size}",
+        "ViT": f"{c.vit.num_hidden_layers} layers of {c.vit.hidden_size}, patches of {c.vit.patch_size} pixels",
+        "VAE": f"{c.vae.z_channels} channels, 1/{c.vae.downsample} of the side, widths {c.vae.ch} x {list(c.vae.ch_mult)}",
+        "largest picture": f"{c.latent_side * c.token_pixels} x {c.latent_side * c.token_pixels} pixels",
+        "cache per slot": f"{2 * c.llm.num_hidden_layers * c.llm.num_key_value_heads * c.llm.head_dim:,} numbers",
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def _shape(shape: list) -> str:
+    return "x".join(str(side) for side in shape)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

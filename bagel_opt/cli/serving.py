@@ -1,0 +1,67 @@
+"""From the options of `bagel-opt serve` to the settings of a server, on this machine or on a cluster."""
+
+import argparse
+import functools
+import os
+from pathlib import Path
+
+from bagel_opt.cli.arguments import load_settings, serve_options
+from bagel_opt.cli.inspect import describe
+from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.loading import load
+from bagel_opt.profile import profile_names
+
+FLAGS = ("remote-images", "no-check")  # options without a value
+
+
+def cluster_settings(options: dict[str, str]) -> dict:
+    """Of bagel_opt.serve.replicas.application, from the options of `bagel-opt serve` by name. Raises ValueError and, for a
+    value that no option takes, SystemExit."""
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    source = [given.pop("checkpoint")] if "checkpoint" in given else []
+    arguments = []
+    for name, value in given.items():
+        if name not in FLAGS:
+            arguments.append(f"--{name}={value}")
+        elif str(value).lower() in ("true", "1", "yes"):
+            arguments.append(f"--{name}")
+        elif str(value).lower() not in ("false", "0", "no"):
+            raise ValueError(f"{name}={value!r}; allowed are true and false")
+    parser = argparse.ArgumentParser("bagel-opt serve")
+    serve_options(parser)
+    return replica_settings(parser.parse_args([*source, "--replicas=1", *arguments]))
+
+
+def server_settings(a: argparse.Namespace) -> dict:
+    """Of bagel_opt.serve.make_app, and the model's name."""
+    from bagel_opt.serve import Limits
+
+    if a.checkpoint is None and a.profile is None:
+        a.profile = "demo"
+    describe(a.checkpoint, check=a.check)  # what cannot be loaded should not cost starting a cluster
+    if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
+        raise ValueError(
+            "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
+        )
+    return {
+        "name": a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
+        "keys": [*a.api_key, *filter(None, os.environ.get("BAGEL_OPT_API_KEYS", "").split(","))],
+        "limits": Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
+        "max_queue": a.max_queue,
+        "timeout": a.timeout,
+        "remote": a.remote_images,
+    }
+
+
+def replica_settings(a: argparse.Namespace) -> dict:
+    """Of bagel_opt.serve.replicas.application."""
+    from bagel_opt.serve.replicas import Replicas
+
+    settings = server_settings(a)
+    given = {"requests": a.requests_per_replica, "cpus": a.cpus_per_replica, "gpus": a.gpus_per_replica}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {
+        "load": functools.partial(load, a.checkpoint, profile=a.profile, **load_settings(a)),
+        "replicas": Replicas(a.replicas, max(a.replicas, a.max_replicas or 1), **given),
+        **settings,
+    }

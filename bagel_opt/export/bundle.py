@@ -1,0 +1,276 @@
+"""Writing a bundle: which programs it has, and putting it in place whole."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagel_opt.files.manifest import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files
+from bagel_opt.profile import Profile, load_profile
+from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bagel_opt.export.onnx import Shapes
+    from bagel_opt.model.bagel import Bagel
+
+FORMATS = ("onnx", "aoti", "export", "compile")
+ATTENTION = {"onnx": ("auto",), **dict.fromkeys(("aoti", "export"), ("auto", "sdpa", "flash"))}
+LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+
+
+def precisions(format: str, device: str) -> tuple[str, ...]:
+    """The dtypes that a format can hold for a device."""
+    if format == "onnx" and device == "cpu":
+        return ("float32", "float16")  # ONNX Runtime's CPU provider has no bfloat16
+    return ("float32", "bfloat16", "float16")
+
+
+def export(
+    checkpoint: str | Path | None,
+    out: str | Path,
+    profile: "Profile | str | Path | Sequence[Profile | str | Path]",
+    *,
+    format: str = "onnx",
+    dtype: str = "float32",
+    attention: str = "auto",
+    device: str = "cpu",
+    verify: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Path:
+    """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
+
+    profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
+    (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
+    "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
+    "cuda". ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
+    progress(what, done, total).
+
+    It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
+    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
+    what `load` raises for the checkpoint.
+    """
+    onnx = format == "onnx"
+    for name, value, allowed in (
+        ("format", format, FORMATS),
+        ("device", device, ("cpu", "cuda")),
+        ("dtype", dtype, precisions(format, device)),
+        ("attention", attention, ATTENTION.get(format, (attention,))),
+    ):
+        if value not in allowed:
+            of = "" if name == "format" else f" for format={format!r}"
+            of += f" on device={device!r}" if name == "dtype" and onnx else ""
+            raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
+    out, profiles = Path(out).resolve(), _profiles(profile)
+    try:
+        import safetensors  # noqa: F401
+        import torch
+
+        if onnx:
+            import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
+
+    from bagel_opt.files.checkpoint import Checkpoint
+    from bagel_opt.loading import shipped_model, torch_device
+    from bagel_opt.model.attention import choose
+    from bagel_opt.model.ops import TorchOps
+
+    kind = getattr(torch, dtype)
+    source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
+    if onnx:
+        from bagel_opt.export.onnx import Shapes
+
+        shapes = Shapes(source.config, kind, device)
+        source.check(shapes.plain)
+        parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
+    else:
+        where = torch_device(device)
+        ops, parameters = TorchOps(choose(attention, where, kind)), None
+
+    def make() -> "Bagel | Shapes":
+        if onnx:
+            return shapes
+        model = source.load(where, kind, lambda done, total: progress("loading", done, total))
+        model.ops = ops
+        return model
+
+    tokenizer = source.folder / "tokenizer.json"
+    with put_in_place(out) as partial:
+        write_bundle(make, partial, format, device, profiles, tokenizer, progress, parameters)
+        if verify:
+            from bagel_opt.export.verify import verify as compare
+
+            compare(partial, source.folder, progress, unfinished=True)
+    return out
+
+
+@contextmanager
+def put_in_place(out: Path) -> Iterator[Path]:
+    """A folder to write a bundle to, which takes the place of `out` in the last steps; where the block fails, it is gone,
+    and `out` is as it was. Whatever dies at any time leaves the old bundle, the new one, or nothing that loads.
+
+    Raises FileExistsError where `out` holds anything but a bundle."""
+    if out.exists() and not _replaceable(out):
+        raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
+    for left in out.parent.glob(f"{out.name}.partial-*"):  # of exports that were killed
+        if not _runs(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            (out / MANIFEST).unlink(missing_ok=True)  # so that a bundle half removed does not load
+            shutil.rmtree(out)
+        partial.rename(out)
+        (out / UNFINISHED).rename(out / MANIFEST)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_bundle(
+    make: "Callable[[], Bagel | Shapes]",
+    folder: Path,
+    format: str,
+    device: str,
+    profiles: Sequence[Profile],
+    tokenizer: Path,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    parameters: "Iterable[tuple[str, Tensor]] | None" = None,
+) -> None:
+    """Writes all files of a bundle to a folder, and its manifest under the name UNFINISHED.
+
+    make: the model, its attention chosen, whose memory is free again before anything is compiled ahead. profiles: from
+    small to large. parameters: for ONNX, those of a `Bagel`, in its order.
+    """
+    from bagel_opt.files.torch_weights import write_parameters
+
+    model = make()
+    if format == "onnx":
+        attention = model.model.ops.backend
+        model.write(folder / WEIGHTS, parameters)
+    else:
+        attention = model.ops.backend
+        write_parameters(folder / WEIGHTS, model)
+    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    programs, compiled_for = _write_programs(model, profiles, folder, format, progress), ""
+    if format == "aoti":
+        from bagel_opt.export.torch_packages import compile_all
+        from bagel_opt.runtime.torch_bundle import machine
+
+        compiled_for = machine(model.device)
+        del model  # its memory may be what compiling wants
+        compile_all(folder, progress)
+    progress("sha256", 0, 0)
+    Manifest(
+        kind=format,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        profiles=list(profiles),
+        config=config,
+        programs=programs,
+        versions={name: _version(name) for name in LIBRARIES},
+        machine=compiled_for,
+        files=list_files(folder),
+    ).write(folder)
+
+
+def _profiles(given: "Profile | str | Path | Sequence[Profile | str | Path]") -> list[Profile]:
+    """From small to large."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    profiles = [load_profile(one) for one in (given if several else [given])]
+    if not profiles or len({profile.name for profile in profiles}) < len(profiles):
+        raise ValueError(f"profile={given!r}; give at least one, and no name twice")
+    return sorted(profiles, key=Profile.cost)
+
+
+def _write_programs(
+    model: "Bagel | Shapes",
+    profiles: Sequence[Profile],
+    folder: Path,
+    format: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict[str, dict]]:
+    """Each profile's programs; where two need the same one, it is there once."""
+    if format == "compile":
+        from bagel_opt.export.compile_cache import warm
+
+        warm(model, profiles, folder, progress)
+        return {p.name: {n: dataclasses.asdict(s) for n, s in signatures(model.config, p).items()} for p in profiles}
+    if format == "onnx":
+        from bagel_opt.export.onnx import export_onnx as write
+    else:
+        from bagel_opt.export.torch_packages import export_packaged as write
+    free = format == "onnx" and model.device == "cpu"
+    known, programs = {}, {}
+    for number, profile in enumerate(profiles):
+        wanted = signatures(model.config, profile)
+        made = _with_free_rows(model, profile, profiles) if free else {name: (name, s) for name, s in wanted.items()}
+        keys = {
+            name: repr((*made[name], profile.slots if s.cache_rows and not free else 0)) for name, s in wanted.items()
+        }
+        missing = {as_[0]: as_[1] for name, as_ in made.items() if keys[name] not in known}
+        suffix = f"-{number + 1}" if number else ""
+        written = write(model, missing, suffix, profile, folder, progress)
+        for name, key in keys.items():
+            known.setdefault(key, written.get(made[name][0]))
+        programs[profile.name] = {name: {**known[keys[name]], **dataclasses.asdict(s)} for name, s in wanted.items()}
+    return programs
+
+
+def _with_free_rows(
+    model: "Shapes",
+    profile: Profile,
+    profiles: Sequence[Profile],
+) -> dict[str, tuple[str, Signature]]:
+    """Which program does the work of each, where some take any number of rows."""
+    from bagel_opt.export.onnx_free_sizes import rows_to_trace
+
+    rows = rows_to_trace(profiles, model.stored.values())
+    many, made = signatures(model.config, dataclasses.replace(profile, rows=rows)), {}
+    for name, signature in signatures(model.config, profile).items():
+        base = name.removesuffix(ROW)
+        made[name] = (base, many[base]) if base in ONE_ROW else (name, signature)
+    return made
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return int(process) != os.getpid()
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a folder is empty, or a bundle, also one half put into place, with nothing in it that an export did not write."""
+    if not out.is_dir():
+        return False
+    inside = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if not inside:
+        return not any(out.iterdir())
+    name = MANIFEST if MANIFEST in inside else UNFINISHED
+    try:  # of any format version: an older bundle is to be exported again
+        manifest = json.loads((out / name).read_text(encoding="utf-8"))
+        return {"format", "kind", "sha256"} <= manifest.keys() and inside == {name, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

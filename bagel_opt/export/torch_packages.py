@@ -1,0 +1,138 @@
+"""Programs as torch.export archives or AOTInductor packages, in parts, with the weights as inputs."""
+
+import dataclasses
+import gc
+import logging
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_unflatten
+
+from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.parts import Functional, Part, cut
+from bagel_opt.export.processes import ProcessDiedError, in_processes
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.profile import Profile
+from bagel_opt.programs.callables import programs
+from bagel_opt.programs.signatures import Signature
+from bagel_opt.runtime.torch_bundle import open_package
+
+UNLOADABLE = (
+    f"torch {torch.__version__} cannot load what the C++ compiler here makes, as happens where it links the C++ standard library "
+    "statically: give another compiler as CXX, or take --format export, which needs none"
+)
+
+
+def export_part(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """(graph, names of the parameters it takes): traced with all of the owner's, and again with those in use."""
+    parameters = dict(part.owner.named_parameters())
+    used = list(parameters)
+    while True:
+        weights = tuple(parameters[name].detach() for name in used)
+        shapes = (part.free, (None,) * len(weights)) if part.free else None
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.export.export(
+                Functional(part, used), (part.inputs, weights), dynamic_shapes=shapes, strict=False
+            )
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][len(part.inputs) :]
+        left = [name for name, node in zip(used, placeholders, strict=True) if node.users]
+        if left == used:
+            return graph, used
+        used = left
+
+
+def name_in_bundle(part: Part, parameter: str) -> str:
+    return part.prefix + parameter.removeprefix("model.")  # a program may hold the model as its part
+
+
+def compile_file(path: str) -> None:
+    """Replaces a torch.export archive by an AOTInductor package: the library alone, without sources and symbols, which
+    are three quarters of it."""
+    from torch._inductor.package import package_aoti
+
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # there is a process for each core already
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(path)
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        fakes = [values[name] for name in program.graph_signature.user_inputs]  # no memory is needed to compile
+        inputs, keywords = tree_unflatten(fakes, program.call_spec.in_spec)
+        files = torch._inductor.aot_compile(
+            program.module(check_guards=False), inputs, keywords, options={"aot_inductor.package": True}
+        )
+        kept = [file for file in files if not str(file).endswith(".cpp")]
+        if strip := shutil.which("strip"):
+            subprocess.run([strip, *(file for file in kept if str(file).endswith(".so"))], check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for file in files:
+                if str(file).endswith(".wrapper.cpp"):  # torch 2.11 finds the metadata by this name
+                    kept.append(str(Path(folder) / Path(file).name))
+                    Path(kept[-1]).touch()
+            package_aoti(path, kept)
+    check_loads(path, inputs[0][0].device)
+
+
+def check_loads(path: str, device: torch.device) -> None:
+    """Loads a package once. Some of what cannot be loaded ends the process: the compiler's, then, not a user's."""
+    try:
+        open_package(path, device)
+    except RuntimeError as error:
+        raise ChildProcessError(f"{path}: {UNLOADABLE} ({str(error).splitlines()[0]})") from None
+
+
+def export_packaged(
+    model: Bagel,
+    signatures: dict[str, Signature],
+    suffix: str,
+    profile: Profile,
+    folder: Path,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict]:
+    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives; the manifest's entries."""
+    calls, entries = programs(model), {}
+    for done, (name, signature) in enumerate(signatures.items()):
+        progress(f"exporting {name}", done, len(signatures))
+        inputs, caches, free = example_inputs(model.config, signature, profile, model.dtype, model.device)
+        parts = {}
+        with torch.no_grad():
+            cuts = list(cut(model, name, calls[name], tuple(inputs), caches, tuple(free)))
+        for part in cuts:
+            graph, used = export_part(part)
+            file = f"{name}.{part.role}{suffix}.pt2"
+            graph.example_inputs = None  # it would be saved, weights and all
+            torch.export.save(graph, folder / file)
+            parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
+        entries[name] = {"parts": parts, **dataclasses.asdict(signature)}
+    progress("exported", len(signatures), len(signatures))
+    return entries
+
+
+def compile_files(_: None, paths: list[str]) -> Iterator[str]:
+    """Compiles archives one after another, in a process of its own."""
+    for path in paths:
+        compile_file(path)
+        yield path
+
+
+def compile_all(folder: Path, progress: Callable[[str, int, int], None]) -> None:
+    """Compiles every archive of a folder, as many at a time as there are cores, of which each needs some memory of a
+    GPU. Raises ChildProcessError where a process dies or torch cannot load what it made."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    files = sorted(str(path) for path in folder.glob("*.pt2"))
+    try:
+        with closing(in_processes(f"{__name__}:compile_files", None, files, most=16)) as compiled:
+            for done, _ in enumerate(compiled):
+                progress("compiling", done + 1, len(files))
+    except ProcessDiedError as error:
+        reason = f"a process that compiles its programs died, for want of memory, or {UNLOADABLE}"
+        raise ChildProcessError(f"{folder}: {reason} ({str(error).splitlines()[0]})") from None

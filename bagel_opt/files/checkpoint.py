@@ -1,0 +1,245 @@
+"""Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from bagel_opt.config import BagelConfig
+from bagel_opt.dtypes import BY_SAFETENSORS, STORED
+from bagel_opt.errors import CheckpointError
+from bagel_opt.files.checkpoint_config import read_config
+from bagel_opt.files.torch_weights import Reader, opened
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.tokenizer import Tokenizer
+
+FILES = ("*.json", "*.safetensors")
+VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
+
+# SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along.
+UNUSED = r"vit_model\.vision_model\.(head\.|encoder\.layers\.{last}\.)"
+
+LAYER_PARTS = {
+    "norm1": ("input_layernorm{gen}",),
+    "qkv": ("self_attn.q_proj{gen}", "self_attn.k_proj{gen}", "self_attn.v_proj{gen}"),
+    "q_norm": ("self_attn.q_norm{gen}",),
+    "k_norm": ("self_attn.k_norm{gen}",),
+    "o": ("self_attn.o_proj{gen}",),
+    "norm2": ("post_attention_layernorm{gen}",),
+    "gate_up": ("mlp{gen}.gate_proj", "mlp{gen}.up_proj"),
+    "down": ("mlp{gen}.down_proj",),
+}
+VIT_PARTS = {
+    "norm1": ("layer_norm1",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "fc1": ("mlp.fc1",),
+    "fc2": ("mlp.fc2",),
+}
+VIT = "vit_model.vision_model."
+OTHERS = {
+    "llm.embed.weight": "language_model.model.embed_tokens.weight",
+    "llm.norm_und.weight": "language_model.model.norm.weight",
+    "llm.norm_gen.weight": "language_model.model.norm_moe_gen.weight",
+    "llm.lm_head.weight": "language_model.lm_head.weight",
+    "vit_encoder.patch.weight": VIT + "embeddings.patch_embedding.weight",
+    "vit_encoder.patch.bias": VIT + "embeddings.patch_embedding.bias",
+    "vit_encoder.position.weight": VIT + "embeddings.position_embedding.weight",
+    "vit_encoder.norm.weight": VIT + "post_layernorm.weight",
+    "vit_encoder.norm.bias": VIT + "post_layernorm.bias",
+    "vit_position.weight": "vit_pos_embed.pos_embed",
+    "latent_position.weight": "latent_pos_embed.pos_embed",
+    "time.fc1.weight": "time_embedder.mlp.0.weight",
+    "time.fc1.bias": "time_embedder.mlp.0.bias",
+    "time.fc2.weight": "time_embedder.mlp.2.weight",
+    "time.fc2.bias": "time_embedder.mlp.2.bias",
+    **{f"latent_in.{kind}": f"vae2llm.{kind}" for kind in ("weight", "bias")},
+    **{f"latent_out.{kind}": f"llm2vae.{kind}" for kind in ("weight", "bias")},
+}
+
+
+def published_names(name: str) -> tuple[str, ...]:
+    """The published tensors that one of our parameters is made of, stacked along the first dimension."""
+    if match := re.fullmatch(r"llm\.layers\.(\d+)\.(und|gen)\.(\w+)\.(weight|bias)", name):
+        layer, expert, part, kind = match.groups()
+        gen = "_moe_gen" if expert == "gen" else ""
+        prefix = f"language_model.model.layers.{layer}."
+        return tuple(f"{prefix}{source.format(gen=gen)}.{kind}" for source in LAYER_PARTS[part])
+    if match := re.fullmatch(r"vit_encoder\.layers\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
+        return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
+    # The VAE's file names its tensors without a prefix; the connector's names are the same here and there.
+    return (OTHERS.get(name, name),)
+
+
+def part_rows(config: BagelConfig, name: str, parts: int, rows: int) -> tuple[int, ...]:
+    """How the rows of one of our parameters divide among the published tensors stacked in it."""
+    if parts == 3 and name.startswith("llm."):  # fewer heads of keys and values than of queries
+        keys = config.llm.num_key_value_heads * config.llm.head_dim
+        return rows - 2 * keys, keys, keys
+    return (rows // parts,) * parts
+
+
+def published_tensors(model: Bagel) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters as the tensors of a checkpoint, under their published names; the VAE's begin with "vae."."""
+    for name, parameter in model.named_parameters():
+        sources = published_names(name)
+        rows = part_rows(model.config, name, len(sources), parameter.shape[0])
+        yield from zip(sources, parameter.detach().split(rows), strict=True)
+
+
+class Checkpoint:
+    """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
+
+    Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read.
+    """
+
+    def __init__(self, source: str | Path):
+        self.folder = find_folder(source)
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in weight_files(self.folder):
+            self._read_header(path)
+        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
+        self.config: BagelConfig = read_config(self.folder, self.shapes, self.tokenizer.special)
+        rows = self.config.llm.vocab_size
+        if (top := self.tokenizer.largest_id) >= rows:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
+            )
+
+    def _read_header(self, path: Path) -> None:
+        prefix = "vae." if path.name == VAE_FILE else ""
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  the file is no mapping
+                part = file.get_slice(name)
+                self.where[prefix + name] = path
+                self.shapes[prefix + name] = tuple(part.get_shape())
+                self.dtypes[prefix + name] = part.get_dtype()
+
+    def check(self, model: Bagel) -> None:
+        """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
+        want: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters():
+            sources, shape = published_names(name), tuple(parameter.shape)
+            for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
+                want[source] = (rows, *shape[1:])
+        patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
+        c = self.config.vit
+        if len(self.shapes.get(patch, ())) == 4:
+            want[patch] = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
+        last = self.config.vit.num_hidden_layers
+        unused = re.compile(UNUSED.replace("{last}", str(last)))
+        wrong = {
+            "missing": [name for name in want if name not in self.shapes],
+            "surplus": [name for name in self.shapes if name not in want and not unused.match(name)],
+            "mis-shaped": [
+                f"{name} is {list(self.shapes[name])}, not {list(shape)}"
+                for name, shape in want.items()
+                if name in self.shapes and self.shapes[name] != shape
+            ],
+            "of unknown dtype": [
+                f"{name} is {self.dtypes[name]}"
+                for name in want
+                if name in self.dtypes and not _known(self.dtypes[name])
+            ],
+        }
+        if any(wrong.values()):
+            raise CheckpointError(
+                f"{self.folder}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names)
+            )
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Bagel:
+        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place.
+
+        progress(done, total) is called in parameters read. Raises CheckpointError before anything is allocated.
+        """
+        with torch.device("meta"):
+            model = Bagel(self.config)
+        self.check(model)
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        for done, (name, parts) in enumerate(self.read(model)):
+            start = 0
+            for part in parts:
+                parameters[name].data[start : start + len(part)].copy_(part)
+                start += len(part)
+            progress(done + 1, len(parameters))
+        return model
+
+    def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
+        stacked in it, in the file's dtype."""
+        with contextlib.closing(Reader()) as reader:
+            for name, parameter in model.named_parameters():
+                parts = [self._tensor(reader, part) for part in published_names(name)]
+                if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
+                    parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
+                yield name, parts
+
+    def _tensor(self, reader: Reader, name: str) -> torch.Tensor:
+        path = self.where[name]
+        return reader.read(path, name.removeprefix("vae.") if path.name == VAE_FILE else name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The transformer's files (shards named in an index, or one file) and the VAE's."""
+    index, vae = folder / "model.safetensors.index.json", folder / VAE_FILE
+    files = [path for path in (folder / "ema.safetensors", folder / "model.safetensors") if path.is_file()][:1]
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is not a valid index of shards") from None
+        if any(not isinstance(name, str) or Path(name).name != name for name in shards):
+            raise CheckpointError(f"{index} names files outside its folder")
+        paths = [folder / name for name in shards if name != vae.name]
+        # The official code reads ema.safetensors; an index beside it may be stale or tell of other weights.
+        if not files or (files[0] in paths and all(path.is_file() for path in paths)):
+            files = paths
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights: ema.safetensors, model.safetensors or an index of shards")
+    for path in (*files, vae):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
+    return [*files, vae]
+
+
+def find_folder(source: str | Path) -> Path:
+    """A local folder as it is, or a Hugging Face repo id downloaded to the cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+        raise FileNotFoundError(
+            f"{source} is no folder; give a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a repo that can be downloaded: {reason}"
+        ) from None
+
+
+def _known(kind: str) -> bool:
+    return kind in BY_SAFETENSORS and BY_SAFETENSORS[kind].name in STORED
+
+
+def _listed(kind: str, names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind}: {', '.join(names[:limit])}{more}"

@@ -1,0 +1,148 @@
+"""A bundle on disk: a folder with manifest.json, programs, tokenizer and the weights once.
+
+manifest.json         see manifest.schema.json
+weights.safetensors   every parameter once, under its name in bagel_opt
+tokenizer.json
+NAME.onnx             of an ONNX bundle: graphs whose weights are external data inside weights.safetensors
+NAME.ROLE.pt2         of an aoti or export bundle: parts of programs (export/parts.py), whose weights are inputs
+cache/                of a compile bundle: what torch.compile compiled
+
+ONNX graphs are data. The programs of the other kinds are code, or become it: load only those of people you trust.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fastjsonschema
+
+from bagel_opt.config import BagelConfig
+from bagel_opt.errors import BundleError
+from bagel_opt.profile import Profile
+
+FORMAT = 5
+MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
+UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
+SCHEMA = Path(__file__).with_name("manifest.schema.json")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
+    profiles: from small to large. machine: the instruction set that compiled code needs."""
+
+    kind: str
+    dtype: str
+    device: str
+    attention: str
+    profiles: list[Profile]
+    config: BagelConfig
+    programs: dict[str, dict[str, dict]]
+    versions: dict[str, str]
+    machine: str
+    files: dict[str, dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        data = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "device": self.device,
+            "attention": self.attention,
+            "profiles": [dataclasses.asdict(profile) for profile in self.profiles],
+            "config": self.config.to_dict(),
+            "programs": self.programs,
+            "versions": self.versions,
+            "machine": self.machine,
+            "files": self.files,
+        }
+        data["sha256"] = _digest(data)
+        (folder / UNFINISHED).write_text(_dump(data), encoding="utf-8")
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Reads manifest.json and checks it against its schema, but not the other files. Raises BundleError."""
+    path = folder / name
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        version, checksum = data["format"], data.pop("sha256")
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(f"{path} is damaged; copy or export the bundle again") from None
+    if version != FORMAT:
+        todo = "upgrade it" if isinstance(version, int) and version > FORMAT else "export the bundle again"
+        raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads {FORMAT}, so {todo}")
+    if checksum != _digest(data) or text != _dump({**data, "sha256": checksum}):
+        raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
+    try:
+        fastjsonschema.validate(json.loads(SCHEMA.read_text(encoding="utf-8")), data)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise BundleError(f"{path}: {error.message}; export the bundle again") from None
+    return Manifest(
+        kind=data["kind"],
+        dtype=data["dtype"],
+        device=data["device"],
+        attention=data["attention"],
+        profiles=[Profile(**profile) for profile in data["profiles"]],
+        config=BagelConfig.from_dict(data["config"]),
+        programs=data["programs"],
+        versions=data["versions"],
+        machine=data["machine"],
+        files=data["files"],
+    )
+
+
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    digests: bool = True,
+) -> None:
+    """Compares every file with its size and sha256 in the manifest. progress(done, total) is called in files.
+
+    digests: False looks at sizes alone, where reading huge files would take too long. Raises BundleError naming the file.
+    """
+    wanted = {WEIGHTS, TOKENIZER}
+    for program in (entry for entries in manifest.programs.values() for entry in entries.values()):
+        wanted |= {part["file"] for part in (program, *program.get("parts", {}).values()) if "file" in part}
+    if unknown := wanted - set(manifest.files):
+        raise BundleError(
+            f"{folder}: the manifest has no sha256 of {', '.join(sorted(unknown))}; export the bundle again"
+        )
+    for done, (name, entry) in enumerate(manifest.files.items()):
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{path} leads outside the bundle; copy or export the bundle again")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; copy or export the bundle again")
+        if path.stat().st_size != entry["size"] or (digests and file_digest(path) != entry["sha256"]):
+            raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")
+        progress(done + 1, len(manifest.files))
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a bundle but its manifest."""
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, UNFINISHED)
+    }
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(data: dict) -> str:
+    return hashlib.sha256(_dump(data).encode()).hexdigest()
+
+
+def _dump(data: dict) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False)

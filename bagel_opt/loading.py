@@ -1,0 +1,164 @@
+"""Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_opt.api import Model
+from bagel_opt.dtypes import COMPUTE
+from bagel_opt.errors import BundleError
+from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, check_files, read_manifest
+from bagel_opt.profile import Profile, load_profile
+from bagel_opt.programs.interface import Runtime
+from bagel_opt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("eager", "compile")
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    backend: str = "eager",
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    attention: str = "auto",
+    profile: "Profile | str | Path | None" = None,
+    check: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
+    """Loads a checkpoint folder, a Hugging Face repo id or a bundle folder; None is the model that ships.
+
+    backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
+    dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
+    profile: a Profile, a TOML file or a name; None fits the shapes to each call. check: compare a bundle's files with
+    their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
+
+    Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
+    for a bad argument and ImportError for a missing package.
+    """
+    folder = Path(source) if source is not None else shipped_model()
+    if (folder / MANIFEST).is_file():
+        given = {"dtype": dtype, "profile": profile, "attention": None if attention == "auto" else attention}
+        for name, value in given.items():
+            if value is not None:
+                raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
+        return load_bundle(folder, backend, device, progress, check)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{folder} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+
+    from bagel_opt.files.checkpoint import Checkpoint
+    from bagel_opt.model import attention as backends
+    from bagel_opt.model.ops import TorchOps
+    from bagel_opt.runtime.torch import TorchRuntime
+    from bagel_opt.runtime.torch_setup import prepare
+
+    where = torch_device(device)
+    kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
+    chosen = backends.choose(attention, where, kind)
+    fixed = [load_profile(profile)] if profile is not None else []
+    checkpoint = Checkpoint(folder if source is None else source)
+    model = checkpoint.load(where, kind, progress)
+    model.ops = TorchOps(chosen)
+    runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
+    return Model(
+        runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=backend == "compile" or chosen == "flex"
+    )
+
+
+def load_bundle(
+    folder: Path,
+    backend: str = "eager",
+    device: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check: bool = True,
+    name: str = MANIFEST,
+) -> Model:
+    """Loads a bundle for `bagel_opt.load`. Raises BundleError, ValueError for a wrong backend or device, ImportError."""
+    manifest = read_manifest(folder, name)
+    if backend not in ("eager", manifest.kind):  # "eager" is what nobody asked for
+        raise ValueError(f"backend={backend!r}, but {folder} is a bundle for {manifest.kind!r}; leave backend out")
+    if device is not None and str(device).partition(":")[0] != manifest.device:
+        raise ValueError(
+            f"device={str(device)!r}; allowed for {folder} is {manifest.device!r}, which it was exported for"
+        )
+    check_files(folder, manifest, progress, check)
+    runtime = (_onnx_runtime if manifest.kind == "onnx" else _torch_runtime)(folder, manifest, device)
+    return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles)
+
+
+def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
+    try:
+        from bagel_opt.runtime.onnx import OnnxRuntime
+    except ImportError:
+        extra = "onnx" if manifest.device == "cpu" else "onnx-gpu"
+        raise ImportError(f"an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[{extra}]'") from None
+    if manifest.device == "cpu":
+        return OnnxRuntime(folder, manifest)
+    try:
+        from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, usable_memory
+    except ImportError as error:
+        raise ImportError(f"a bundle for CUDA needs {error.name}: pip install 'bagel-opt[onnx-gpu]'") from None
+    number = str(device or "cuda").partition(":")[2] or "0"
+    if not number.isdecimal():
+        raise ValueError(f"device={str(device)!r}; allowed are 'cuda' and 'cuda:' with a GPU's number")
+    return OnnxGpuRuntime(folder, manifest, usable_memory(int(number)))
+
+
+def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"a bundle of kind {manifest.kind!r} needs torch: pip install 'bagel-opt[torch]'") from None
+    from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, machine
+
+    where = torch_device(manifest.device if device is None else device)
+    if manifest.kind == "compile":
+        return compiled_runtime(folder, manifest, where)
+    if manifest.kind == "aoti":
+        ours = {"torch": torch.__version__.partition("+")[0], "instruction set": machine(where)}
+        its = {"torch": manifest.versions["torch"].partition("+")[0], "instruction set": manifest.machine}
+        for what, value in its.items():
+            if value != ours[what]:
+                raise BundleError(
+                    f"{folder} was compiled for {what} {value}, and this is {ours[what]}; export it here, or use format 'export'"
+                )
+    return PackagedRuntime(folder, manifest, where)
+
+
+def shipped_model() -> Path:
+    """The checkpoint used when none is named: small, of flat shapes on plain backgrounds, made by bagel_opt.demo.train."""
+    return Path(__file__).parent / "demo" / "checkpoint"
+
+
+def torch_device(device: "str | torch.device | None") -> "torch.device":
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}; allowed are 'cpu', 'cuda' and 'cuda:N'")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}, but this torch finds no CUDA device; use device='cpu'")
+    return chosen
+
+
+def torch_dtype(dtype: "str | torch.dtype | None", default: "torch.dtype") -> "torch.dtype":
+    import torch
+
+    if dtype is None:
+        return default
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else str(dtype)
+    if name not in COMPUTE:
+        raise ValueError(f"dtype={str(dtype)!r}; allowed are {', '.join(map(repr, COMPUTE))}")
+    return getattr(torch, name)

@@ -1,0 +1,17 @@
+"""Rotary positions (arXiv 2104.09864), always in float32. B rows, T tokens, H heads of D channels."""
+
+import torch
+from torch import Tensor
+
+
+def rope(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, D / 2] of positions [B, T]."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angle = (position.float()[..., None] * (1.0 / theta**exponent))[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the channel pairs (i, i + D / 2) of each head."""
+    a, b = x_BTHD.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)

@@ -1,0 +1,41 @@
+"""The programs as torch runs, compiles and traces them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.transformer import LayerRunner, run_layer
+from bagel_opt.programs.choose_token import ChooseToken
+from bagel_opt.programs.guidance import GuidedStep
+from bagel_opt.programs.signatures import LAYERED, ONE_ROW, ROW
+from bagel_opt.programs.step_cache import TaylorPredict, TaylorUpdate, TeaApply, TeaChange
+
+
+@dataclass(frozen=True, eq=False)
+class Layered:
+    """A program that runs the transformer's layers, each by `run`: inputs, then caches -> outputs, then caches."""
+
+    model: Bagel
+    name: str
+    run: LayerRunner
+
+    def __call__(self, *tensors: Tensor) -> tuple:
+        count = len(tensors) - 2 * len(self.model.llm.layers)
+        return self.model.through_layers(self.name, tensors[:count], tensors[count:], self.run)
+
+
+def programs(model: Bagel, run: LayerRunner = run_layer) -> dict[str, Callable]:
+    """Callables from input tensors to a tuple of output tensors, by the names of programs/signatures.py."""
+    found = {
+        **{name: Layered(model, name, run) for name in LAYERED},
+        **{name: getattr(model, name) for name in ("vit", "vae_encode", "vae_decode")},
+        "choose": ChooseToken(),
+        "step": GuidedStep(),
+        "taylor_update": TaylorUpdate(),
+        "taylor_predict": TaylorPredict(model),
+        "tea_change": TeaChange(model),
+        "tea_apply": TeaApply(model),
+    }
+    return found | {f"{name}{ROW}": found[name] for name in ONE_ROW}

@@ -1,0 +1,61 @@
+"""What a runtime offers the sampling loop. Tensors are opaque to the loop; NumPy arrays go in anywhere."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from bagel_opt.profile import Profile
+
+Tensor = Any
+
+
+def slots_in_use(kv_len: int, new: int, slots: int) -> int:
+    """How many slots attention has to look at, for as many valid ones and new tokens. In steps of 64, so that sums are
+    grouped alike and a compiled shape comes back."""
+    return min(slots, -(-(kv_len + new) // 64) * 64)
+
+
+def as_slice(rows: int | slice | None) -> slice:
+    """Of the rows of a batch; None is all."""
+    return slice(None) if rows is None else rows if isinstance(rows, slice) else slice(rows, rows + 1)
+
+
+class Runtime(Protocol):
+    """Executes the programs of programs/signatures.py. The loop may take rows
+    of a tensor, as tensor[row] and tensor[first:last]."""
+
+    free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
+
+    def for_profile(self, profile: Profile) -> "Runtime":
+        """The runtime with the programs of one profile; weights and programs are shared."""
+
+    def caches(self, rows: int, slots: int) -> list[Tensor]:
+        """KV caches of one batch, zero everywhere."""
+
+    def give_back(self, caches: list[Tensor]) -> None:
+        """Takes caches back, which another batch may then get."""
+
+    def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
+        """A tensor of zeros: float32, or the model's own dtype where it is to hold hidden states."""
+
+    def write_row(self, tensor: Tensor, row: int, values: np.ndarray | Tensor) -> Tensor:
+        """The tensor with the start of one row replaced, in place where that is possible."""
+
+    def clear_row(self, caches: list[Tensor], row: int) -> None:
+        """Zeros a row of a batch's caches."""
+
+    def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
+        """Copies the first `length` slots of a row from one batch's caches to a row of another's, or of the same."""
+
+    def run(
+        self,
+        program: str,
+        inputs: list[Tensor | np.ndarray],
+        caches: list[Tensor] = (),
+        rows: int | slice | None = None,
+    ) -> tuple:
+        """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of those that the inputs
+        are for."""
+
+    def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
+        """A tensor, or one row of it, as a NumPy array: floats in float32, bytes and integers as they are."""

@@ -1,0 +1,67 @@
+"""Preparing a model for execution: what is compiled, how its layers are run, and whether programs are replayed as graphs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
+from bagel_opt.model.vae import ResnetBlock
+from bagel_opt.programs.callables import programs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
+    compiled, or captured. free_rows: they take any number of rows. spare_slots: added to each cache. graphs: whether
+    programs are to be captured on the GPU."""
+
+    model: Bagel
+    programs: dict[str, Callable]
+    fixed_slots: bool
+    free_rows: bool
+    spare_slots: int = 0
+    graphs: bool = False
+
+
+def prepare(model: Bagel, compiled: bool = False) -> Prepared:
+    """The model with its programs, eager or with the layers of the transformer and the ViT compiled, which changes it."""
+    flex = model.ops.backend == "flex"
+    if compiled or flex:
+        # Each shape of each program compiles once, which is more than torch takes for normal.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if not compiled:
+        return Prepared(model, programs(model), fixed_slots=flex, free_rows=not flex)
+    cuda, run, spare = model.device.type == "cuda", run_layer, 0
+    layers = [*model.vit_encoder.layers]  # one is compiled and serves all of its kind
+    if model.ops.backend == "flash":
+        run = _two_streams(model)
+    else:
+        layers += model.llm.layers
+        if not flex and not cuda:
+            # More slots than are used, so that the part in use never is the whole, for which torch would compile anew.
+            run, spare = run_with_free_slots, 128
+    if cuda:
+        model.vae.to(memory_format=torch.channels_last)
+        layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
+    for layer in layers:
+        layer.compile(dynamic=False)
+    return Prepared(
+        model, programs(model, run), fixed_slots=flex or cuda, free_rows=False, spare_slots=spare, graphs=cuda
+    )
+
+
+def _two_streams(model: Bagel) -> LayerRunner:
+    from bagel_opt.runtime.two_streams import TwoStreams  # which compiles as it is made
+
+    return TwoStreams(model.device, model.dtype)
+
+
+def run_with_free_slots(layer: Layer, *tensors: Any) -> tuple:
+    """A LayerRunner: the layer is compiled for any number of slots."""
+    _, _, _, _, k_BSGD, v_BSGD, _, seen, _ = tensors
+    for tensor, axis in ((k_BSGD, 1), (v_BSGD, 1), (seen.mask, 3)):
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return layer(*tensors)

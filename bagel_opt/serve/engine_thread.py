@@ -1,0 +1,255 @@
+"""The one thread that owns the model: requests come in through a bounded line and report back to the event loop."""
+
+import asyncio
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bagel_opt.api import Model
+from bagel_opt.errors import ProfileError
+from bagel_opt.request import Request, StepEvent
+from bagel_opt.sampling.engine import Engine
+from bagel_opt.sampling.job import Job, Observer
+from bagel_opt.sampling.plan import Plan
+from bagel_opt.sampling.planning import make_plan
+from bagel_opt.serve.metrics import Metrics
+
+FAILURES = 3  # device failures in a row after which the server is no longer ready
+log = logging.getLogger("bagel_opt.serve")
+
+
+class QueueFullError(Exception):
+    """No room in the line. `retry_after`: seconds after which there should be."""
+
+    def __init__(self, retry_after: int):
+        super().__init__("too many requests are waiting; try again later")
+        self.retry_after = retry_after
+
+
+class DeadlineError(Exception):
+    """The request was not done in time."""
+
+
+class CancelledError(Exception):
+    """The client gave the request up."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A flow step was made. `picture`: what the picture would be if the flow went on straight, where it was asked for."""
+
+    index: int
+    total: int
+    picture: Any = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in the engine, as the event loop sees it: an async iterator of Steps and token ids, then `outputs`."""
+
+    plan: Plan
+    engine: Engine
+    kind: str
+    deadline: float
+    loop: asyncio.AbstractEventLoop
+    progress: bool  # whether flow steps are reported
+    previews: frozenset[int]  # the steps after which a partial picture is made
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    tokens: list[int] = field(default_factory=list)
+    outputs: list | Exception | None = None
+    created: float = field(default_factory=time.perf_counter)
+    job: Job | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture to draw, in pixels."""
+        side = self.engine.config.token_pixels
+        return self.plan.grid[0] * side, self.plan.grid[1] * side
+
+    def post(self, event: Any) -> None:
+        """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
+        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncIterator[Step | int]:
+        while (event := await self.events.get()) is not None:
+            yield event
+        if isinstance(self.outputs, Exception):
+            raise self.outputs
+
+    async def result(self) -> list:
+        """The outputs; raises what the request failed of."""
+        async for _ in self:
+            pass
+        return self.outputs
+
+
+class EngineThread:
+    """Runs all requests of a server, each in the smallest profile that it fits.
+
+    max_queue: requests that may wait or run at a time. timeout: seconds until a request is given up.
+    Raises ValueError for a model without static profiles.
+    """
+
+    def __init__(self, model: Model, metrics: Metrics, max_queue: int = 64, timeout: float = 600):
+        if not model.profiles:
+            raise ValueError("serving needs static shapes: give --profile, or a bundle, which brings its own")
+        self.model, self.metrics, self.max_queue, self.timeout = model, metrics, max_queue, timeout
+        self.engines = {profile: self._engine(profile) for profile in model.profiles}
+        self.tickets: set[Ticket] = set()  # of the event loop
+        self.running: dict[Job, Ticket] = {}  # of the engine's thread
+        self.commands: queue.SimpleQueue = queue.SimpleQueue()
+        self.failures = 0  # of the device, in a row
+        self.seconds = 1.0  # moving average between two requests that end
+        self.last_end = time.perf_counter()
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    @property
+    def ready(self) -> bool:
+        return self.thread.is_alive() and self.failures < FAILURES
+
+    def close(self) -> None:
+        """Finishes what runs and waits, then ends the thread."""
+        self.commands.put(None)
+        self.thread.join()
+
+    # ---- the event loop's side
+
+    def plan(self, request: Request) -> tuple[Plan, Engine]:
+        """Checks a request; a ValueError says what is wrong with it. Takes a while: not for the event loop.
+
+        An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
+        """
+        plan = make_plan(request, self.model.config, self.model.tokenizer)
+        asked, side = (request.options.height, request.options.width), self.model.config.token_pixels
+        if plan.draws and None not in asked and asked != (drawn := tuple(side * tokens for tokens in plan.grid)):
+            raise ValueError(
+                "size={1}x{0}; allowed: the size of the last input picture, {3}x{2}".format(*asked, *drawn)
+            )
+        profile, fitted = self.model.choose(plan)
+        beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
+        return plan.fitted(beside) if plan.fits(beside) else fitted, self.engines[profile]
+
+    def check_room(self, requests: int = 1) -> None:
+        """Raises QueueFullError."""
+        if len(self.tickets) + requests > self.max_queue:
+            self.metrics.rejected.inc()
+            raise QueueFullError(min(60, max(1, round(self.seconds * len(self.tickets) / 2))))
+
+    def submit(
+        self, planned: list[tuple[Plan, Engine]], kind: str, progress: bool = False, partial_images: int = 0
+    ) -> list[Ticket]:
+        """All of them or none: raises QueueFullError."""
+        self.check_room(len(planned))
+        loop, deadline = asyncio.get_running_loop(), time.perf_counter() + self.timeout
+        tickets = []
+        for plan, engine in planned:
+            steps = len(plan.steps)
+            previews = {-(-steps * (i + 1) // (partial_images + 1)) - 1 for i in range(partial_images)}
+            tickets.append(Ticket(plan, engine, kind, deadline, loop, progress, frozenset(previews)))
+        self.tickets.update(tickets)
+        for ticket in tickets:
+            self.commands.put(("submit", ticket))
+        return tickets
+
+    def cancel(self, tickets: list[Ticket]) -> None:
+        """Their rows are free at the next step."""
+        for ticket in tickets:
+            if ticket in self.tickets:
+                self.commands.put(("cancel", ticket))
+
+    # ---- the engine's thread
+
+    def _engine(self, profile: Any) -> Engine:
+        return Engine(self.model.runtime.for_profile(profile), self.model.config, self.model.tokenizer, profile)
+
+    def _run(self) -> None:
+        closing = False
+        while not (closing and not self.running):
+            closing = self._obey() or closing
+            self._expire()
+            for engine in self.engines.values():
+                if engine.waiting or engine.active:
+                    self._step(engine)
+            self.metrics.measure(self.engines.values())
+        for engine in self.engines.values():
+            engine.batches.close()
+
+    def _obey(self) -> bool:
+        """Takes all commands, waiting for one where there is nothing else to do. -> whether to close"""
+        closing, block = False, not self.running
+        while True:
+            try:
+                command = self.commands.get(block=block)
+            except queue.Empty:
+                return closing
+            block = False
+            if command is None:
+                closing = True
+            elif command[0] == "submit":
+                self._start(command[1])
+            elif command[1].job in self.running:
+                self._give_up(command[1], CancelledError("the client has gone"))
+
+    def _start(self, ticket: Ticket) -> None:
+        if not self.running:
+            self.last_end = time.perf_counter()
+
+        def on_step(event: StepEvent) -> None:
+            picture = None
+            if event.index in ticket.previews:
+                x_t, v_t = np.asarray(event.x_t), np.asarray(event.v_t)
+                picture = ticket.job.picture(x_t - np.float32(event.t) * v_t)
+            ticket.post(Step(event.index, event.total, picture))
+
+        def on_token(token: int) -> None:
+            self.metrics.tokens.inc()
+            ticket.tokens.append(token)
+            ticket.post(token)
+
+        observer = Observer(on_step if ticket.progress else None, on_token)
+        ticket.job = ticket.engine.submit(ticket.plan, observer)
+        self.running[ticket.job] = ticket
+
+    def _step(self, engine: Engine) -> None:
+        began = time.perf_counter()
+        try:
+            ended = engine.step()
+        except Exception as error:  # a fault of the engine itself: all its requests fail, and it starts afresh
+            log.exception("the engine failed")
+            ended = engine.restart(error)
+        self.metrics.step_seconds.observe(time.perf_counter() - began)
+        for job in ended:
+            self._done(job)
+
+    def _done(self, job: Job) -> None:
+        now = time.perf_counter()
+        self.seconds, self.last_end = 0.8 * self.seconds + 0.2 * min(now - self.last_end, 60), now
+        if not isinstance(job.result, Exception):
+            self.failures = 0
+        elif not isinstance(job.result, ProfileError | FloatingPointError):  # those are the request's own fault
+            self.failures += 1
+        self._tell(job, job.result)
+
+    def _expire(self) -> None:
+        now = time.perf_counter()
+        for ticket in [ticket for ticket in self.running.values() if ticket.deadline < now]:
+            self._give_up(ticket, DeadlineError(f"not done within {self.timeout:g} seconds"))
+
+    def _give_up(self, ticket: Ticket, error: Exception) -> None:
+        ticket.engine.cancel(ticket.job)
+        self._tell(ticket.job, error)
+
+    def _tell(self, job: Job, outputs: list | Exception) -> None:
+        ticket = self.running.pop(job)
+        ticket.outputs = outputs
+        self.metrics.ended(ticket.kind, outputs, time.perf_counter() - ticket.created)
+        ticket.loop.call_soon_threadsafe(self.tickets.discard, ticket)
+        ticket.post(None)

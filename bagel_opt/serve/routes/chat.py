@@ -1,0 +1,121 @@
+"""/v1/chat/completions: texts and pictures in, a text or a picture out."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from starlette.requests import Request as HttpRequest
+
+from bagel_opt.request import Options, Request
+from bagel_opt.serve.engine_thread import Ticket
+from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.events import CHAT_EVENTS, documented
+from bagel_opt.serve.fetch import fetch
+from bagel_opt.serve.pictures import decode_data_url, decode_picture
+from bagel_opt.serve.schemas import ERRORS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
+from bagel_opt.serve.service import Injected, Service, input_tokens
+from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
+
+PARTS = 64  # texts and pictures of one request
+router = APIRouter(prefix="/v1/chat", responses=ERRORS)
+
+
+@router.post("/completions", response_model=ChatResponse, responses=documented(*CHAT_EVENTS))
+async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> Response:
+    """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images."""
+    service.check_model(body.model)
+    parts = _parts(body)
+    images = sum(isinstance(part, ImagePart) for part, _ in parts)
+    timesteps = (body.num_timesteps or Options.num_timesteps) if body.draws else 0
+    service.limits.check(1, timesteps, images, image="messages")
+    inputs = [part.text if isinstance(part, TextPart) else await _bytes(part, service, where) for part, where in parts]
+    options = body.drawing_options() | body.text_options()
+    options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
+
+    def make() -> list[Request]:
+        items = [x if isinstance(x, str) else decode_picture(x, service.limits, "messages") for x in inputs]
+        return [Request(items, output="image" if body.draws else "text", **options)]
+
+    [ticket] = await service.submit(make, "chat_image" if body.draws else "chat_text")
+    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    if body.stream:
+        return EventStream(service, ticket, _events(service, body, ticket, about))
+    [outputs] = await service.results(http, [ticket])
+    message = {"role": "assistant", "refusal": None, **await _message(outputs)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(ticket)}
+    return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": _usage(ticket)})
+
+
+async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict) -> AsyncIterator[str]:
+    usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def chunk(delta: dict, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        extra = {"usage": None} if usage else {}
+        return sse({**about, "object": "chat.completion.chunk", "choices": [choice], **extra})
+
+    yield chunk({"role": "assistant", "content": ""})
+    text, field = TextStream(service.engine.model.tokenizer), "reasoning_content" if body.draws else "content"
+    async for event in ticket:
+        if isinstance(event, int) and (delta := text.push(event)):
+            yield chunk({field: delta})
+    if isinstance(ticket.outputs[0], str) and (rest := text.until(ticket.outputs[0])):
+        yield chunk({field: rest})
+    if body.draws:
+        yield chunk({"images": (await _message(ticket.outputs))["images"]})
+    yield chunk({}, _reason(ticket))
+    if usage:
+        yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(ticket)})
+    yield "data: [DONE]\n\n"
+
+
+def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
+    """What was said, in order, each with its place. Where a message has one text, its pictures come before it, as the
+    official code feeds them."""
+    found: list[tuple[TextPart | ImagePart, str]] = []
+    for index, message in enumerate(body.messages):
+        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        parts = [*(parts or []), *(message.images or [])]
+        if sum(isinstance(part, TextPart) for part in parts) == 1:
+            parts.sort(key=lambda part: isinstance(part, TextPart))
+        found += [(part, f"messages.{index}") for part in parts]
+    if not found:
+        raise ApiError(400, "messages: nothing was said", "messages")
+    if len(found) > PARTS or sum(len(p.text) for p, _ in found if isinstance(p, TextPart)) > TEXT_LIMIT:
+        raise ApiError(400, f"messages: more than {PARTS} parts or {TEXT_LIMIT} characters", "messages")
+    return found
+
+
+async def _bytes(part: ImagePart, service: Service, param: str) -> bytes:
+    """A picture's file, out of a data URL or, where that is allowed, fetched."""
+    url = part.image_url.url
+    if url[:5].lower() == "data:" or not service.remote:
+        return await asyncio.to_thread(decode_data_url, url, param)
+    try:
+        return await asyncio.to_thread(fetch, url, service.limits.body_bytes)
+    except ValueError as error:
+        raise ApiError(400, f"{param}: the picture's address: {error}", param) from None
+
+
+async def _message(outputs: list[str | Image.Image]) -> dict:
+    *thought, last = outputs
+    if isinstance(last, str):
+        return {"content": last}
+    url = f"data:image/png;base64,{await encoded(last)}"
+    images = [{"type": "image_url", "image_url": {"url": url}}]
+    return {"content": None, "images": images} | ({"reasoning_content": thought[0]} if thought else {})
+
+
+def _reason(ticket: Ticket) -> str:
+    cut = not ticket.plan.draws and len(ticket.tokens) == ticket.plan.max_tokens - 1
+    return "length" if cut else "stop"
+
+
+def _usage(ticket: Ticket) -> dict:
+    prompt = sum(input_tokens(ticket.plan))
+    written = len(ticket.tokens) + ticket.plan.grid[0] * ticket.plan.grid[1]
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

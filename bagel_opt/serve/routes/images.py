@@ -1,0 +1,136 @@
+"""/v1/images: drawing and editing."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.requests import Request as HttpRequest
+
+from bagel_opt.request import Options, Request
+from bagel_opt.serve.engine_thread import Step, Ticket
+from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.events import IMAGE_EVENTS, documented
+from bagel_opt.serve.pictures import decode_picture
+from bagel_opt.serve.schemas import ERRORS, EditBody, ImageBody, ImagesResponse
+from bagel_opt.serve.service import Injected, Service, input_tokens
+from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
+
+router = APIRouter(prefix="/v1/images", responses=ERRORS)
+
+
+@router.post("/generations", response_model=ImagesResponse, responses=documented(*IMAGE_EVENTS))
+async def generations(body: ImageBody, http: HttpRequest, service: Injected) -> Response:
+    """Draws pictures from a text."""
+    return await _draw(service, http, body, [], "image_generation")
+
+
+FORM = EditBody.model_json_schema()
+FORM["properties"]["image"] = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "minItems": 1,
+    "description": "One or several pictures, as fields `image` or `image[]`.",
+}
+FORM["required"].append("image")
+
+
+@router.post(
+    "/edits",
+    response_model=ImagesResponse,
+    responses=documented(*IMAGE_EVENTS),
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+)
+async def edits(http: HttpRequest, service: Injected) -> Response:
+    """Draws a changed picture, of the last input picture's size."""
+    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(415, "send multipart/form-data with the picture in `image`")
+    fields: dict = {}
+    files: list[bytes] = []
+    async with http.form(max_files=service.limits.images + 1, max_fields=64) as form:
+        for name, value in form.multi_items():
+            if name in ("image", "image[]") and isinstance(value, UploadFile):
+                files.append(await value.read())
+            elif isinstance(value, UploadFile) or name in ("image", "image[]"):
+                raise ApiError(
+                    400, f"{name}: {'not supported' if isinstance(value, UploadFile) else 'not a file'}", name
+                )
+            elif name.endswith("[]"):
+                fields.setdefault(name[:-2], []).append(value)
+            elif name in fields:
+                raise ApiError(400, f"{name}: given twice", name)
+            else:
+                fields[name] = value
+    if not files:
+        raise ApiError(400, "image: missing", "image")
+    return await _draw(service, http, EditBody.model_validate(fields), files, "image_edit")
+
+
+async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: list[bytes], kind: str) -> Response:
+    service.check_model(body.model)
+    service.limits.check(body.n, body.num_timesteps or Options.num_timesteps, len(files))
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    options = body.drawing_options() | body.text_options()
+
+    def make() -> list[Request]:
+        pictures = [decode_picture(data, service.limits, "image") for data in files]
+        return [Request([*pictures, body.prompt], seed=(seed + i) % 2**63, **options) for i in range(body.n)]
+
+    tickets = await service.submit(make, kind, body.stream, body.partial_images)
+    if body.stream:
+        return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
+    data = []
+    for ticket, (*thought, picture) in zip(tickets, await service.results(http, tickets), strict=True):
+        data.append({"b64_json": await _encoded(picture, body), "seed": ticket.plan.options.seed})
+        data[-1] |= {"thought": thought[0]} if thought else {}
+    about = _about(body, tickets[0])
+    return JSONResponse({"created": int(time.time()), "data": data, **about, "usage": _usage(tickets)})
+
+
+async def _events(service: Service, body: ImageBody, ticket: Ticket, kind: str) -> AsyncIterator[str]:
+    about = {"created_at": int(time.time()), **_about(body, ticket)}
+    partial, text = 0, TextStream(service.engine.model.tokenizer)
+    async for event in ticket:
+        if isinstance(event, Step):
+            progress = {"type": f"{kind}.progress", "index": event.index, "total": event.total}
+            yield sse(progress, progress["type"])
+            if event.picture is not None:
+                found = {"type": f"{kind}.partial_image", "b64_json": await _encoded(event.picture, body)}
+                yield sse(found | {"partial_image_index": partial} | about, found["type"])
+                partial += 1
+        elif delta := text.push(event):
+            yield sse({"type": f"{kind}.thought", "delta": delta}, f"{kind}.thought")
+    *thought, picture = ticket.outputs
+    done = {"type": f"{kind}.completed", "b64_json": await _encoded(picture, body), "seed": ticket.plan.options.seed}
+    done |= {"thought": thought[0]} if thought else {}
+    yield sse(done | about | {"usage": _usage([ticket])}, done["type"])
+
+
+async def _encoded(picture: Image.Image, body: ImageBody) -> str:
+    return await encoded(picture, body.output_format, body.output_compression)
+
+
+def _about(body: ImageBody, ticket: Ticket) -> dict:
+    height, width = ticket.size
+    return {
+        "size": f"{width}x{height}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": body.output_format,
+    }
+
+
+def _usage(tickets: list[Ticket]) -> dict:
+    text, image = (sum(counts) for counts in zip(*(input_tokens(ticket.plan) for ticket in tickets), strict=True))
+    drawn = sum(ticket.plan.grid[0] * ticket.plan.grid[1] for ticket in tickets)
+    thought = sum(len(ticket.tokens) for ticket in tickets)
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": drawn + thought,
+        "output_tokens_details": {"text_tokens": thought, "image_tokens": drawn},
+        "total_tokens": text + image + drawn + thought,
+    }
