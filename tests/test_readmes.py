@@ -23,7 +23,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NAMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
 NAMES = [str(name) for name in NAMES if not re.search(r"(^|/)\.|^tests/golden", str(name))]
-SLOW = {"README.md", "bagel_opt/serve/README.md", "export/README.md", "profiles/README.md"}  # more than 20 s
 RUN, DATA = ("sh", "python"), ("toml", "ini", "dockerfile", "text")
 REASONS = {
     "29 GB",
@@ -36,7 +35,7 @@ REASONS = {
     "takes minutes",
 }
 COMMANDS = {"bagel-opt", "curl", "git", "make", "pip", "podman", "pytest", "python", "python3", "ray", "serve"}
-BLOCK = re.compile(r"(?:^<!-- (?P<marker>.*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,8 @@ def run(name: str, folder: Path) -> None:
                     exec(compile("\n" * block.line + text, name, "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.second] if n in SLOW else []) for n in NAMES])
+@pytest.mark.second
+@pytest.mark.parametrize("name", NAMES)
 def test_commands_run(name, tmp_path):
     run(name, tmp_path)
 
