@@ -34,7 +34,7 @@ REASONS = {
     "starts a cluster",
     "takes minutes",
 }
-COMMANDS = {"bagel-opt", "curl", "git", "make", "pip", "podman", "pytest", "python", "python3", "ray", "serve"}
+COMMANDS = {"$", "bagel-opt", "curl", "git", "make", "pip", "podman", "pytest", "python", "python3", "ray", "serve"}
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -61,6 +61,11 @@ def commands(text: str) -> str:
     return "".join(block.text for block in blocks(text) if block.language == "sh")
 
 
+def head(line: str) -> str:
+    """What a line would call: its first word, without folders."""
+    return line.strip().partition(" ")[0].rpartition("/")[2]
+
+
 def problems(text: str, known: str) -> list[str]:
     """What in a README could be taken for a command and is neither run nor marked. known: the commands that are."""
     found = []
@@ -70,12 +75,12 @@ def problems(text: str, known: str) -> list[str]:
         right |= block.marker.startswith("file: ") and block.language in DATA
         if block.language not in RUN + DATA or not right:
             found.append(f"line {block.line}: a block of {block.language!r} marked {block.marker!r}")
-        if block.language in DATA and (first := {line.split()[0] for line in block.text.splitlines() if line.strip()}):
-            found += [f"line {block.line}: {word} in a block of {block.language!r}" for word in first & COMMANDS]
+        if block.language == "text" and (called := COMMANDS.intersection(map(head, block.text.splitlines()))):
+            found.append(f"line {block.line}: {', '.join(called)} in a block of text")
     rest = BLOCK.sub("", text)
     found += [f"{line!r} is fenced, marked or indented by itself" for line in re.findall(r"^.*(?:```|~~~|<!--|<pre).*$|^(?: {4}|\t).*$", rest, re.M)]  # fmt: skip
     for span in re.findall(r"`([^`]+)`", rest):
-        if len(words := span.split()) > 1 and words[0] in COMMANDS and span not in known:
+        if len(span.split()) > 1 and head(span) in COMMANDS and span not in known:
             found.append(f"`{span}` stands in no block")
     return found
 
@@ -185,6 +190,7 @@ def test_the_front_page_is_short():
         "<!-- server -->\n```python\nmake()\n```",
         "<!-- file: a.sh -->\n```sh\nmake it\n```",
         "Use `make it`.",
+        "Use `.venv/bin/pytest -s`.",
     ],
 )
 def test_what_is_wrong_is_found(text):
