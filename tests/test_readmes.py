@@ -8,6 +8,7 @@ The blocks of a README run in order, in one empty folder; its Python blocks shar
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from bagel_opt.cli.arguments import parser
+from bagel_opt.cli.commands import COMMANDS as OURS
 
 ROOT = Path(__file__).parent.parent
 NAMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
@@ -164,6 +168,15 @@ def test_no_reason_is_idle():
     for name, block in marked:
         print(f"{name}:{block.line} {block.reason}: {block.text.splitlines()[0]}")
     assert {block.reason for _, block in marked} == REASONS
+
+
+def test_what_is_not_run_can_be_read():
+    for block in (block for name in NAMES for block in blocks(read(name)) if block.reason):
+        if block.language == "python":
+            compile(block.text, "README.md", "exec")
+        for line in block.text.replace("python -m bagel_opt.export", "bagel-opt export").splitlines():
+            if line.startswith("bagel-opt"):
+                parser(OURS).parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_links_lead_somewhere():
