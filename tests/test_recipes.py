@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CHECKPOINT
+from PIL import Image
+from support import CHECKPOINT, ODD
 
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.cli.commands import main
 from bagel_opt.cli.memory import needs
 from bagel_opt.config import PUBLISHED
+from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.recipe import load_recipe, recipes_folder
+from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.loading import shipped_model
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
 
@@ -40,8 +44,24 @@ def test_the_command_takes_recipes_and_overrides(monkeypatch, tmp_path, capsys):
     }
     assert main(["export", "--profile", "tiny", "--profile", "demo", "--out", str(tmp_path)]) == 0
     assert calls[1][0][2] == ["tiny", "demo"]
-    assert main(["export", "--out", str(tmp_path)]) == 1
-    assert "give --profile or --recipe; profiles/ has bagel-1024, " in capsys.readouterr().err
+    assert main(["export", "--out", str(tmp_path)]) == 0
+    (profile,) = calls[2][0][2]
+    assert profile.name == "demo"
+    assert "no profile was named: taking 'demo', for pictures and edits up to 128x128 (3 rows of 640 slots" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_profile_is_chosen_by_the_models_sizes():
+    """One of profiles/ where it fits, neither too small nor far too large; else one that holds an edit of the largest size."""
+    assert default_profile(PUBLISHED).name == "bagel-edit-1024"
+    assert default_profile(Checkpoint(shipped_model()).config).name == "demo"
+    odd = Checkpoint(ODD / "checkpoint").config
+    made = default_profile(odd)
+    assert (made.name, made.rows, made.latents) == ("fitted", 3, (odd.default_size // odd.token_pixels) ** 2)
+    model = bagel_opt.load(ODD / "checkpoint", device="cpu", profile=made)
+    picture = Image.new("RGB", (odd.default_size, odd.default_size), "red")
+    assert model.edit(picture, "make it green " * 3, num_timesteps=2).size == picture.size
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from PIL import Image, ImageOps
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
-from bagel_opt.cli.console import bar, guarded, tables
+from bagel_opt.cli.console import bar, console, guarded, tables
 from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.export.recipe import load_recipe, recipe_names
-from bagel_opt.loading import load
-from bagel_opt.profile import profile_names
+from bagel_opt.loading import load, shipped_model
+from bagel_opt.profile import Profile, profile_names
 from bagel_opt.request import Options
 from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
@@ -54,13 +54,28 @@ def export(a: argparse.Namespace) -> None:
     options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
     profiles = a.profile or options.get("profiles")
     options.pop("profiles", None)
-    if not profiles:
-        raise ValueError(
-            f"give --profile or --recipe; profiles/ has {', '.join(profile_names())}; export/ has {', '.join(recipe_names())}"
-        )
+    profiles = profiles or [_default_profile(a.checkpoint)]
     with bar("exporting") as update:
         folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
     print(folder)
+
+
+def _default_profile(checkpoint: str | None) -> Profile:
+    """The profile where none was named, with a line on stderr saying which."""
+    from bagel_opt.export.default_profile import default_profile
+
+    try:
+        from bagel_opt.files.checkpoint import Checkpoint
+    except ImportError as error:
+        raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
+    config = Checkpoint(shipped_model() if checkpoint is None else checkpoint).config
+    profile, side = default_profile(config), config.default_size
+    sizes = f"{profile.rows} rows of {profile.slots} slots, {profile.latents} latents, {profile.patches} patches"
+    console.print(
+        f"no profile was named: taking {profile.name!r}, for pictures and edits up to {side}x{side} ({sizes}); "
+        f"--profile or --recipe choose another: {', '.join(profile_names())}; {', '.join(recipe_names())}"
+    )
+    return profile
 
 
 def bench(a: argparse.Namespace) -> None:

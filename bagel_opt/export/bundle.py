@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagel_opt.export.default_profile import default_profile
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
@@ -35,7 +36,7 @@ def precisions(format: str, device: str) -> tuple[str, ...]:
 def export(
     checkpoint: str | Path | None,
     out: str | Path,
-    profile: "Profile | str | Path | Sequence[Profile | str | Path]",
+    profile: "Profile | str | Path | Sequence[Profile | str | Path] | None" = None,
     *,
     format: str = "onnx",
     dtype: str = "float32",
@@ -46,7 +47,8 @@ def export(
 ) -> Path:
     """Writes a bundle of a checkpoint (None: the model that ships) to the folder `out` and returns it.
 
-    profile: one or several; a request takes the smallest that it fits, and all share the weights. format: "onnx", "aoti"
+    profile: one or several; a request takes the smallest that it fits, and all share the weights. None chooses one by the
+    model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
     "cuda". ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
@@ -68,7 +70,7 @@ def export(
             of = "" if name == "format" else f" for format={format!r}"
             of += f" on device={device!r}" if name == "dtype" and onnx else ""
             raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
-    out, profiles = Path(out).resolve(), _profiles(profile)
+    out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401
         import torch
@@ -85,6 +87,7 @@ def export(
 
     kind = getattr(torch, dtype)
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
+    profiles = profiles or [default_profile(source.config)]
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
