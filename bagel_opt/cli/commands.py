@@ -73,7 +73,7 @@ def _default_profile(checkpoint: str | None) -> Profile:
     sizes = f"{profile.rows} rows of {profile.slots} slots, {profile.latents} latents, {profile.patches} patches"
     console.print(
         f"no profile was named: taking {profile.name!r}, for pictures and edits up to {side}x{side} ({sizes}); "
-        f"--profile or --recipe choose another: {', '.join(profile_names())}; {', '.join(recipe_names())}"
+        f"others are --profile {'|'.join(profile_names())} or --recipe {'|'.join(recipe_names())}"
     )
     return profile
 

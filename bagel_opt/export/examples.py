@@ -14,9 +14,12 @@ def example_inputs(
     config: BagelConfig, signature: Signature, profile: Profile, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[dict | None]]:
     """(inputs, caches, free dimensions of each input for torch.export)"""
-    kinds = {"model": dtype, "int64": torch.int64, "float32": torch.float32}
     inputs = [
-        torch.zeros([SIDES.get(side, side) for side in shape], dtype=kinds[kind], device=device)
+        torch.zeros(
+            [SIDES.get(side, side) for side in shape],
+            dtype=dtype if kind == "model" else getattr(torch, kind),
+            device=device,
+        )
         for shape, kind in signature.inputs.values()
     ]
     free = [

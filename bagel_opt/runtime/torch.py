@@ -35,14 +35,10 @@ class TorchRuntime:
     """Runs the programs of a prepared model."""
 
     def __init__(self, prepared: Prepared):
-        self.prepared, model = prepared, prepared.model
-        self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
-        self.programs = prepared.programs
-        self.fixed_slots, self.free_rows, self.spare_slots = (
-            prepared.fixed_slots,
-            prepared.free_rows,
-            prepared.spare_slots,
-        )
+        model = self.model = prepared.model
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.programs, self.free_rows = prepared.programs, prepared.free_rows
+        self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
         self._replay(prepared.graphs)
 
     def _replay(self, graphs: bool) -> None:

@@ -63,21 +63,23 @@ class Way:
         self._enter_one, self._leave_one = (compiled(part, options=tuned) for part in (enter, leave))
 
     def enter(self, expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, into: Caches) -> Tensor:
-        if not self._fuses(x):
+        if not self._fuses(expert, x):
             return (self._enter_one if x.shape[:2] == (1, 1) else self._enter)(expert, x, cos, sin, into)
         normed = self._norm(expert.norm1, x).flatten(0, 1)
         qkv = fused_products.product(normed, expert.qkv.weight, expert.qkv.bias)
         return self._to_heads(expert, qkv.view(*x.shape[:2], -1), cos, sin, into)
 
     def leave(self, expert: Expert, x: Tensor, attended: Tensor) -> Tensor:
-        if not self._fuses(x):
+        if not self._fuses(expert, x):
             return (self._leave_one if x.shape[:2] == (1, 1) else self._leave)(expert, x, attended)
         rows = fused_products.product(attended.flatten(2).flatten(0, 1), expert.o.weight, residual_MN=x.flatten(0, 1))
         hidden = fused_products.gated_product(self._norm(expert.norm2, rows), expert.gate_up.weight)
         return fused_products.product(hidden, expert.down.weight, residual_MN=rows).view(x.shape)
 
-    def _fuses(self, x: Tensor) -> bool:
-        return self.fused and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
+    def _fuses(self, expert: Expert, x: Tensor) -> bool:
+        """Those kernels take weights as they are stored."""
+        plain = expert.qkv.weight.dtype == x.dtype
+        return self.fused and plain and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
 
 
 class TwoStreams:
