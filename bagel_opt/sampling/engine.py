@@ -29,8 +29,8 @@ from bagel_opt.tokenizer import Tokenizer
 # What a call of a program costs besides computing: as operations that two cores of a CPU could have done meanwhile, and
 # for reading the weights as tokens, of which a CPU computes 20 in that time and a GPU some hundreds.
 CALL, READ = 1.5e9, 100
-log = logging.getLogger("bagel_opt")
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
+log = logging.getLogger("bagel_opt")
 
 
 class Engine:
