@@ -10,7 +10,7 @@ HOME = Path(bagel_opt.__file__).parent
 # From the ground up. Parts on one floor do not know each other.
 FLOORS = (
     ("dtypes", "errors", "toml_files"),
-    ("config", "profile", "tokenizer", "images", "request"),
+    ("config", "profile", "tokenizer", "images", "options", "request"),
     ("model",),
     ("programs", "files"),
     ("sampling", "runtime"),
@@ -56,7 +56,7 @@ def graph():
 
 def part(name):
     """The folder of bagel_opt, or the file in it, that a module belongs to."""
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 def floor(name):

@@ -15,9 +15,8 @@ from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.export.recipe import load_recipe, recipe_names
 from bagel_opt.loading import load
+from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.profile import profile_names
-from bagel_opt.request import Options
-from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -208,9 +208,17 @@ async function showModel() {
   }
 }
 
-renderOptions($("options"));
+async function showOptions() {
+  try {
+    renderOptions($("options"), await api.options());
+    showMode();
+  } catch (error) {
+    $("error").textContent = error.message;
+  }
+}
+
 showMode();
-showModel();
+showOptions().then(showModel);
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 $("form").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(); });
 $("form").addEventListener("change", (event) => { if (event.target.name === "mode") showMode(); });
