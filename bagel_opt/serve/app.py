@@ -75,6 +75,19 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     async def options(service: Injected) -> JSONResponse:
         return JSONResponse(page_options(service.limits), headers=PAGE_HEADERS)
 
+    @app.get("/examples.json", include_in_schema=False)
+    async def examples(service: Injected) -> JSONResponse:
+        found = service.engine.model.examples
+        told = {"prompts": found.prompts, "edit": found.edit, "question": found.question}
+        return JSONResponse(told | {"picture": found.picture is not None}, headers=PAGE_HEADERS)
+
+    @app.get("/example.png", include_in_schema=False)
+    async def example(service: Injected) -> Response:
+        picture = service.engine.model.examples.picture
+        if picture is None:
+            raise errors.ApiError(404, "this model has no example picture")
+        return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
+
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app

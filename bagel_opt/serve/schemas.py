@@ -17,9 +17,10 @@ WHOLE_LIMIT = 2**31  # of whole numbers that have no other
 def _type(kind: Number | Interval | Choice | Flag | Text) -> Any:
     """What pydantic checks a value of an option with."""
     match kind:
-        case Number(low, high, whole=True):
-            # not le: the document's numbers are floats, and 2**63 - 1 is none
-            return Annotated[int, Field(ge=low, lt=(WHOLE_LIMIT if high is None else high) + 1)]
+        case Number(low, None, whole=True):
+            return Annotated[int, Field(ge=low, le=WHOLE_LIMIT)]
+        case Number(low, high, whole=True):  # not le: the document's numbers are floats, and 2**63 - 1 is none
+            return Annotated[int, Field(ge=low, lt=high + 1)]
         case Number(low, high):
             return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
         case Interval(low, high):
