@@ -1,5 +1,6 @@
 """examples.json: read from a model's folder, taken along into a bundle, served to the page; never in anyone's way."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -13,6 +14,8 @@ from starlette.testclient import TestClient
 from support import CHECKPOINT
 
 import bagel_opt
+from bagel_opt.demo.checker import shows
+from bagel_opt.demo.examples import SCENE, write_examples
 from bagel_opt.demo.texts import describe
 from bagel_opt.demo.world import Scene, Thing, draw
 from bagel_opt.examples import Examples, copy_examples, read_examples
@@ -22,14 +25,6 @@ from bagel_opt.loading import shipped_model
 from bagel_opt.serve import create_app
 
 GOOD = {"prompts": ["a", "b", "c"], "picture": "example.png", "edit": "make it red", "question": "what is it?"}
-SCENE = Scene(  # what the shipped model's example picture shows
-    (
-        Thing("circle", "red", "large", "left"),
-        Thing("star", "blue", "large", "top right"),
-        Thing("square", "green", "small", "bottom right"),
-    ),
-    "sky blue",
-)
 
 
 @pytest.fixture
@@ -146,16 +141,34 @@ def test_a_loaded_model_has_them_and_they_cannot_be_set(eager):
         model.examples = Examples()
 
 
-def test_the_shipped_models_own_picture():
-    found = read_examples(shipped_model())
-    assert np.array_equal(Image.open(io.BytesIO(found.picture)), draw(SCENE))
-    assert len(found.prompts) == 3
+def test_the_shipped_models_are_those_that_training_writes(tmp_path):
+    write_examples(tmp_path)
+    assert (tmp_path / "examples.json").read_bytes() == (shipped_model() / "examples.json").read_bytes()
+    assert read_examples(tmp_path) == read_examples(shipped_model())
+    assert np.array_equal(Image.open(tmp_path / "example.png"), draw(SCENE))
 
 
-def test_the_shipped_model_answers_about_it():
+def test_the_shipped_model_does_them_right():
     model = bagel_opt.load(device="cpu")
-    picture = Image.open(io.BytesIO(model.examples.picture))
-    assert model.understand(picture, model.examples.question) == describe(SCENE)
+    picture, told = Image.open(io.BytesIO(model.examples.picture)), model.examples
+    circle, star, square = SCENE.things
+    wanted = [
+        Scene((Thing("circle", "red", "large", "center"),), "white"),
+        Scene((Thing("star", "blue", "small", "top left"), Thing("ring", "green", "large", "bottom right")), "cream"),
+        Scene(
+            (
+                Thing("star", "yellow", "large", "top"),
+                Thing("square", "purple", "small", "left"),
+                Thing("triangle", "orange", "large", "bottom right"),
+            ),
+            "black",
+        ),
+        Scene((circle, dataclasses.replace(star, colour="yellow"), square), "sky blue"),
+    ]
+    inputs = [*([prompt] for prompt in told.prompts), [picture, told.edit]]
+    drawn = model.run_many([bagel_opt.Request(one, num_timesteps=9, seed=0) for one in inputs])
+    assert [shows(outputs[-1], scene) for outputs, scene in zip(drawn, wanted, strict=True)] == [True] * 4
+    assert model.understand(picture, told.question) == describe(SCENE)
 
 
 def test_a_bundle_takes_them_along(bundle, load, tmp_path, folder):
