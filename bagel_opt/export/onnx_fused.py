@@ -1,5 +1,5 @@
 """What makes ONNX graphs fast on an NVIDIA GPU: in 16 bits ONNX Runtime's own operators (domain com.microsoft), chosen by
-what they took on an H200 (README, "ONNX Runtime on a GPU").
+what they took on an H200 (profiles/results/README.md, "ONNX Runtime on a GPU").
 
 C channels, I the MLP's channels, H query heads on G key-value heads of D channels.
 """
