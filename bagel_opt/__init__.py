@@ -3,8 +3,9 @@
 from bagel_opt.api import Model
 from bagel_opt.errors import BundleError, CheckpointError, ProfileError, UnknownOptionError
 from bagel_opt.loading import load
+from bagel_opt.options import Options, StepEvent
 from bagel_opt.profile import Profile
-from bagel_opt.request import Options, Request, StepEvent
+from bagel_opt.request import Request
 
 __version__ = "0.1.0"
 __all__ = [

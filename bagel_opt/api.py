@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from bagel_opt.config import BagelConfig
+from bagel_opt.examples import Examples
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.request import Request
@@ -21,7 +22,7 @@ class Model:
     """A loaded model. `load` makes one; all methods may be called from several threads.
 
     profiles: the static shapes that requests run in, from small to large. Without any, they are fitted to each call.
-    round_up: to coarser sizes, so that compiled programs are used again.
+    round_up: to coarser sizes, so that compiled programs are used again. examples: to try it with.
     """
 
     def __init__(
@@ -31,9 +32,15 @@ class Model:
         tokenizer: Tokenizer,
         profiles: Sequence[Profile] = (),
         round_up: bool = False,
+        examples: Examples = Examples(),  # noqa: B008  frozen
     ):
         self.runtime, self.config, self.tokenizer, self.profiles = runtime, config, tokenizer, list(profiles)
-        self._round_up = round_up
+        self._round_up, self._examples = round_up, examples
+
+    @property
+    def examples(self) -> Examples:
+        """Prompts, and a picture to edit and to ask about, that the model's folder gives."""
+        return self._examples
 
     @property
     def profile(self) -> Profile | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bagel_opt.api import Model
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
+from bagel_opt.examples import read_examples
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, check_files, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
@@ -67,9 +68,9 @@ def load(
     model = checkpoint.load(where, kind, progress)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
-    return Model(
-        runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=backend == "compile" or chosen == "flex"
-    )
+    coarse = backend == "compile" or chosen == "flex"
+    examples = read_examples(checkpoint.folder)
+    return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=coarse, examples=examples)
 
 
 def load_bundle(
@@ -90,7 +91,8 @@ def load_bundle(
         )
     check_files(folder, manifest, progress, check)
     runtime = (_onnx_runtime if manifest.kind == "onnx" else _torch_runtime)(folder, manifest, device)
-    return Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles)
+    tokenizer, examples = Tokenizer(folder / TOKENIZER), read_examples(folder)
+    return Model(runtime, manifest.config, tokenizer, manifest.profiles, examples=examples)
 
 
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:

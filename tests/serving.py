@@ -65,7 +65,7 @@ class Running:
 @contextlib.contextmanager
 def serving(model, keys=(), limits=None, remote=False, **settings):
     runtime = Held(model.runtime)
-    model = bagel_opt.Model(runtime, model.config, model.tokenizer, model.profiles)
+    model = bagel_opt.Model(runtime, model.config, model.tokenizer, model.profiles, examples=model.examples)
     service = Service("test", EngineThread(model, Metrics(), **settings), limits or Limits(), remote)
     started = threading.Event()
 

@@ -24,7 +24,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,1000"
 )
-RED, BLUE = (215, 38, 38), (38, 90, 225)
+RED, BLUE, YELLOW = (215, 38, 38), (38, 90, 225), (250, 220, 40)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,35 @@ def test_thinking_shows_the_thought_and_options_are_sent(page, server):
     assert (plan.options.cfg_interval, plan.options.cfg_renorm_type) == ((0.3, 1.0), "channel")
     assert (plan.options.width, plan.options.height) == (128, 96)
     assert picture(page).shape == (96, 128, 3)
+
+
+def test_examples_to_click(page, tmp_path):
+    few_steps(page)
+    prompts = [button.text for button in find(page, "#examples button")]
+    assert len(prompts) == 3
+    find(page, "#examples button")[1].click()
+    assert one(page, "#prompt").get_property("value") == prompts[1]
+    choose(page, "edit")
+    one(page, "#examples button img")
+    one(page, "#examples button").send_keys(Keys.ENTER)
+    wait(page, lambda: find(page, "#pictures img"))
+    assert one(page, "#prompt").get_property("value") == one(page, "#examples button").text == "make the star yellow"
+    assert not find(page, "#examples img")  # it is in
+    one(page, "#go").click()
+    wait(page, lambda: find(page, "#history button"))
+    assert share(picture(page), YELLOW) > 0.02 > share(picture(page), BLUE)
+    choose(page, "ask")
+    one(page, "#examples button").click()
+    one(page, "#go").click()
+    wait(page, lambda: len(find(page, "#history button")) == 2)
+    assert "large red circle on the left" in text(page, "#answer")
+    # what is said of the example picture is not offered for another one
+    Image.new("RGB", (64, 64)).save(tmp_path / "own.png")
+    one(page, "#files").send_keys(str(tmp_path / "own.png"))
+    wait(page, lambda: not one(page, "#examples").is_displayed())
+    while find(page, "#pictures button"):
+        one(page, "#pictures button").click()
+    one(page, "#examples button img")
 
 
 def test_by_keyboard_alone(page):

@@ -8,7 +8,7 @@ from pathlib import Path
 from bagel_opt import __version__
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
-from bagel_opt.request import RENORM_TYPES
+from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, described
 
 PRESET_BUNDLES = ("onnx", "aoti")
 
@@ -33,10 +33,10 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     talk = command("chat", "Answer a text.", ("prompt", "the text"))
     for sub in (draw, edit_):
         sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=out)
-        _picture_options(sub, sized=sub is draw)
+        _options(sub, "picture", *((SIZE,) if sub is draw else ()), PICTURE, INPUTS)
     for sub in (draw, edit_, ask, talk):
         _model_options(sub)
-        _text_options(sub)
+        _options(sub, "text and seed", EVERY)
 
     export_ = command("export", "Write a bundle that another runtime loads.")
     export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
@@ -109,10 +109,35 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _flag(sub: argparse.ArgumentParser, name: str, **settings: object) -> None:
-    """An option under its official name, with dashes or underscores."""
-    spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-    sub.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, **settings)
+def _options(sub: argparse.ArgumentParser, title: str, *groups: str) -> None:
+    """The options of a request, each under its official name with dashes or underscores."""
+    group = sub.add_argument_group(title)
+    for option in described(*groups).values():
+        spellings = dict.fromkeys((f"--{option.name.replace('_', '-')}", f"--{option.name}"))
+        group.add_argument(*spellings, dest=option.name, default=argparse.SUPPRESS, **_settings(option))
+
+
+def _settings(option: Option) -> dict:
+    """Of add_argument: the type alone is checked there, all else where Options are made, before a model is loaded."""
+    values = option.default if isinstance(option.default, tuple) else (option.default,)
+    default = (
+        option.unset
+        if option.default is None
+        else " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    )
+    about = {"help": f"{option.help} ({default})"}
+    match option.kind:
+        case Flag():
+            return {"action": "store_true", "help": option.help}
+        case Number(whole=True):
+            return about | {"type": int, "metavar": "N"}
+        case Number():
+            return about | {"type": float, "metavar": "X"}
+        case Interval():
+            return about | {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        case Choice(values):
+            return about | {"metavar": "|".join(values)}
+    return about | {"metavar": "TEXT"}
 
 
 def _model_options(sub: argparse.ArgumentParser) -> None:
@@ -177,28 +202,3 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("max-timesteps", 200, "largest num_timesteps of a request"),
     ):
         limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
-
-
-def _text_options(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("text")
-    _flag(group, "think", action="store_true", help="think before answering or drawing")
-    _flag(group, "max_think_tokens", type=int, metavar="N", help="longest text to generate (1000)")
-    _flag(group, "do_sample", action="store_true", help="sample the text instead of taking the likeliest token")
-    _flag(group, "text_temperature", type=float, metavar="T", help="temperature of sampling (0.3)")
-    _flag(group, "seed", type=int, metavar="N", help="same seed, same answer")
-
-
-def _picture_options(sub: argparse.ArgumentParser, sized: bool) -> None:
-    group = sub.add_argument_group("picture")
-    if sized:
-        _flag(group, "height", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
-        _flag(group, "width", type=int, metavar="PIXELS", help="a multiple of 16 (the model's own, up to 1024)")
-    _flag(group, "num_timesteps", type=int, metavar="N", help="points of the flow schedule (50)")
-    _flag(group, "timestep_shift", type=float, metavar="S", help="above 1: more steps at high noise (3)")
-    _flag(group, "cfg_text_scale", type=float, metavar="S", help="how strongly to follow the text (4)")
-    _flag(group, "cfg_img_scale", type=float, metavar="S", help="how strongly to keep the input image (1.5)")
-    _flag(group, "cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times with guidance (0.4 1)")
-    _flag(group, "cfg_renorm_min", type=float, metavar="R", help="smallest rescaling of the guided velocity (0)")
-    _flag(group, "cfg_renorm_type", help=f"{', '.join(RENORM_TYPES)} (global)")
-    _flag(group, "negative_prompt", metavar="TEXT", help="what not to draw")
-    _flag(group, "step_cache", help="taylorseer or teacache: fewer evaluations, nearly the same picture")

@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import functools
 import json
+import secrets
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -13,16 +16,17 @@ from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
 from bagel_opt.cli.console import bar, console, guarded, tables
 from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
+from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
 from bagel_opt.loading import load, shipped_model
+from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.profile import Profile, profile_names
-from bagel_opt.request import Options
-from bagel_opt.sampling.plan import DEFAULT_TOKENS
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
     arguments = parser(COMMANDS).parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
     return guarded(lambda: arguments.run(arguments))
 
 
@@ -30,13 +34,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(a: argparse.Namespace) -> None:
-    _check_out(a.out)
-    _save(a, _run(a, [a.prompt], "image"))
+    _draw(a, lambda: [a.prompt])
 
 
 def edit(a: argparse.Namespace) -> None:
-    _check_out(a.out)
-    _save(a, _run(a, [_open(a.image), a.prompt], "image"))
+    _draw(a, lambda: [_open(a.image), a.prompt])
 
 
 def understand(a: argparse.Namespace) -> None:
@@ -152,6 +154,21 @@ def inspect(a: argparse.Namespace) -> None:
         output.print(table)
 
 
+def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
+    """Draws and shows a picture. On stdout are the thoughts and the picture's path alone."""
+    _check_out(a.out)
+    a.seed_drawn = not hasattr(a, "seed")
+    if a.seed_drawn:
+        a.seed = secrets.randbits(32)  # so that it can be named
+    *thoughts, picture = _run(a, inputs(), "image")
+    for thought in thoughts:
+        print(thought)
+    picture.save(a.out)
+    show(picture)
+    print(a.out, flush=True)  # before what follows on stderr
+    print(f"again: {again(a)}", file=sys.stderr)
+
+
 def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
     options = {name: getattr(a, name) for name in Options.__dataclass_fields__ if hasattr(a, name)}
     if "cfg_interval" in options:
@@ -193,14 +210,6 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: the name must end in .png, .jpg or .webp")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
-
-
-def _save(a: argparse.Namespace, outputs: list) -> None:
-    *thoughts, picture = outputs
-    for thought in thoughts:
-        print(thought)
-    picture.save(a.out)
-    print(a.out)
 
 
 COMMANDS = {run.__name__: run for run in (generate, edit, understand, chat, export, bench, serve, inspect)}

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bagel_opt.cli.console import guarded
 from bagel_opt.config import BagelConfig
 from bagel_opt.demo import data, objective, texts
+from bagel_opt.demo.examples import write_examples
 from bagel_opt.demo.layout import GRID, demo_config, write_checkpoint, write_config, write_tokenizer
 from bagel_opt.demo.loop import Run, Settings, Stopped, Weights, deterministic
 from bagel_opt.demo.samples import reconstruction_sheet, training_sheet
@@ -176,6 +177,7 @@ def train(out: Path, settings: Settings, device: str | torch.device, stop_after:
     tokenizer = Tokenizer(checkpoint / "tokenizer.json")
     config = demo_config(tokenizer.special)
     write_config(checkpoint, config)
+    write_examples(checkpoint)
     model = fresh(config, settings.seed).to(run.device, run.dtype)
     objective.use_lookups(model)
     try:

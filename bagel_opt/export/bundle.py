@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files
 from bagel_opt.profile import Profile, load_profile
@@ -107,7 +108,7 @@ def export(
 
     tokenizer = source.folder / "tokenizer.json"
     with put_in_place(out) as partial:
-        write_bundle(make, partial, format, device, profiles, tokenizer, progress, parameters)
+        write_bundle(make, partial, format, device, profiles, tokenizer, progress, parameters, source.folder)
         if verify:
             from bagel_opt.export.verify import verify as compare
 
@@ -148,11 +149,13 @@ def write_bundle(
     tokenizer: Path,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     parameters: "Iterable[tuple[str, Tensor]] | None" = None,
+    examples: Path | None = None,
 ) -> None:
     """Writes all files of a bundle to a folder, and its manifest under the name UNFINISHED.
 
     make: the model, its attention chosen, whose memory is free again before anything is compiled ahead. profiles: from
-    small to large. parameters: for ONNX, those of a `Bagel`, in its order.
+    small to large. parameters: for ONNX, those of a `Bagel`, in its order. examples: the folder whose examples.json, if
+    there is one, goes into the bundle.
     """
     from bagel_opt.files.torch_weights import write_parameters
 
@@ -165,6 +168,8 @@ def write_bundle(
         write_parameters(folder / WEIGHTS, model)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     shutil.copyfile(tokenizer, folder / TOKENIZER)
+    if examples is not None:
+        copy_examples(examples, folder)
     programs, compiled_for = _write_programs(model, profiles, folder, format, progress), ""
     if format == "aoti":
         from bagel_opt.export.torch_packages import compile_all

@@ -16,7 +16,7 @@ from bagel_opt.files.torch_weights import Reader, opened
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
-FILES = ("*.json", "*.safetensors")
+FILES = ("*.json", "*.safetensors", "example.png")  # the last: of examples.json
 VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
 
 # SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along.

@@ -3,6 +3,7 @@
 manifest.json         see manifest.schema.json
 weights.safetensors   every parameter once, under its name in bagel_opt
 tokenizer.json
+examples.json         and the picture that it names, where the checkpoint has them (bagel_opt/examples.py)
 NAME.onnx             of an ONNX bundle: graphs whose weights are external data inside weights.safetensors
 NAME.ROLE.pt2         of an aoti or export bundle: parts of programs (export/parts.py), whose weights are inputs
 cache/                of a compile bundle: what torch.compile compiled

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bagel_opt.request import RENORM_TYPES
+from bagel_opt.options import RENORM_TYPES
 from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.job import Job
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from bagel_opt import images
 from bagel_opt.errors import ProfileError
+from bagel_opt.options import StepEvent
 from bagel_opt.programs.interface import Tensor
 from bagel_opt.programs.signatures import one_row
-from bagel_opt.request import StepEvent
 from bagel_opt.sampling.batches import Batches, Context, padded
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.plan import Block, Plan

@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image
 
 from bagel_opt.errors import ProfileError
+from bagel_opt.options import Options
 from bagel_opt.profile import Profile
-from bagel_opt.request import Options
 from bagel_opt.sampling.flow import FlowStep
 
-DEFAULT_TOKENS = 1000  # longest generated text where none is asked for
 LEAST_TOKENS = 16  # a profile with less room for it is too small for the request
 
 

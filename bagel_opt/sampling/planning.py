@@ -5,9 +5,10 @@ from PIL import Image
 
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
-from bagel_opt.request import Options, Request
+from bagel_opt.options import DEFAULT_TOKENS, Options
+from bagel_opt.request import Request
 from bagel_opt.sampling.flow import schedule, seeded_noise
-from bagel_opt.sampling.plan import DEFAULT_TOKENS, Block, InputImage, Plan
+from bagel_opt.sampling.plan import Block, InputImage, Plan
 from bagel_opt.tokenizer import Tokenizer
 
 # The official system prompts of think mode, word for word: the model was trained with them.

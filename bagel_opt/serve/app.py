@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from bagel_opt import __version__
 from bagel_opt.serve import errors
 from bagel_opt.serve.middleware import Gate
+from bagel_opt.serve.page_options import page_options
 from bagel_opt.serve.routes import chat, images
 from bagel_opt.serve.schemas import ERRORS, ModelCard, ModelList
 from bagel_opt.serve.service import Injected, Service
@@ -69,6 +70,23 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     @app.get("/metrics", include_in_schema=False)
     async def metrics(service: Injected) -> Response:
         return Response(generate_latest(service.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/options.json", include_in_schema=False)
+    async def options(service: Injected) -> JSONResponse:
+        return JSONResponse(page_options(service.limits), headers=PAGE_HEADERS)
+
+    @app.get("/examples.json", include_in_schema=False)
+    async def examples(service: Injected) -> JSONResponse:
+        found = service.engine.model.examples
+        told = {"prompts": found.prompts, "edit": found.edit, "question": found.question}
+        return JSONResponse(told | {"picture": found.picture is not None}, headers=PAGE_HEADERS)
+
+    @app.get("/example.png", include_in_schema=False)
+    async def example(service: Injected) -> Response:
+        picture = service.engine.model.examples.picture
+        if picture is None:
+            raise errors.ApiError(404, "this model has no example picture")
+        return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)

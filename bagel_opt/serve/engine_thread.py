@@ -14,7 +14,8 @@ import numpy as np
 
 from bagel_opt.api import Model
 from bagel_opt.errors import ProfileError
-from bagel_opt.request import Request, StepEvent
+from bagel_opt.options import StepEvent
+from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Job, Observer
 from bagel_opt.sampling.plan import Plan

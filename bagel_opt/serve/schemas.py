@@ -3,47 +3,60 @@
 Fields without an effect here are taken where they change nothing that was asked for; any other unknown one is refused.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from bagel_opt.request import RENORM_TYPES
+from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, Text, described
 
-Scale = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
+WHOLE_LIMIT = 2**31  # of whole numbers that have no other
 
 
-class Body(BaseModel):
+def _type(kind: Number | Interval | Choice | Flag | Text) -> Any:
+    """What pydantic checks a value of an option with."""
+    match kind:
+        case Number(low, None, whole=True):
+            return Annotated[int, Field(ge=low, le=WHOLE_LIMIT)]
+        case Number(low, high, whole=True):  # not le: the document's numbers are floats, and 2**63 - 1 is none
+            return Annotated[int, Field(ge=low, lt=high + 1)]
+        case Number(low, high):
+            return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
+        case Interval(low, high):
+            return tuple[(_type(Number(low, high)),) * 2]
+        case Choice(values):
+            return Literal[values]
+        case Flag():
+            return bool
+        case Text():
+            return Annotated[str, Field(max_length=TEXT_LIMIT)]
+
+
+def _field(option: Option) -> tuple[Any, Any]:
+    default = option.unset if option.default is None else json.dumps(option.default)
+    return _type(option.kind) | None, Field(None, description=f"{option.sentence} Default: {default}.")
+
+
+def _model(name: str, *groups: str) -> type[BaseModel]:
+    """A body's fields of BAGEL's own options. Where one is absent or null, its default counts."""
+    return create_model(name, **{option.name: _field(option) for option in described(*groups).values()})
+
+
+class Body(_model("RequestOptions", EVERY)):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
     user: str | None = Field(None, description="Ignored.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same bytes.")
-    think: bool = Field(False, description="Think before drawing or answering.")
-    max_think_tokens: int | None = Field(None, ge=1, le=2**31, description="Longest thought or answer.")
-    do_sample: bool | None = Field(None, description="Sample text instead of taking the likeliest token.")
-    text_temperature: float | None = Field(None, ge=1e-3, le=1000)
 
     def text_options(self) -> dict:
-        names = "think", "max_think_tokens", "do_sample", "text_temperature"
+        """What was given of the options of every request, but for the seed, which a server draws where none is."""
+        names = described(EVERY).keys() - {"seed"}
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-class Drawing(BaseModel):
+class Drawing(_model("PictureOptions", PICTURE, SIZE, INPUTS)):
     """BAGEL's options of a picture."""
-
-    cfg_text_scale: Scale | None = None
-    cfg_img_scale: Scale | None = None
-    cfg_interval: tuple[Share, Share] | None = Field(None, description="Flow times with guidance: low < t <= high.")
-    cfg_renorm_min: Share | None = None
-    cfg_renorm_type: Literal[RENORM_TYPES] | None = None
-    timestep_shift: float | None = Field(None, ge=1e-3, le=1000)
-    num_timesteps: int | None = Field(None, ge=2, le=2**31)
-    negative_prompt: str | None = Field(None, max_length=TEXT_LIMIT)
-    step_cache: Literal["taylorseer", "teacache"] | None = None
-    height: int | None = Field(None, ge=1, le=2**31)
-    width: int | None = Field(None, ge=1, le=2**31)
 
     def drawing_options(self) -> dict:
         return {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}

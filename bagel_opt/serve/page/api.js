@@ -46,6 +46,18 @@ export async function model() {
   return (await (await send("/v1/models", {})).json()).data[0];
 }
 
+export async function options() {
+  return (await send("/options.json", {})).json();
+}
+
+export async function examples() {
+  return (await send("/examples.json", {})).json();
+}
+
+export async function examplePicture() {
+  return (await send("/example.png", {})).blob();
+}
+
 export async function draw(prompt, options, signal) {
   return events(await send("/v1/images/generations", json({ prompt, ...options, stream: true, partial_images: 3 }, signal)));
 }

@@ -1,4 +1,5 @@
 import * as api from "./api.js";
+import { loadExamples, showExamples } from "./examples.js";
 import { readOptions, renderOptions, writeOptions } from "./options.js";
 
 const $ = (id) => document.getElementById(id);
@@ -25,6 +26,14 @@ function showMode() {
   $("promptLabel").textContent = words.label;
   $("inputs").hidden = mode() === "draw";
   for (const element of document.querySelectorAll("[data-modes]")) element.hidden = !element.dataset.modes.split(" ").includes(mode());
+  showExamples($("examples"), mode(), inputs, useExample);
+}
+
+function useExample(prompt, picture) {
+  if (picture) { inputs = [picture]; showInputs(); }
+  $("error").textContent = "";
+  $("prompt").value = prompt;
+  $("prompt").focus();
 }
 
 // ---- pictures that go in
@@ -40,6 +49,7 @@ function showInputs() {
     item.append(image, remove);
     return item;
   }));
+  showExamples($("examples"), mode(), inputs, useExample);
 }
 
 function addInputs(files) {
@@ -208,9 +218,18 @@ async function showModel() {
   }
 }
 
-renderOptions($("options"));
+async function showOptions() {
+  try {
+    renderOptions($("options"), await api.options());
+    await loadExamples();
+    showMode();
+  } catch (error) {
+    $("error").textContent = error.message;
+  }
+}
+
 showMode();
-showModel();
+showOptions().then(showModel);
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 $("form").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(); });
 $("form").addEventListener("change", (event) => { if (event.target.name === "mode") showMode(); });

@@ -10,7 +10,8 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
-from bagel_opt.request import Options, Request
+from bagel_opt.options import Options
+from bagel_opt.request import Request
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import IMAGE_EVENTS, documented

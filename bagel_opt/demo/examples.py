@@ -1,0 +1,33 @@
+"""The examples of the model that ships: prompts, and a picture to edit and to ask about."""
+
+import json
+from pathlib import Path
+
+from bagel_opt.demo.world import Scene, Thing, draw
+from bagel_opt.examples import EXAMPLES
+
+PICTURE = "example.png"
+SCENE = Scene(  # what the picture shows
+    (
+        Thing("circle", "red", "large", "left"),
+        Thing("star", "blue", "large", "top right"),
+        Thing("square", "green", "small", "bottom right"),
+    ),
+    "sky blue",
+)
+TOLD = {
+    "prompts": [
+        "a large red circle in the center on a white background",
+        "a small blue star at the top left and a large green ring at the bottom right on a cream background",
+        "a large yellow star at the top, a small purple square on the left and a large orange triangle at the bottom right on a black background",
+    ],
+    "picture": PICTURE,
+    "edit": "make the star yellow",
+    "question": "what is in the image?",
+}
+
+
+def write_examples(folder: Path) -> None:
+    """Writes them into a checkpoint's folder."""
+    draw(SCENE).save(folder / PICTURE)
+    (folder / EXAMPLES).write_text(json.dumps(TOLD, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Options are written down once, in bagel_opt/options.py: the command line, the bodies and the page follow it."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import types
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from starlette.testclient import TestClient
+
+import bagel_opt
+from bagel_opt.cli.arguments import parser
+from bagel_opt.cli.commands import COMMANDS
+from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, described
+from bagel_opt.request import Options, Request
+from bagel_opt.serve import Limits, Metrics, Service, create_app
+from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT, ChatBody, EditBody, ImageBody
+
+ALL = described(EVERY, PICTURE, SIZE, INPUTS)
+PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token"}
+
+
+def flags(command):
+    """What each option of a command is called, by its name in Python."""
+    commands = next(a for a in parser(COMMANDS)._actions if isinstance(a, argparse._SubParsersAction))
+    return {action.dest: action for action in commands.choices[command]._actions if action.option_strings}
+
+
+def client(limits):
+    service = Service("test", types.SimpleNamespace(metrics=Metrics()), limits)
+    return TestClient(create_app(service))
+
+
+def told(limits=Limits()):  # noqa: B008
+    return client(limits).get("/options.json").json()
+
+
+def pieces(option):
+    """(values that are allowed, values that are not), as JSON has them."""
+    match option.kind:
+        case Number(low, high, whole):
+            step = 1 if whole else 1e-6
+            good, bad = [low, low + step], [low - step, "many"]
+            if high is not None:
+                good, bad = [*good, high], [*bad, high + step]
+            return good, [*bad, low + 0.5] if whole else [*bad, math.nan]
+        case Interval(low, high):
+            return [[low, high], [low, low]], [[low - 1e-6, high], [low, high + 1e-6], [low], "ab"]
+        case Choice(values):
+            return list(values), ["", "other", 1]
+        case Flag():
+            return [True, False], [2, "maybe"]
+    return ["", "some text"], [1]
+
+
+def test_all_fields_are_described():
+    assert list(described()) == [field.name for field in dataclasses.fields(Options)]
+    assert set(described()) - set(ALL) == PYTHON_ALONE
+    assert all(option.help and (option.default is not None or option.unset) for option in ALL.values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ranges_are_the_same_everywhere(name):
+    option = ALL[name]
+    good, bad = pieces(option)
+    beside = {"height": "width", "width": "height"}.get(name)  # a body wants both or neither
+    for body in (ImageBody, EditBody):
+        for value in good:
+            both = {name: value} | ({beside: 16} if beside else {})
+            assert getattr(body(prompt="a", **both), name) in (value, tuple(value) if isinstance(value, list) else 0)
+        for value in bad:
+            with pytest.raises(ValidationError):
+                body(prompt="a", **{name: value}, **({beside: 16} if beside else {}))
+    for value in good:
+        Request("a", **{name: value})
+    for value in bad:
+        with pytest.raises(ValueError, match=name):
+            Request("a", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("generate", (EVERY, PICTURE, SIZE, INPUTS)),
+        ("edit", (EVERY, PICTURE, INPUTS)),
+        ("understand", (EVERY,)),
+        ("chat", (EVERY,)),
+    ],
+)
+def test_the_command_line_has_them(command, groups):
+    found = flags(command)
+    assert set(found) & set(described()) == set(described(*groups))
+    for name, option in described(*groups).items():
+        assert found[name].help.startswith(option.help)
+        assert f"--{name}" in found[name].option_strings
+        assert found[name].default == argparse.SUPPRESS  # what was not given is left to Options
+    shown = {name: found[name].help for name in described(*groups)}
+    assert shown["text_temperature"].endswith("(0.3)")
+    if "cfg_interval" in shown:
+        assert shown["cfg_interval"].endswith("(0.4 1)")
+        assert found["cfg_renorm_type"].metavar == "global|channel|text_channel"
+
+
+def test_the_bodies_have_them():
+    for body in (ImageBody, EditBody, ChatBody):
+        assert set(described()) & set(body.model_fields) == set(ALL)
+        properties = body.model_json_schema()["properties"]
+        assert properties["cfg_text_scale"]["description"].endswith("; up to 1 is off. Default: 4.0.")
+        assert {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63} in properties["seed"]["anyOf"]
+        assert {"type": "string", "maxLength": TEXT_LIMIT} in properties["negative_prompt"]["anyOf"]
+
+
+def test_the_page_is_told_them():
+    entries = {entry["name"]: entry for entry in told()}
+    assert set(entries) == set(described(EVERY, PICTURE, INPUTS)) - {"seed", "think"}
+    for name, entry in entries.items():
+        default = ALL[name].default
+        assert entry["default"] == entry["value"] == (list(default) if isinstance(default, tuple) else default)
+        assert entry["help"].lower() == f"{ALL[name].help}.".lower()
+        assert entry["modes"][-1] == ("ask" if name in described(EVERY) else "edit")
+    assert (entries["timestep_shift"]["min"], entries["timestep_shift"]["max"]) == (0.001, 1000)
+    assert (entries["num_timesteps"]["max"], entries["max_think_tokens"]["max"]) == (200, WHOLE_LIMIT)
+    assert entries["cfg_img_scale"]["modes"] == ["edit"]
+
+
+@pytest.mark.parametrize(("most", "value"), [(60, 50), (20, 20)])
+def test_the_page_knows_the_servers_own_limit(most, value):
+    [entry] = [entry for entry in told(Limits(timesteps=most)) if entry["name"] == "num_timesteps"]
+    assert (entry["max"], entry["value"], entry["default"]) == (most, value, 50)
+
+
+def test_options_json_is_for_the_page_alone():
+    web = client(Limits())
+    answer = web.get("/options.json")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "options.json" not in json.dumps(web.get("/openapi.json").json())
+
+
+def test_nothing_of_them_is_written_again():
+    """No name, choice or bound of an option but in options.py; "think" and "seed" are fields of the page's own."""
+    home = Path(bagel_opt.__file__).parent
+    script = (home / "serve" / "page" / "options.js").read_text(encoding="utf-8")
+    choices = [value for option in ALL.values() if isinstance(option.kind, Choice) for value in option.kind.values]
+    assert [word for word in (*ALL, *choices) if re.search(rf"\b{word}\b", script)] == []
+    assert set(re.findall(r"[0-9]+", script)) <= {"0", "1"}  # indices
+    for file in ("serve/schemas.py", "cli/arguments.py"):
+        text = (home / file).read_text(encoding="utf-8")
+        written = {
+            name for name in (*described(PICTURE, INPUTS), *choices) if f'"{name}"' in text or f"{name}:" in text
+        }
+        assert written == set(), file
