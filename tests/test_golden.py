@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKENDS
+from bundles import BACKENDS
 from support import CHECKPOINT, ODD, cases, check_together, relative
 
 from bagel_opt.sampling.batches import Batches, Context

@@ -4,14 +4,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from serving import serving
-from support import CHECKPOINT
+from support import CHECKPOINT, ROOT
 
 import bagel_opt
 from bagel_opt import bench
@@ -132,7 +131,7 @@ def test_table_compares_with_the_first_row():
 
 
 def test_charts_of_full_size_results(tmp_path, monkeypatch):
-    results = Path(__file__).parent.parent / "profiles/results/2026-11-24-h100.json"
+    results = ROOT / "profiles/results/2026-11-24-h100.json"
     monkeypatch.setattr(sys, "argv", ["charts", str(results), "--out", str(tmp_path / "new")])
     charts.main()
     for name in ("bars.png", "scaling.png"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import CHECKPOINT, GOLDEN
+from support import CHECKPOINT, GOLDEN, ROOT
 
 import bagel_opt
 from bagel_opt.cli.commands import main
@@ -137,9 +137,8 @@ def test_without_a_checkpoint_the_shipped_model_is_used(run, command):
 
 
 def test_module():
-    root = Path(bagel_opt.__file__).parent.parent
     command = [sys.executable, "-m", "bagel_opt", "--version"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bagel-opt {bagel_opt.__version__}\n", "")
 
 

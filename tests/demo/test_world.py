@@ -8,10 +8,11 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
+from support import examples
 
 from bagel_opt.demo import world
 from bagel_opt.demo.checker import read, shows
@@ -409,7 +410,7 @@ def changed(scene):
             yield replace(scene, background=background)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(scenes, st.randoms(use_true_random=False))
 def test_a_picture_shows_its_scene_and_no_other(scene, rng):
     image = draw(scene)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from bundles import rewrite
 from PIL import Image
 from support import CHECKPOINT, cases
 
@@ -193,16 +194,6 @@ def test_a_missing_or_truncated_file_is_refused(copy, name):
     path.unlink()
     with pytest.raises(BundleError, match=f"{re.escape(str(path))} is missing"):
         bagel_opt.load(copy)
-
-
-def rewrite(folder, **changes):
-    """Changes fields of a manifest and signs it anew, as another version of bagel_opt might have written it."""
-    import bagel_opt.files.manifest as bundle
-
-    data = json.loads((folder / MANIFEST).read_text())
-    data.pop("sha256")
-    data.update(changes)
-    (folder / MANIFEST).write_text(bundle._dump({**data, "sha256": bundle._digest(data)}))
 
 
 def test_a_newer_format_is_refused(copy):

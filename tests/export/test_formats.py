@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundles import ONE, SMALL, rewrite
 from PIL import Image
-from support import CHECKPOINT, relative
-from test_bundle import rewrite
+from support import CHECKPOINT, ROOT, relative
 from torch import Tensor
 
 import bagel_opt
@@ -20,10 +20,6 @@ from bagel_opt.export import export
 from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
 from bagel_opt.sampling.planning import make_plan
-
-ROOT = Path(bagel_opt.__file__).parent.parent
-SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
-ONE = Profile("one", rows=1, slots=160, text=16, patches=16, latents=16)
 
 
 def run_alone(script, folder, **environment):

@@ -2,13 +2,11 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
-from support import CHECKPOINT
+from support import CHECKPOINT, ROOT
 
-import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.cli.commands import main
 from bagel_opt.cli.memory import needs
@@ -16,8 +14,6 @@ from bagel_opt.config import PUBLISHED
 from bagel_opt.export.recipe import load_recipe, recipes_folder
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
-
-ROOT = Path(bagel_opt.__file__).parent.parent
 
 
 @pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.toml")), ids=lambda path: path.stem)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from random_checkpoint import count, make, sizes_for, write_tokenizer
 from safetensors.torch import load_file, save_file
-from support import CHECKPOINT, cases
+from support import CHECKPOINT, ROOT, cases
 
 import bagel_opt
 from bagel_opt import CheckpointError, images
@@ -378,8 +378,7 @@ print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 def test_memory_while_loading(small, large, dtype):
     """The weights once, and little of the bfloat16 file at a time."""
     command = [sys.executable, "-c", PEAK, small, large, dtype]
-    root = Path(bagel_opt.__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < 1.2
 
 

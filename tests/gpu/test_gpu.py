@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import CHECKPOINT, cases, relative
-from test_attention import random_inputs
+from support import CHECKPOINT, cases, random_inputs, relative
 
 import bagel_opt
 from bagel_opt import Profile

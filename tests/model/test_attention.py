@@ -2,18 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import cases, relative
+from support import ROOT, cases, examples, random_inputs, relative
 
 from bagel_opt.model import attention, kv_cache
 
-ROOT = Path(__file__).parent.parent
 CPU_BACKENDS = ["sdpa", "flex"]
 torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for each shape
 named = {case.name: case for case in cases()}
@@ -33,17 +31,6 @@ def by_definition(q_BQHD, k_BSGD, v_BSGD, kv_len_B, causal):
     return out
 
 
-def random_inputs(rows, queries, slots, heads, kv_heads, channels, seed=0, dtype=torch.float32, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    kv_len = torch.randint(queries, slots + 1, (rows,), generator=generator)
-    kv = [draw(rows, slots, kv_heads, channels) for _ in range(2)]
-    return draw(rows, queries, heads, channels), *kv, kv_len.to(device)
-
-
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (7, 1), (4, 4)])
@@ -56,7 +43,7 @@ def test_op_is_its_definition(backend, causal, heads, kv_heads, queries):
     assert relative(got.double(), by_definition(q, k, v, kv_len, causal)) < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@examples(100)
 @given(st.data())
 def test_write_touches_only_its_slots(data):
     rows, length, slots = (data.draw(st.integers(1, high)) for high in (4, 6, 12))

@@ -1,5 +1,5 @@
 """ONNX for CUDA: its graphs, and its runtime over the host's memory, so that all but CUDA itself is tested everywhere.
-tests/test_gpu.py has what needs the GPU."""
+tests/gpu/ has what needs the GPU."""
 
 import ctypes
 import functools

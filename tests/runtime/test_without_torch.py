@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from support import ROOT
 
 import bagel_opt
-
-ROOT = Path(bagel_opt.__file__).parent.parent
 
 
 def test_an_environment_without_torch_runs_the_shipped_models_bundle(load, tmp_path):

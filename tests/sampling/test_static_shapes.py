@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import CHECKPOINT, cases, check_together, relative
+from support import CHECKPOINT, cases, check_together, examples, relative
 
 import bagel_opt
 from bagel_opt import Profile, ProfileError
@@ -39,7 +39,7 @@ def alone(eager):
     return found
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.data())
 def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
     chosen = data.draw(st.lists(st.integers(0, len(ALL) - 1), min_size=1, max_size=5))

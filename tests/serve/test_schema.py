@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 from serving import serving
-from support import CHECKPOINT
+from support import CHECKPOINT, examples
 
 from bagel_opt.serve import Limits, service
 
@@ -39,7 +39,7 @@ def api(server):
     ],
 )
 def test_no_server_errors(api, method, path):
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(examples(40), suppress_health_check=list(HealthCheck))
     @given(api[path][method].as_strategy())
     def check(case):
         case.call_and_validate(checks=[not_a_server_error, response_schema_conformance])
