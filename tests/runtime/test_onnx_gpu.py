@@ -10,13 +10,13 @@ import onnxruntime as ort
 import onnxscript.optimizer
 import pytest
 import torch
+from bundles import ONE, PROFILES, cached_export
 from support import CHECKPOINT, cases, relative
 
 import bagel_opt
-from bagel_opt import Profile
 from bagel_opt.api import Model
-from bagel_opt.export import export, onnx_graph
 from bagel_opt.export import onnx as exporter
+from bagel_opt.export import onnx_graph
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, read_manifest
@@ -29,7 +29,7 @@ from bagel_opt.runtime.onnx import load_session
 from bagel_opt.runtime.onnx_gpu import GRAPHED, OnnxGpuRuntime
 from bagel_opt.tokenizer import Tokenizer
 
-PROFILE = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
+PROFILE = PROFILES[CHECKPOINT]
 LAYER = {  # nodes of one layer of the flow step: of each of two experts, but for what joins them
     "plain": "8 RMSNormalization, 12 Gemm, 4 RotaryEmbedding, 1 Attention, 2 TensorScatter, 3 Concat, 2 Split, 2 Sigmoid, "
     "4 Mul, 4 Add, 2 Slice",
@@ -68,12 +68,12 @@ class OnHost(OnnxGpuRuntime):
 
 
 @pytest.fixture(scope="module", params=["plain", "fused"])
-def bundle(request, tmp_path_factory):
+def bundle(request):
     """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
         shapes = functools.partial(exporter.Shapes, fused=request.param == "fused")
         patch.setattr(exporter, "Shapes", shapes)
-        return export(CHECKPOINT, tmp_path_factory.mktemp("gpu") / request.param, PROFILE, device="cuda")
+        return cached_export(CHECKPOINT, PROFILE, name=request.param, device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +197,9 @@ def test_nothing_in_a_replayed_graph_reads_host_memory(bundle, tmp_path, program
     assert not [node.name for node in splits if len(node.input) > 1 and len(set(sizes[node.input[1]].tolist())) > 1]
 
 
-def test_bfloat16_graphs_hold_no_other_precision_inside(tmp_path):
+def test_bfloat16_graphs_hold_no_other_precision_inside():
     """Only what goes in and out, and the angles, is float32."""
-    profile = Profile("small", rows=1, slots=160, text=16, patches=16, latents=16)
-    folder = export(CHECKPOINT, tmp_path / "bundle", profile, device="cuda", dtype="bfloat16")
+    folder = cached_export(CHECKPOINT, ONE, device="cuda", dtype="bfloat16")
     graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "generate.onnx")).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     products = [node.output[0] for node in graph.node if node.op_type in ("Gemm", "Attention", "RMSNormalization")]
