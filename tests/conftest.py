@@ -1,6 +1,8 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: these models are so small that threads wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: these models are so small that threads wait for each other
 
 import pytest
 from hypothesis import settings

@@ -56,7 +56,7 @@ def graph():
 
 def part(name):
     """The folder of bagel_opt, or the file in it, that a module belongs to."""
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 def floor(name):

@@ -19,7 +19,12 @@ def tensors():
     """One of each dtype, of odd sizes, so that most lie where no number of theirs would be aligned; a scalar, an empty one."""
     torch.manual_seed(0)
     found = {name: (torch.randn(3, 5) * 50).to(getattr(torch, name)) for name in ("uint8", *DTYPES)}
-    return {**found, "scalar": torch.tensor(0.25, dtype=torch.bfloat16), "empty": torch.zeros(0, 3), "last": torch.ones(7)}
+    return {
+        **found,
+        "scalar": torch.tensor(0.25, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3),
+        "last": torch.ones(7),
+    }
 
 
 def layout(given):
@@ -63,8 +68,9 @@ def test_mapped_weights_are_the_bytes_as_they_lie(path, monkeypatch):
 
 def test_a_file_of_safetensors_own_is_read_too(tmp_path):
     save_file(tensors(), tmp_path / "b.safetensors")
-    found, mapped = read_weights(tmp_path / "b.safetensors", CPU), dict(
-        (name, array) for name, _, array in mapped_weights(tmp_path / "b.safetensors")
+    found, mapped = (
+        read_weights(tmp_path / "b.safetensors", CPU),
+        {name: array for name, _, array in mapped_weights(tmp_path / "b.safetensors")},
     )
     for name, tensor in tensors().items():
         same(found[name], tensor)
@@ -91,7 +97,12 @@ def test_each_tensor_is_written_in_the_dtype_of_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [[("b", torch.ones(2)), ("a", torch.ones(2))], [("a", torch.ones(3)), ("b", torch.ones(2))], [("a", torch.ones(2))]]
+    "given",
+    [
+        [("b", torch.ones(2)), ("a", torch.ones(2))],
+        [("a", torch.ones(3)), ("b", torch.ones(2))],
+        [("a", torch.ones(2))],
+    ],
 )
 def test_tensors_that_are_not_those_of_the_layout_are_refused(tmp_path, given):
     with pytest.raises(ValueError, match=r"came where a \[2\] is to be written|is shorter than argument 1"):
