@@ -212,10 +212,9 @@ class Engine:
                 velocity = cache.after(number, velocity, hidden)
             v.append(velocity)
         out = self.runtime.run("step", [*rows.guidance(), *x, *v])
-        x, v = out[: len(x)], out[len(x) :]
-        for batch, latents in zip(self.batches.every, x, strict=True):
+        for batch, latents in zip(self.batches.every, out[: len(x)], strict=True):
             batch.x = latents
-        return [self._watched(job, x, v) for job in jobs]
+        return [self._watched(job, x, out[len(x) :]) for job in jobs]
 
     def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents

@@ -38,7 +38,7 @@ def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, m
         return manifest.programs
 
     monkeypatch.setattr(onnx.Shapes, "as_stored", wrong)
-    monkeypatch.setattr(bagel_opt.export, "_write_programs", copy_programs)
+    monkeypatch.setattr(bagel_opt.export.bundle, "_write_programs", copy_programs)
     with pytest.raises(BundleError, match=r"differs from the eager model by more than 0\.0001: text by"):
         export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True)
     assert list(tmp_path.iterdir()) == []

@@ -46,14 +46,22 @@ class HostMemory(GpuMemory):
 
     def __init__(self):
         self.device, self.held = 0, {}
+        self.left = None  # bytes until it is full
 
     def allocate(self, count):
+        if self.left is not None and count > self.left:
+            raise MemoryError("full")
+        if self.left is not None:
+            self.left -= count
         block = np.full(count, 255, np.uint8)  # whoever reads what nobody wrote gets NaN
         self.held[block.ctypes.data] = block
         return block.ctypes.data
 
     def free(self, pointer):
-        self.held.pop(pointer)[:] = 255
+        block = self.held.pop(pointer)
+        block[:] = 255
+        if self.left is not None:
+            self.left += len(block)
 
     def copy(self, to, source, count):
         ctypes.memmove(to, source, count)
@@ -110,11 +118,47 @@ def test_memory_goes_back(model):
     for _ in range(3):
         model.run(case.inputs, **case.options)
     assert (len(runtime.memory.held), len(runtime.bound)) == before
-    kept = runtime.caches(1, 64)  # of another size, for which those that were kept make room
+    kept = runtime.caches(1, 64)  # of another size, such as another profile's
     assert [cache.shape[:2] for cache in kept] == [(1, 64)] * len(runtime.cache_names)
     assert not any(np.any(runtime.host(cache)) for cache in kept)
-    assert runtime.returned == []
-    assert len(runtime.bound) < before[1]
+    assert (len(runtime.returned), len(runtime.bound)) == (1, before[1])
+
+
+def test_caches_that_are_kept_make_room_where_memory_is_full(model):
+    runtime, case = model.runtime, cases()[0]
+    model.run(case.inputs, **case.options)
+    before = len(runtime.bound)
+    runtime.memory.left = sum(cache.nbytes for cache in runtime.returned[0])
+    try:
+        larger = runtime.caches(6, 768)
+        assert [cache.shape[:2] for cache in larger] == [(6, 768)] * len(runtime.cache_names)
+        assert runtime.returned == []
+        assert len(runtime.bound) < before
+        with pytest.raises(MemoryError):
+            runtime.caches(6, 768)
+    finally:
+        runtime.memory.left = None
+    del larger
+    model.run(case.inputs, **case.options)
+
+
+def test_alternating_profiles_bind_each_program_once(tmp_path_factory):
+    """On a GPU a program that is bound anew is captured anew, too."""
+    profiles = [Profile("small", 3, 256, 16, 16, 16), Profile("large", 3, 320, 16, 16, 36)]
+    folder = export(CHECKPOINT, tmp_path_factory.mktemp("gpu") / "two", profiles, device="cuda")
+    manifest = read_manifest(folder)
+    runtime = OnHost(folder, manifest, HostMemory())
+    model, bound = Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles), []
+    original = OnHost._bind
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            OnHost, "_bind", lambda self, program, *rest: bound.append(program) or original(self, program, *rest)
+        )
+        counts = []
+        for side in (64, 96, 64, 96, 64):
+            model.generate("a", height=side, width=side, num_timesteps=3, seed=1)
+            counts.append(len(bound))
+    assert counts[0] < counts[1] == counts[-1]
 
 
 def test_weights_are_inputs_and_there_once(bundle, eager):
@@ -164,7 +208,7 @@ def test_a_program_is_traced_with_its_own_parameters_alone(shapes):
         )
     with (
         torch.no_grad(),
-        exporter.only_used_parameters(shapes.model, shapes.fake, shapes.model.text, (*inputs, *caches)),
+        exporter.only_used_parameters(shapes.model, shapes.fake, programs(shapes.model)["text"], (*inputs, *caches)),
     ):
         during = dict(shapes.model.named_parameters())
     assert "llm.layers.0.und.down.weight" in during

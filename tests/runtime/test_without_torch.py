@@ -12,7 +12,7 @@ import bagel_opt
 
 def test_an_environment_without_torch_runs_the_shipped_models_bundle(load, tmp_path):
     """As the README says: a new environment, the package with its onnx extra, a bundle."""
-    folder = load(bagel_opt.api.shipped_model(), "onnx").runtime.folder
+    folder = load(bagel_opt.loading.shipped_model(), "onnx").runtime.folder
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{ROOT}[onnx]"]

@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 from serving import serving
 from support import CHECKPOINT, examples
 
-from bagel_opt.serve import Limits, service
+from bagel_opt.serve import Limits, streams
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_streams_send_what_the_document_says(server, path, body):
 
 
 def test_a_stream_with_nothing_to_tell_says_that_it_lives(server, monkeypatch):
-    monkeypatch.setattr(service, "KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(streams, "KEEP_ALIVE", 0.05)
     server.runtime.open.clear()
     body = {"prompt": "a", "stream": True, "num_timesteps": 4}
     with httpx.stream("POST", f"{server.url}/v1/images/generations", json=body, timeout=60) as answer:
