@@ -107,3 +107,37 @@ def rewrite(folder: Path, **changes) -> None:
 def needs_compiler(what: str) -> None:
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip(f"{what} needs a C++ compiler on the CPU")
+
+
+def export_quickly(ready, folder, die=None):
+    """An export whose programs are copies of another bundle's; it dies at a step."""
+    import bagel_opt.export.bundle as module
+
+    manifest = read_manifest(ready)
+
+    def write(model, profiles, partial, *_):
+        for path in ready.glob("*.pt2"):
+            shutil.copy(path, partial)
+        return manifest.programs
+
+    def before(step, call):
+        def wrapped(*arguments, **options):
+            if step == die and Path(arguments[0]).name == MANIFEST:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_programs", write)
+        if die:
+            patch.setattr(Path, "unlink", before("unlink", Path.unlink))
+            rename = Path.rename
+
+            def renamed(self, target):
+                if (self.name == UNFINISHED) == (die == "name") and die in ("name", "rename"):
+                    os._exit(9)
+                return rename(self, target)
+
+            patch.setattr(Path, "rename", renamed)
+        return export(CHECKPOINT, folder / "bundle", manifest.profiles, format="export")

@@ -8,6 +8,7 @@ from bagel_opt.demo import evaluate
 from bagel_opt.loading import shipped_model
 
 CASES = {"prompts": evaluate.prompts, "edits": evaluate.edits, "questions": evaluate.questions}
+ALL = {"prompts": evaluate.PROMPTS, "edits": evaluate.EDITS, "questions": evaluate.QUESTIONS}
 WANTED = {"prompts": 0.9, "edits": 0.85, "questions": 0.95}  # shares
 
 
@@ -17,14 +18,20 @@ def eager(load):
 
 
 @pytest.fixture(scope="module")
-def right(eager):
+def counts(thorough):
+    """How many cases of each task: all, or the first ones."""
+    return ALL if thorough else {"prompts": 30, "edits": 16, "questions": 40}
+
+
+@pytest.fixture(scope="module")
+def right(eager, counts):
     """Which of the cases come out right, each found out once."""
     known = {}
 
     def count(task, **options):
         key = task, *options.items()
         if key not in known:
-            known[key] = evaluate.right(eager, CASES[task](), **options)
+            known[key] = evaluate.right(eager, CASES[task](counts[task]), **options)
         return known[key]
 
     return count
@@ -36,16 +43,18 @@ def test_it_does_what_it_is_told(task, right):
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_it_does_so_when_it_thinks_first(task, eager, right):
-    got = evaluate.right(eager, CASES[task](16), **evaluate.THINK)
-    assert sum(got) >= sum(right(task)[:16]) - 1
+def test_it_does_so_when_it_thinks_first(task, eager, right, thorough):
+    count = 16 if thorough else 6
+    got = evaluate.right(eager, CASES[task](count), **evaluate.THINK)
+    assert sum(got) >= sum(right(task)[:count]) - 1
 
 
-@pytest.mark.parametrize("backend", ["compile", "onnx"])
+@pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.second), "onnx"])
 @pytest.mark.parametrize("task", CASES)
-def test_other_runtimes_do_too(task, backend, load, right):
-    got = evaluate.right(load(shipped_model(), backend), CASES[task](12))
-    assert sum(got) >= sum(right(task)[:12]) - 1
+def test_other_runtimes_do_too(task, backend, load, right, thorough):
+    count = 12 if thorough else 5
+    got = evaluate.right(load(shipped_model(), backend), CASES[task](count))
+    assert sum(got) >= sum(right(task)[:count]) - 1
 
 
 def test_together_it_gives_what_it_gives_alone(eager):
@@ -68,10 +77,12 @@ def test_guidance_is_worth_something(right):
     assert sum(right("prompts")) > sum(right("prompts", cfg_text_scale=1.0))
 
 
+@pytest.mark.second
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
+    count = 60
     with evaluate.branches_mixed(eager):
-        mixed = evaluate.right(eager, evaluate.prompts(60), together=False)
-    assert sum(mixed) <= sum(right("prompts")[:60]) - 3
+        mixed = evaluate.right(eager, evaluate.prompts(count), together=False)
+    assert sum(mixed) <= sum(right("prompts")[:count]) - 3
 
 
 def test_taylorseer_keeps_most_of_it(right):
@@ -79,9 +90,10 @@ def test_taylorseer_keeps_most_of_it(right):
     assert sum(right("prompts", step_cache="taylorseer")) >= 0.75 * sum(right("prompts"))
 
 
-def test_teacache_keeps_it(eager, right):
+def test_teacache_keeps_it(eager, right, thorough):
+    count = 30 if thorough else 10
     with evaluate.tea_steps() as seen:
-        got = evaluate.right(eager, CASES["prompts"](30), step_cache="teacache")
-    assert sum(got) >= 0.9 * sum(right("prompts")[:30])
-    assert len(seen) == 30 * 24
-    assert 30 * 8 < sum(seen) < 30 * 20
+        got = evaluate.right(eager, CASES["prompts"](count), step_cache="teacache")
+    assert sum(got) >= 0.9 * sum(right("prompts")[:count])
+    assert len(seen) == count * 24
+    assert count * 8 < sum(seen) < count * 20

@@ -117,6 +117,7 @@ def test_one_program_serves_all_rows_and_profiles(half):
     assert large["generate"]["inputs"]["x"][0][0] == 3  # what the profile has
 
 
+@pytest.mark.second
 def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch):
     """All other weights may be given anew in each run, so that ONNX Runtime does not prepare copies of them."""
     monkeypatch.setattr(onnx_graph, "ALL_PACKED_BELOW", 0)

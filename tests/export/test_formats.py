@@ -94,7 +94,7 @@ def test_no_profile_or_the_same_twice_is_refused(tmp_path):
 # ---- torch's formats
 
 
-@pytest.mark.parametrize("kind", ["aoti", "export"])
+@pytest.mark.parametrize("kind", [pytest.param("aoti", marks=pytest.mark.second), "export"])
 def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
     folder = load(CHECKPOINT, kind).runtime.folder
     manifest = read_manifest(folder)
@@ -121,7 +121,7 @@ def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
     assert {name for name, program in layers.items() if not program.range_constraints} == {"vit"}
 
 
-@pytest.mark.parametrize("kind", ["export", "compile"])
+@pytest.mark.parametrize("kind", ["export", pytest.param("compile", marks=pytest.mark.second)])
 def test_bfloat16_passes_its_verification(kind, tmp_path):
     folder = export(CHECKPOINT, tmp_path / "bf16", ONE, format=kind, dtype="bfloat16", verify=True)
     assert bagel_opt.load(folder).runtime.dtype == torch.bfloat16
@@ -162,6 +162,7 @@ def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
         assert relative(got, want) < 1e-5
 
 
+@pytest.mark.second
 def test_a_compile_bundle_starts_warm(tmp_path):
     """A new process with an empty cache of its own: right, and nothing was compiled that the bundle did not bring."""
     profile = Profile("warm", rows=3, slots=768, text=64, patches=64, latents=64)
@@ -184,6 +185,7 @@ for case in cases():
     assert used == brought
 
 
+@pytest.mark.second
 def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
     for path in load(CHECKPOINT, "aoti").runtime.folder.glob("*.pt2"):
         names = [Path(name).name for name in zipfile.ZipFile(path).namelist()]
@@ -192,6 +194,7 @@ def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
         assert {f"{stem}.cpp", f"{stem}_metadata.json"} <= set(names)
 
 
+@pytest.mark.second
 def test_an_aoti_bundle_needs_no_compiler(load, tmp_path):
     folder = load(CHECKPOINT, "aoti").runtime.folder
     script = f"""

@@ -14,6 +14,7 @@ from bundles import ONE, PROFILES, cached_export
 from support import CHECKPOINT, cases, relative
 
 import bagel_opt
+from bagel_opt import Profile
 from bagel_opt.api import Model
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export import onnx_graph
@@ -75,7 +76,7 @@ class OnHost(OnnxGpuRuntime):
         return load_session(path, ort.SessionOptions(), ["CPUExecutionProvider"])
 
 
-@pytest.fixture(scope="module", params=["plain", "fused"])
+@pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.second), "fused"])
 def bundle(request):
     """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
@@ -142,10 +143,11 @@ def test_caches_that_are_kept_make_room_where_memory_is_full(model):
     model.run(case.inputs, **case.options)
 
 
-def test_alternating_profiles_bind_each_program_once(tmp_path_factory):
+@pytest.mark.second
+def test_alternating_profiles_bind_each_program_once():
     """On a GPU a program that is bound anew is captured anew, too."""
     profiles = [Profile("small", 3, 256, 16, 16, 16), Profile("large", 3, 320, 16, 16, 36)]
-    folder = export(CHECKPOINT, tmp_path_factory.mktemp("gpu") / "two", profiles, device="cuda")
+    folder = cached_export(CHECKPOINT, profiles, name="two", device="cuda")
     manifest = read_manifest(folder)
     runtime = OnHost(folder, manifest, HostMemory())
     model, bound = Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles), []
@@ -178,7 +180,9 @@ def shapes():
     return exporter.Shapes(Checkpoint(CHECKPOINT).config, torch.float16, "cuda")
 
 
-@pytest.mark.parametrize("name", ["generate", "vit", "taylor_predict", "vae_decode"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("generate", marks=pytest.mark.second), "vit", "taylor_predict", "vae_decode"]
+)
 def test_few_rules_leave_what_all_rules_would(name, shapes, monkeypatch):
     found = []
 
@@ -241,6 +245,7 @@ def test_nothing_in_a_replayed_graph_reads_host_memory(bundle, tmp_path, program
     assert not [node.name for node in splits if len(node.input) > 1 and len(set(sizes[node.input[1]].tolist())) > 1]
 
 
+@pytest.mark.second
 def test_bfloat16_graphs_hold_no_other_precision_inside():
     """Only what goes in and out, and the angles, is float32."""
     folder = cached_export(CHECKPOINT, ONE, device="cuda", dtype="bfloat16")
@@ -286,4 +291,7 @@ def test_programs_agree_with_eager(model, eager):
     pairs = zip(run_programs(eager.runtime, config, profile), run_programs(model.runtime, config, profile), strict=True)
     for (name, want), (_, got) in pairs:
         for a, b in zip(want, got, strict=True):
-            assert np.abs(a.astype(np.float64) - b).max() <= 2e-4 * max(1.0, np.abs(a).max()), name
+            allowed = (
+                1 if a.dtype == np.uint8 else 2e-4 * max(1.0, np.abs(a).max())
+            )  # bytes may be rounded the other way
+            assert np.abs(a.astype(np.float64) - b).max() <= allowed, name

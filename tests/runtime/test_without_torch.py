@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from support import ROOT
 
 import bagel_opt
 
 
+@pytest.mark.second  # it installs packages
 def test_an_environment_without_torch_runs_the_shipped_models_bundle(load, tmp_path):
     """As the README says: a new environment, the package with its onnx extra, a bundle."""
     folder = load(bagel_opt.loading.shipped_model(), "onnx").runtime.folder

@@ -20,6 +20,7 @@ from PIL import Image
 import bagel_opt
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.second
 COMMAND = [sys.executable, "-m", "bagel_opt", "serve", "--replicas", "2", "--max-queue", "8"]
 
 
