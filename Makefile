@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := demo
+TWO := -n 2 --dist loadfile
 
 .PHONY: setup demo test test-all lint
 
@@ -17,10 +18,10 @@ demo: setup
 	$(BIN)/python -m bagel_opt.demo --out $(OUT)
 
 test: setup
-	$(BIN)/pytest -q -m "not second"
+	$(BIN)/pytest -q $(TWO) -m "not second"
 
 test-all: setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(TWO)
 
 lint: setup
 	$(BIN)/ruff check .

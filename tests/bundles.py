@@ -1,5 +1,6 @@
 """Bundles for the tests: made once, and kept in .cache/exports for as long as nothing changes that they are made from."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -63,15 +64,22 @@ def cached_export(
     """The folder of a bundle, which nobody may write to. settings: as of `export`. What tests exporting calls it itself."""
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
     out = CACHE / key(checkpoint, profiles, name=name, **settings) / (name or profiles[-1].name)
-    if not (out / MANIFEST).is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if settings.get("format") == "aoti":
-            compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
-        else:
-            export(checkpoint, out, profiles, **settings)
-        prune()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be at it
+        if not (out / MANIFEST).is_file():
+            make(checkpoint, out, profiles, name, settings)
     os.utime(out.parent)
+    prune()
     return out
+
+
+def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None, settings: dict) -> None:
+    """Writes what is not in the cache yet; it is put in place whole."""
+    if settings.get("format") == "aoti":
+        compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
+    else:
+        export(checkpoint, out, profiles, **settings)
 
 
 def compiled(archives: Path, out: Path) -> None:

@@ -20,7 +20,7 @@ def eager(load):
 @pytest.fixture(scope="module")
 def counts(thorough):
     """How many cases of each task: all, or the first ones."""
-    return ALL if thorough else {"prompts": 30, "edits": 16, "questions": 40}
+    return ALL if thorough else {"prompts": 20, "edits": 10, "questions": 40}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_it_does_what_it_is_told(task, right):
 
 @pytest.mark.parametrize("task", CASES)
 def test_it_does_so_when_it_thinks_first(task, eager, right, thorough):
-    count = 16 if thorough else 6
+    count = 16 if thorough else 4
     got = evaluate.right(eager, CASES[task](count), **evaluate.THINK)
     assert sum(got) >= sum(right(task)[:count]) - 1
 

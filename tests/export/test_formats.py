@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import bundles
 import pytest
 import torch
 from bundles import ONE, SMALL, rewrite
@@ -18,6 +19,7 @@ from bagel_opt import BundleError, Profile
 from bagel_opt.export import export
 from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
+from bagel_opt.programs.signatures import signatures
 
 
 def run_alone(script, folder, **environment):
@@ -131,6 +133,25 @@ def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
         (library,) = (name for name in names if name.endswith(".wrapper.so"))
         stem = library.removesuffix(".so")
         assert {f"{stem}.cpp", f"{stem}_metadata.json"} <= set(names)
+
+
+@pytest.mark.second
+def test_an_export_to_aoti_end_to_end(tmp_path, eager, monkeypatch):
+    """The other tests' bundle is compiled from an "export" bundle's archives. Of few programs, which answer a text."""
+    bundles.needs_compiler("aoti")
+    every, told = signatures, []
+    few = ("text", "decode", "choose")
+    monkeypatch.setattr(
+        "bagel_opt.export.bundle.signatures", lambda *given: {n: s for n, s in every(*given).items() if n in few}
+    )
+    progress = lambda what, *numbers: told.append(what)  # noqa: E731
+    folder = export(CHECKPOINT, tmp_path / "bundle", ONE, format="aoti", progress=progress)
+    manifest = read_manifest(folder)
+    assert (manifest.kind, manifest.machine) == ("aoti", torch.backends.cpu.get_cpu_capability())
+    assert set(manifest.programs["one"]) == set(few)
+    assert told.count("compiling") == len(list(folder.glob("*.pt2"))) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert bagel_opt.load(folder).chat("tell me", max_think_tokens=9) == eager.chat("tell me", max_think_tokens=9)
 
 
 @pytest.mark.second

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -31,10 +32,15 @@ def by_definition(q_BQHD, k_BSGD, v_BSGD, kv_len_B, causal):
     return out
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "heads", "kv_heads", "queries"),
+    [  # FlexAttention compiles each anew
+        pytest.param(*one, marks=[pytest.mark.second] if one[0] == "flex" and one[1:] != (4, 2, 5) else [])
+        for one in product(CPU_BACKENDS, (4, 7), (1, 2, 4), (1, 5))
+        if one[1] % one[2] == 0 and one[1:3] != (4, 1)
+    ],
+)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (7, 1), (4, 4)])
-@pytest.mark.parametrize("queries", [1, 5])
 def test_op_is_its_definition(backend, causal, heads, kv_heads, queries):
     q, k, v, kv_len = random_inputs(3, queries, 24, heads, kv_heads, 16)
     for b, length in enumerate(kv_len):  # what lies beyond kv_len must not matter
