@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := demo
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-all lint
 

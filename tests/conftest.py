@@ -1,8 +1,7 @@
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: these models are so small that threads wait for each other
+# Before torch: these models are so small that threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
@@ -16,6 +15,15 @@ from support import CHECKPOINT  # noqa: E402
 import bagel_opt  # noqa: E402
 from bagel_opt import Profile  # noqa: E402
 
+LONG = (
+    "test_golden.py",
+    "test_shipped_model.py",
+    "test_interrupted.py",
+    "test_formats.py",
+    "test_onnx_gpu.py",
+    "test_onnx.py",
+)  # by the time they take
+
 settings.register_profile("second", max_examples=100, deadline=None)
 settings.register_profile("first", max_examples=20, deadline=None)
 
@@ -26,6 +34,12 @@ def all_tiers(config):
 
 def pytest_configure(config):
     settings.load_profile("second" if all_tiers(config) else "first")  # before test files are read
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that two processes that share the files end at about the same time."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
