@@ -1,11 +1,12 @@
 """Bundles for the tests: made once, and kept in .cache/exports for as long as nothing changes that they are made from."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bagel_opt.files import manifest as manifests
 from bagel_opt.files.manifest import MANIFEST, UNFINISHED, list_files, read_manifest
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import load_profile
+from bagel_opt.programs.signatures import signatures
 
 CACHE = ROOT / ".cache" / "exports"
 KEPT = 40  # entries of the cache, the last used ones
@@ -61,14 +63,15 @@ def key(checkpoint: Path, profiles: Sequence[Profile], **settings) -> str:
 def cached_export(
     checkpoint: Path, profiles: "Profile | Sequence[Profile]", name: str | None = None, **settings
 ) -> Path:
-    """The folder of a bundle, which nobody may write to. settings: as of `export`. What tests exporting calls it itself."""
+    """The folder of a bundle, which nobody may write to. settings: as of `export`, and programs,
+    the names of those that it is to have. What tests exporting calls it itself."""
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
     out = CACHE / key(checkpoint, profiles, name=name, **settings) / (name or profiles[-1].name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (out.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be at it
         if not (out / MANIFEST).is_file():
-            make(checkpoint, out, profiles, name, settings)
+            make(checkpoint, out, profiles, name, {**settings})
     os.utime(out.parent)
     prune()
     return out
@@ -79,7 +82,20 @@ def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None,
     if settings.get("format") == "aoti":
         compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
     else:
-        export(checkpoint, out, profiles, **settings)
+        programs = settings.pop("programs", ())
+        with few_programs(*programs) if programs else contextlib.nullcontext():
+            export(checkpoint, out, profiles, **settings)
+
+
+@contextlib.contextmanager
+def few_programs(*names: str) -> Iterator[None]:
+    """Exports have these programs alone meanwhile, and take less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "bagel_opt.export.bundle.signatures",
+            lambda *given: {name: one for name, one in signatures(*given).items() if name in names},
+        )
+        yield
 
 
 def compiled(archives: Path, out: Path) -> None:

@@ -84,7 +84,8 @@ def bundle(load):
 
 @pytest.fixture(scope="session")
 def two():
-    """The folder of a bundle of two profiles."""
+    """The folder of a bundle of two profiles, with what it takes to draw, decode and read pictures."""
+    programs = ("text", "decode", "vit", "generate", "generate_row", "step", "vae_encode", "vae_decode")
     small = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
     large = Profile("large", rows=3, slots=512, text=16, patches=16, latents=64)
-    return cached_export(CHECKPOINT, [large, small], name="two", format="export")
+    return cached_export(CHECKPOINT, [large, small], name="two", format="export", programs=programs)

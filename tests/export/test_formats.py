@@ -19,7 +19,6 @@ from bagel_opt import BundleError, Profile
 from bagel_opt.export import export
 from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
-from bagel_opt.programs.signatures import signatures
 
 
 def run_alone(script, folder, **environment):
@@ -136,16 +135,14 @@ def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
 
 
 @pytest.mark.second
-def test_an_export_to_aoti_end_to_end(tmp_path, eager, monkeypatch):
+def test_an_export_to_aoti_end_to_end(tmp_path, eager):
     """The other tests' bundle is compiled from an "export" bundle's archives. Of few programs, which answer a text."""
     bundles.needs_compiler("aoti")
-    every, told = signatures, []
-    few = ("text", "decode", "choose")
-    monkeypatch.setattr(
-        "bagel_opt.export.bundle.signatures", lambda *given: {n: s for n, s in every(*given).items() if n in few}
-    )
-    progress = lambda what, *numbers: told.append(what)  # noqa: E731
-    folder = export(CHECKPOINT, tmp_path / "bundle", ONE, format="aoti", progress=progress)
+    few, told = ("text", "decode", "choose"), []
+    with bundles.few_programs(*few):
+        folder = export(
+            CHECKPOINT, tmp_path / "bundle", ONE, format="aoti", progress=lambda what, *_: told.append(what)
+        )
     manifest = read_manifest(folder)
     assert (manifest.kind, manifest.machine) == ("aoti", torch.backends.cpu.get_cpu_capability())
     assert set(manifest.programs["one"]) == set(few)
