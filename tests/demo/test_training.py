@@ -174,6 +174,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, mon
     assert keys[0] == keys[1]
 
 
+@pytest.mark.second
 def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small):
     settings = replace(small, vae_steps=9, vae_batch=2, steps=9, pairs=2, rate=2e-3, sheets=1)
     folder = train.train(tmp_path, settings, "cpu")

@@ -61,7 +61,8 @@ def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
     assert {name for name, program in layers.items() if not program.range_constraints} == {"vit"}
 
 
-@pytest.mark.parametrize("kind", ["export", pytest.param("compile", marks=pytest.mark.second)])
+@pytest.mark.second
+@pytest.mark.parametrize("kind", ["export", "compile"])
 def test_bfloat16_passes_its_verification(kind, tmp_path):
     folder = export(CHECKPOINT, tmp_path / "bf16", ONE, format=kind, dtype="bfloat16", verify=True)
     assert bagel_opt.load(folder).runtime.dtype == torch.bfloat16
@@ -78,6 +79,7 @@ def _(q, k, v, kv_len, causal):
     return torch.empty_like(q)
 
 
+@pytest.mark.second
 def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
     monkeypatch.setattr(attention, "choose", lambda *_: "flash")
     monkeypatch.setattr(attention, "_flash", flash_attention)

@@ -81,6 +81,7 @@ def test_each_weight_is_there_once(bundle, eager):
     assert sum(path.stat().st_size for path in bundle.iterdir()) < weights + 400_000
 
 
+@pytest.mark.second
 def test_one_program_serves_all_rows_and_profiles(half):
     """ONNX Runtime would prepare the weights for each one anew."""
     small, large = read_manifest(half).programs.values()
@@ -145,6 +146,7 @@ def half(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.second
 def test_half_precision_by_the_command_line(half, capsys):
     out, case, events = half, named["image_editing"], []
     bagel_opt.load(out).run(case.inputs, on_step=events.append, **case.options)
