@@ -1,38 +1,64 @@
-import shutil
+import os
+
+# Before torch: these models are so small that threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
-pytest.register_assert_rewrite("support")
+pytest.register_assert_rewrite("support", "bundles")
 
-from support import CHECKPOINT, ODD  # noqa: E402  after the rewrite is registered
+import bundles  # noqa: E402  after the rewrite is registered
+from bundles import BUNDLES, PROFILES, cached_export  # noqa: E402
+from support import CHECKPOINT  # noqa: E402
 
 import bagel_opt  # noqa: E402
 from bagel_opt import Profile  # noqa: E402
-from bagel_opt.export import export  # noqa: E402
-from bagel_opt.loading import shipped_model  # noqa: E402
-from bagel_opt.profile import load_profile  # noqa: E402
 
-PROFILES = {
-    CHECKPOINT: Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64),
-    ODD / "checkpoint": Profile("odd", rows=3, slots=768, text=64, patches=100, latents=144),
-    shipped_model(): load_profile("demo"),
-}
-BUNDLES = ("onnx", "aoti", "export")
-BACKENDS = ("eager", "compile", *BUNDLES)
+LONG = (
+    "test_golden.py",
+    "test_shipped_model.py",
+    "test_interrupted.py",
+    "test_formats.py",
+    "test_onnx_gpu.py",
+    "test_onnx.py",
+)  # by the time they take
+
+settings.register_profile("second", max_examples=100, deadline=None)
+settings.register_profile("first", max_examples=20, deadline=None)
+
+
+def all_tiers(config):
+    return config.getoption("markexpr") != "not second"
+
+
+def pytest_configure(config):
+    settings.load_profile("second" if all_tiers(config) else "first")  # before test files are read
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that two processes that share the files end at about the same time."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
-def load(tmp_path_factory):
+def thorough(request):
+    """Whether what can be tried a little or a lot is to be tried a lot: wherever the second tier is not left out."""
+    return all_tiers(request.config)
+
+
+@pytest.fixture(scope="session")
+def load():
     """load(checkpoint, backend): fitted shapes in eager mode, one static profile for the others. Each is made once."""
     models = {}
 
     def make(checkpoint, backend):
         profile = PROFILES[checkpoint]
-        if backend in ("compile", "aoti") and not shutil.which("g++") and not shutil.which("clang++"):
-            pytest.skip(f"{backend} needs a C++ compiler on the CPU")
+        if backend in ("compile", "aoti"):
+            bundles.needs_compiler(backend)
         if backend in BUNDLES:
-            folder = tmp_path_factory.mktemp("bundle") / profile.name
-            return bagel_opt.load(export(checkpoint, folder, profile, format=backend))
+            return bagel_opt.load(cached_export(checkpoint, profile, format=backend))
         return bagel_opt.load(
             checkpoint, device="cpu", backend=backend, profile=None if backend == "eager" else profile
         )
@@ -57,8 +83,9 @@ def bundle(load):
 
 
 @pytest.fixture(scope="session")
-def two(tmp_path_factory):
-    """The folder of a bundle of two profiles."""
+def two():
+    """The folder of a bundle of two profiles, with what it takes to draw, decode and read pictures."""
+    programs = ("text", "decode", "vit", "generate", "generate_row", "step", "vae_encode", "vae_decode")
     small = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
     large = Profile("large", rows=3, slots=512, text=16, patches=16, latents=64)
-    return export(CHECKPOINT, tmp_path_factory.mktemp("two") / "bundle", [large, small], format="export")
+    return cached_export(CHECKPOINT, [large, small], name="two", format="export", programs=programs)

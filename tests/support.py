@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import load_file
 
+import bagel_opt
 from bagel_opt import Request
 
+ROOT = Path(bagel_opt.__file__).parent.parent  # of the checkout
 GOLDEN = Path(__file__).parent / "golden"
 ODD = Path(__file__).parent / "golden_odd"  # the same for a checkpoint that shares no size with the other
 CHECKPOINT = GOLDEN / "checkpoint"
@@ -21,6 +24,11 @@ OFFICIAL = {  # the official code's names where ours differ
     "enable_taylorseer": None,
     "image_shapes": None,
 }
+
+
+def examples(most: int) -> settings:
+    """For a costly property: so many examples, or the share of them that the first tier's profile takes."""
+    return settings(max_examples=max(1, most * settings().max_examples // 100), deadline=None)
 
 
 @dataclass(frozen=True)
@@ -125,3 +133,15 @@ def check_together(alone, together) -> None:
         for got, want in zip(seen, expected, strict=True):
             assert relative(got.x_t, want.x_t) < 1e-5
             assert relative(got.v_t, want.v_t) < 1e-5
+
+
+def random_inputs(rows, queries, slots, heads, kv_heads, channels, seed=0, dtype=torch.float32, device="cpu"):
+    """Queries, keys, values and kv_len for the attention op."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    kv_len = torch.randint(queries, slots + 1, (rows,), generator=generator)
+    kv = [draw(rows, slots, kv_heads, channels) for _ in range(2)]
+    return draw(rows, queries, heads, channels), *kv, kv_len.to(device)

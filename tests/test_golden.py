@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKENDS
+from bundles import BACKENDS
 from support import CHECKPOINT, ODD, cases, check_together, relative
 
 from bagel_opt.sampling.batches import Batches, Context
@@ -10,12 +10,29 @@ from bagel_opt.sampling.job import Job
 from bagel_opt.sampling.plan import Block, fit_profile
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
-# Compiling takes minutes: the second checkpoint goes through what every other runtime is traced from, and ONNX.
+SLOW = ("compile", "aoti")  # compiling takes a minute, and two
+FEW = ("text_only", "image_understanding")  # of compiled programs in the first tier
+
+
+def tier(backend, case=None):
+    """The second checkpoint goes through what every other runtime is traced from, and ONNX."""
+    if backend == "aoti":  # whose packages have tests of their own in the first tier
+        return [pytest.mark.second]
+    if case is None:
+        return [pytest.mark.second] if backend in SLOW else []
+    late = case.checkpoint != CHECKPOINT if backend == "onnx" else backend in SLOW and case.name not in FEW
+    return [pytest.mark.second] if late else []
+
+
 CASES = pytest.mark.parametrize(
     ("backend", "case"),
-    [(b, case) for b in BACKENDS for case in cases() + (cases(ODD) if b in ("eager", "onnx") else [])],
-    ids=lambda value: value if isinstance(value, str) else f"{value.folder.parent.parent.name}-{value.name}",
+    [
+        pytest.param(b, case, marks=tier(b, case), id=f"{b}-{case.folder.parent.parent.name}-{case.name}")
+        for b in BACKENDS
+        for case in cases() + (cases(ODD) if b in ("eager", "onnx") else [])
+    ],
 )
+EACH = pytest.mark.parametrize("backend", [pytest.param(b, marks=tier(b)) for b in BACKENDS])
 named = {case.name: case for case in cases()}
 
 
@@ -47,7 +64,7 @@ def test_keys_and_values_of_every_prefill(load, backend, case):
             assert relative(got, want) < 1e-4, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH
 def test_no_state_survives_taylorseer(load, backend):
     """The official code keeps answering with its predictions after a request that used them."""
     model, plain, cached = load(CHECKPOINT, backend), named["text_to_image"], named["taylorseer"]
@@ -58,7 +75,7 @@ def test_no_state_survives_taylorseer(load, backend):
     plain.check_outputs(outputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH
 def test_all_together_equals_one_by_one(load, backend):
     model = load(CHECKPOINT, backend)
     check_together(model, model)

@@ -1,0 +1,167 @@
+"""Bundles for the tests: made once, and kept in .cache/exports for as long as nothing changes that they are made from."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from support import CHECKPOINT, ODD, ROOT
+
+import bagel_opt
+from bagel_opt import Profile
+from bagel_opt.export import export
+from bagel_opt.export.bundle import put_in_place
+from bagel_opt.export.torch_packages import compile_all
+from bagel_opt.files import manifest as manifests
+from bagel_opt.files.manifest import MANIFEST, UNFINISHED, list_files, read_manifest
+from bagel_opt.loading import shipped_model
+from bagel_opt.profile import load_profile
+from bagel_opt.programs.signatures import signatures
+
+CACHE = ROOT / ".cache" / "exports"
+KEPT = 40  # entries of the cache, the last used ones
+ABOVE_EXPORT = ("bench", "cli", "demo", "serve")  # parts of the package that no export imports
+LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+
+PROFILES = {
+    CHECKPOINT: Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64),
+    ODD / "checkpoint": Profile("odd", rows=3, slots=768, text=64, patches=100, latents=144),
+    shipped_model(): load_profile("demo"),
+}
+SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
+ONE = Profile("one", rows=1, slots=160, text=16, patches=16, latents=16)
+BUNDLES = ("onnx", "aoti", "export")
+BACKENDS = ("eager", "compile", *BUNDLES)
+
+
+def sources() -> dict[str, Path]:
+    """The files that an export's outcome depends on, the checkpoint and these tests' own helper apart."""
+    package = Path(bagel_opt.__file__).parent
+    found = {
+        path.relative_to(package).as_posix(): path for kind in ("py", "json") for path in package.rglob(f"*.{kind}")
+    }
+    return {name: path for name, path in sorted(found.items()) if name.split("/")[0] not in ABOVE_EXPORT}
+
+
+def key(checkpoint: Path, profiles: Sequence[Profile], **settings) -> str:
+    """Of all that an export is made from."""
+    digest = hashlib.sha256()
+    files = {**sources(), **{f"checkpoint/{path.name}": path for path in sorted(checkpoint.iterdir())}}
+    for name, path in {**files, "tests/bundles.py": Path(__file__)}.items():
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    digest.update(repr((versions, list(profiles), sorted(settings.items()))).encode())
+    return digest.hexdigest()[:24]
+
+
+def cached_export(
+    checkpoint: Path, profiles: "Profile | Sequence[Profile]", name: str | None = None, **settings
+) -> Path:
+    """The folder of a bundle, which nobody may write to. settings: as of `export`, and programs,
+    the names of those that it is to have. What tests exporting calls it itself."""
+    profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
+    out = CACHE / key(checkpoint, profiles, name=name, **settings) / (name or profiles[-1].name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be at it
+        if not (out / MANIFEST).is_file():
+            make(checkpoint, out, profiles, name, {**settings})
+    os.utime(out.parent)
+    prune()
+    return out
+
+
+def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None, settings: dict) -> None:
+    """Writes what is not in the cache yet; it is put in place whole."""
+    if settings.get("format") == "aoti":
+        compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
+    else:
+        programs = settings.pop("programs", ())
+        with few_programs(*programs) if programs else contextlib.nullcontext():
+            export(checkpoint, out, profiles, **settings)
+
+
+@contextlib.contextmanager
+def few_programs(*names: str) -> Iterator[None]:
+    """Exports have these programs alone meanwhile, and take less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "bagel_opt.export.bundle.signatures",
+            lambda *given: {name: one for name, one in signatures(*given).items() if name in names},
+        )
+        yield
+
+
+def compiled(archives: Path, out: Path) -> None:
+    """An "aoti" bundle of an "export" bundle's archives: both formats come from one tracing."""
+    from bagel_opt.loading import torch_device
+    from bagel_opt.runtime.torch_bundle import machine
+
+    manifest = read_manifest(archives)
+    with put_in_place(out) as partial:
+        shutil.copytree(archives, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        compile_all(partial, lambda *_: None)
+        compiled_for = machine(torch_device(manifest.device))
+        data = {**vars(manifest), "kind": "aoti", "machine": compiled_for, "files": list_files(partial)}
+        manifests.Manifest(**data).write(partial)
+    assert not (out / UNFINISHED).exists()
+
+
+def prune() -> None:
+    """Removes all but the entries that were used last."""
+    entries = sorted((path for path in CACHE.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for path in entries[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rewrite(folder: Path, **changes) -> None:
+    """Changes fields of a manifest and signs it anew, as another version of bagel_opt might have written it."""
+    data = json.loads((folder / MANIFEST).read_text())
+    data.pop("sha256")
+    data.update(changes)
+    (folder / MANIFEST).write_text(manifests._dump({**data, "sha256": manifests._digest(data)}))
+
+
+def needs_compiler(what: str) -> None:
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip(f"{what} needs a C++ compiler on the CPU")
+
+
+def export_quickly(ready, folder, die=None):
+    """An export whose programs are copies of another bundle's; it dies at a step."""
+    import bagel_opt.export.bundle as module
+
+    manifest = read_manifest(ready)
+
+    def write(model, profiles, partial, *_):
+        for path in ready.glob("*.pt2"):
+            shutil.copy(path, partial)
+        return manifest.programs
+
+    def before(step, call):
+        def wrapped(*arguments, **options):
+            if step == die and Path(arguments[0]).name == MANIFEST:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_programs", write)
+        if die:
+            patch.setattr(Path, "unlink", before("unlink", Path.unlink))
+            rename = Path.rename
+
+            def renamed(self, target):
+                if (self.name == UNFINISHED) == (die == "name") and die in ("name", "rename"):
+                    os._exit(9)
+                return rename(self, target)
+
+            patch.setattr(Path, "rename", renamed)
+        return export(CHECKPOINT, folder / "bundle", manifest.profiles, format="export")

@@ -1,0 +1,285 @@
+"""The command line on the golden checkpoint."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import CHECKPOINT, GOLDEN, ROOT
+
+import bagel_opt
+from bagel_opt.cli.commands import main
+
+PICTURE = GOLDEN / "cases" / "image_editing" / "input0.png"
+SMALL = ["--checkpoint", CHECKPOINT, "--num-timesteps", 3, "--seed", 0]
+SIZE = ["--height", 64, "--width", 64]
+TEXT = ["--checkpoint", CHECKPOINT, "--max-think-tokens", 6]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        status = main([str(argument) for argument in argv])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """Runs a command that must fail in one line on standard error."""
+
+    def call(*argv):
+        status, out, err = run(*argv)
+        assert (status, out) == (1, "")
+        assert err.startswith("bagel-opt: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        assert not list(Path.cwd().glob("*.png"))
+        return err
+
+    return call
+
+
+# ---- commands
+
+
+def test_generate(run, eager):
+    status, out, _ = run("generate", "a cat", *SMALL, *SIZE, "--out", "cat.png")
+    assert (status, out) == (0, "cat.png\n")
+    want = eager.generate("a cat", height=64, width=64, num_timesteps=3, seed=0)
+    assert np.array_equal(Image.open("cat.png"), want)
+
+
+def test_generate_with_all_options(run, eager):
+    options = {
+        "timestep_shift": 2.0,
+        "cfg_text_scale": 3.0,
+        "cfg_img_scale": 1.0,
+        "cfg_interval": (0.0, 1.0),
+        "cfg_renorm_min": 0.5,
+        "cfg_renorm_type": "channel",
+        "negative_prompt": "a dog",
+        "step_cache": "taylorseer",
+        "max_think_tokens": 5,
+        "text_temperature": 0.9,
+    }
+    written = [[f"--{name}", *(value if isinstance(value, tuple) else [value])] for name, value in options.items()]
+    flags = [str(part) for option in written for part in option]
+    status, out, _ = run("generate", "a cat", *SMALL, *SIZE, "--think", "--do-sample", *flags)
+    assert status == 0
+    options |= {"think": True, "do_sample": True, "seed": 0, "num_timesteps": 3, "height": 64, "width": 64}
+    thought, picture = eager.run("a cat", **options)
+    assert out == f"{thought}\nout.png\n"
+    assert np.array_equal(Image.open("out.png"), picture)
+
+
+@pytest.mark.parametrize("spelling", ["--num_timesteps", "--num-timesteps"])
+def test_both_spellings(run, spelling):
+    status, out, _ = run("generate", "a cat", "--checkpoint", CHECKPOINT, *SIZE, spelling, 2)
+    assert (status, out) == (0, "out.png\n")
+    assert Image.open("out.png").size == (64, 64)
+
+
+def test_edit(run, eager):
+    status, out, _ = run("edit", PICTURE, "make it red", *SMALL, "-o", "red.png")
+    assert (status, out) == (0, "red.png\n")
+    want = eager.edit(Image.open(PICTURE), "make it red", num_timesteps=3, seed=0)
+    assert np.array_equal(Image.open("red.png"), want)
+
+
+def test_edit_turns_the_picture_as_the_camera_was_held(run):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (128, 64)).save("turned.jpg", exif=exif)
+    assert run("edit", "turned.jpg", "a", *SMALL)[0] == 0
+    assert Image.open("out.png").size == (64, 128)
+
+
+def test_understand(run, eager):
+    status, out, _ = run("understand", PICTURE, "what is it?", *TEXT)
+    assert (status, out) == (0, eager.understand(Image.open(PICTURE), "what is it?", max_think_tokens=6) + "\n")
+
+
+def test_chat(run, eager):
+    status, out, _ = run("chat", "hello", *TEXT)
+    assert (status, out) == (0, eager.chat("hello", max_think_tokens=6) + "\n")
+
+
+def test_profile(run):
+    assert run("chat", "hello", *TEXT, "--profile", "tiny")[0] == 0
+
+
+def test_inspect(run):
+    status, out, _ = run("inspect", CHECKPOINT)
+    rows = [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in out.splitlines()]
+    table = {row[0]: row[1:] for row in rows}
+    assert status == 0
+    assert table["VAE"] == ["16 channels, 1/8 of the side, widths 32 x [1, 1, 2, 2]"]
+    assert table["transformer"] == ["3 layers of 64, MLP 160, 4 heads on 2 of 16 channels"]
+    assert table["largest picture"] == ["128 x 128 pixels"]
+    parts = {row[0]: int(row[1].replace(",", "")) for row in rows if len(row) == 4 and row[0] != "part"}
+    assert parts.pop("together") == sum(parts.values()) == 1_458_611
+    assert parts["VAE"] == 1_049_603  # what ae.safetensors holds
+    assert parts["generation expert"] == 129_952
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["chat", "hello", "--max-think-tokens", 2]])
+def test_without_a_checkpoint_the_shipped_model_is_used(run, command):
+    assert run(*command)[0] == 0
+
+
+def test_module():
+    command = [sys.executable, "-m", "bagel_opt", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bagel-opt {bagel_opt.__version__}\n", "")
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("command", ["edit", "understand"])
+def test_missing_picture(fails, command):
+    assert "nowhere.png" in fails(command, "nowhere.png", "a", "--checkpoint", CHECKPOINT)
+
+
+@pytest.mark.parametrize("command", ["edit", "understand"])
+def test_file_that_is_no_picture(fails, command):
+    Path("words.txt").write_text("not a picture")
+    err = fails(command, "words.txt", "a", "--checkpoint", CHECKPOINT)
+    assert "words.txt" in err
+    assert "give a PNG, JPEG or WebP picture" in err
+
+
+def test_serving_needs_a_profile(fails):
+    assert "--profile is missing" in fails("serve", CHECKPOINT)
+
+
+def test_truncated_picture(fails):
+    Path("half.jpg").write_bytes(PICTURE.read_bytes()[:500])
+    assert "truncated" in fails("understand", "half.jpg", "a", "--checkpoint", CHECKPOINT)
+
+
+def test_picture_with_damaged_exif(fails):
+    Image.new("RGB", (64, 64)).save("a.webp", exif=b"Exif\0\0garbage!")
+    assert "a.webp is a damaged picture" in fails("understand", "a.webp", "a", "--checkpoint", CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_timesteps", 1], "num_timesteps=1; allowed: a whole number of at least 2"),
+        (["--cfg-interval", 0.9, 0.1], "cfg_interval=(0.9, 0.1); allowed: (low, high)"),
+        (["--cfg-renorm-type", "local"], "cfg_renorm_type='local'; allowed: 'global'"),
+        (["--step-cache", "none"], "step_cache='none'; allowed: None, 'taylorseer', 'teacache'"),
+        (["--text-temperature", "nan"], "text_temperature=nan; allowed: a number from 0.001 to 1000"),
+        (["--seed", -1], "seed=-1; allowed"),
+        (["--height", 65], "height=65; allowed: a multiple of 16 pixels"),
+        (["--width", 4096], "at most 128 pixels"),
+        (["--dtype", "int8"], "dtype='int8'; allowed are 'float32'"),
+        (["--device", "gpu"], "device='gpu'; allowed are 'cpu'"),
+        (["--backend", "tpu"], "backend='tpu'; allowed for a checkpoint are 'eager'"),
+        (["--attention", "fast"], "attention='fast'; allowed are 'auto'"),
+        (["--profile", "nowhere"], "profile 'nowhere' is neither a file nor one of: "),
+        (["--out", "cat.xyz"], "--out cat.xyz: the name must end in .png, .jpg or .webp"),
+        (["--out", "no/cat.png"], "--out no/cat.png: there is no folder no"),
+    ],
+)
+def test_bad_value(fails, arguments, message):
+    assert message in fails("generate", "a cat", "--checkpoint", CHECKPOINT, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--num-timesteps", 1], ["--out", "cat.xyz"]])
+def test_slips_cost_no_loading(fails, monkeypatch, arguments):
+    monkeypatch.setattr("bagel_opt.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    fails("generate", "a cat", *arguments)
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["edit", PICTURE, "a"], ["chat", "a"], ["inspect"]])
+def test_missing_checkpoint(fails, tmp_path, command):
+    where = [tmp_path / "nowhere"] if command == ["inspect"] else ["--checkpoint", tmp_path / "nowhere"]
+    assert f"{tmp_path / 'nowhere'} is no folder" in fails(*command, *where)
+
+
+def test_empty_checkpoint(fails, tmp_path):
+    assert f"{tmp_path} has no weights" in fails("chat", "a", "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["draw"], ["generate"], ["generate", "a", "--steps", "3"], ["chat", "a", "--height", "64"]]
+)
+def test_bad_usage(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: bagel-opt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--no-check"]])
+def test_checking_of_bundles_can_be_left_out(run, monkeypatch, arguments):
+    seen, load = [], bagel_opt.load
+    monkeypatch.setattr(
+        "bagel_opt.cli.commands.load", lambda *a, check, **k: seen.append(check) or load(*a, check=check, **k)
+    )
+    run("chat", "hi", "--max-think-tokens", "1", *arguments)
+    assert seen == [not arguments]
+
+
+def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "text.onnx").write_bytes((copy / "text.onnx").read_bytes()[::-1])
+    assert "text.onnx was changed" in fails("inspect", copy)
+    assert run("inspect", copy, "--no-check")[0] == 0
+    for option, value in (("--profile", "tiny"), ("--dtype", "bfloat16")):
+        assert "whose profiles and dtype were fixed" in fails("inspect", bundle, option, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--max-replicas", "3"], "--max-replicas is for replicas; give --replicas too"),
+        (["bench", "somewhere", "--preset", "h100"], "--preset makes its own weights; leave somewhere out"),
+        (["bench", "--onnx", "somewhere"], "--onnx is for --preset"),
+        (["bench", "--aoti", "somewhere"], "--aoti is for --preset"),
+        (
+            ["export", "--out", "x"],
+            "export/ has bagel-1024, bagel-1024-aoti, bagel-1024-onnx, bagel-512, demo-aoti, demo-onnx",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(fails, arguments, message):
+    assert message in fails(*arguments)
+
+
+def test_out_of_memory_says_how_much(fails, monkeypatch):
+    def full(*arguments, **options):
+        raise MemoryError("no 1.2 GB left on the GPU")
+
+    monkeypatch.setattr("bagel_opt.cli.commands.load", full)
+    assert "out of memory (no 1.2 GB left on the GPU); use a smaller picture" in fails("chat", "a")
+
+
+def test_interrupted(run, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bagel_opt.cli.commands.load", interrupt)
+    assert run("chat", "a") == (130, "", "bagel-opt: interrupted\n")
+
+
+def test_a_missing_compiler_is_told_in_one_line():
+    command = [sys.executable, "-m", "bagel_opt", "chat", "a", "--checkpoint", str(CHECKPOINT), "--backend", "compile"]
+    environment = {**os.environ, "CXX": "/nowhere/g++"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No working C++ compiler" in line
+    assert "or one named by CXX" in line

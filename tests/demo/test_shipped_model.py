@@ -1,0 +1,100 @@
+"""What the model that ships must be able to do, on combinations that its training never saw."""
+
+import numpy as np
+import pytest
+
+import bagel_opt
+from bagel_opt.demo import evaluate
+from bagel_opt.loading import shipped_model
+
+CASES = {"prompts": evaluate.prompts, "edits": evaluate.edits, "questions": evaluate.questions}
+ALL = {"prompts": evaluate.PROMPTS, "edits": evaluate.EDITS, "questions": evaluate.QUESTIONS}
+WANTED = {"prompts": 0.9, "edits": 0.85, "questions": 0.95}  # shares
+
+
+@pytest.fixture(scope="module")
+def eager(load):
+    return load(shipped_model(), "eager")
+
+
+@pytest.fixture(scope="module")
+def counts(thorough):
+    """How many cases of each task: all, or the first ones."""
+    return ALL if thorough else {"prompts": 20, "edits": 10, "questions": 40}
+
+
+@pytest.fixture(scope="module")
+def right(eager, counts):
+    """Which of the cases come out right, each found out once."""
+    known = {}
+
+    def count(task, **options):
+        key = task, *options.items()
+        if key not in known:
+            known[key] = evaluate.right(eager, CASES[task](counts[task]), **options)
+        return known[key]
+
+    return count
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_it_does_what_it_is_told(task, right):
+    assert sum(right(task)) >= WANTED[task] * len(right(task))
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_it_does_so_when_it_thinks_first(task, eager, right, thorough):
+    count = 16 if thorough else 4
+    got = evaluate.right(eager, CASES[task](count), **evaluate.THINK)
+    assert sum(got) >= sum(right(task)[:count]) - 1
+
+
+@pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.second), "onnx"])
+@pytest.mark.parametrize("task", CASES)
+def test_other_runtimes_do_too(task, backend, load, right, thorough):
+    count = 12 if thorough else 5
+    got = evaluate.right(load(shipped_model(), backend), CASES[task](count))
+    assert sum(got) >= sum(right(task)[:count]) - 1
+
+
+def test_together_it_gives_what_it_gives_alone(eager):
+    cases = [case for make in CASES.values() for case in make(4)]
+    requests = []
+    for number, case in enumerate(cases):
+        kind = {"output": "text"} if isinstance(case.wanted, str) else {"num_timesteps": 9, "seed": number}
+        requests.append(bagel_opt.Request(case.inputs, think=number % 3 == 0, **kind))
+    together = eager.run_many(requests)
+    for request, outputs in zip(requests, together, strict=True):
+        (alone,) = eager.run_many([request])
+        for got, want in zip(outputs, alone, strict=True):
+            if isinstance(want, str):
+                assert got == want
+            else:
+                assert np.abs(np.asarray(got).astype(int) - np.asarray(want)).max() <= 1
+
+
+@pytest.mark.second  # few cases come out right with and without
+def test_guidance_is_worth_something(right):
+    assert sum(right("prompts")) > sum(right("prompts", cfg_text_scale=1.0))
+
+
+@pytest.mark.second
+def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
+    count = 60
+    with evaluate.branches_mixed(eager):
+        mixed = evaluate.right(eager, evaluate.prompts(count), together=False)
+    assert sum(mixed) <= sum(right("prompts")[:count]) - 3
+
+
+def test_taylorseer_keeps_most_of_it(right):
+    assert evaluate.full_evaluations(24) == 11
+    assert sum(right("prompts", step_cache="taylorseer")) >= 0.75 * sum(right("prompts"))
+
+
+def test_teacache_keeps_it(eager, right, thorough):
+    count = 30 if thorough else 10
+    with evaluate.tea_steps() as seen:
+        got = evaluate.right(eager, CASES["prompts"](count), step_cache="teacache")
+    assert sum(got) >= 0.9 * sum(right("prompts")[:count])
+    assert len(seen) == count * 24
+    assert count * 8 < sum(seen) < count * 20

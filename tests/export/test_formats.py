@@ -1,0 +1,204 @@
+"""Bundles of torch's formats."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import bundles
+import pytest
+import torch
+from bundles import ONE, SMALL, rewrite
+from PIL import Image
+from support import CHECKPOINT, ROOT, relative
+from torch import Tensor
+
+import bagel_opt
+from bagel_opt import BundleError, Profile
+from bagel_opt.export import export
+from bagel_opt.files.manifest import read_manifest
+from bagel_opt.model import attention
+
+
+def run_alone(script, folder, **environment):
+    """In a process of its own, with the same packages."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", [pytest.param("aoti", marks=pytest.mark.second), "export"])
+def test_one_layer_serves_all_and_weights_are_there_once(load, kind):
+    folder = load(CHECKPOINT, kind).runtime.folder
+    manifest = read_manifest(folder)
+    parts = manifest.programs["tiny"]["generate"]["parts"]
+    assert set(parts) == {"start", "layer", "end"}
+    assert all(name.startswith("llm.layers.{}.") for name in parts["layer"]["weights"])
+    assert "llm.embed.weight" in parts["start"]["weights"]  # the markers
+    assert parts["end"]["weights"] == ["llm.norm_gen.weight", "latent_out.weight", "latent_out.bias"]
+    weights = manifest.files["weights.safetensors"]["size"]
+    assert sum(entry["size"] for entry in manifest.files.values()) < weights + 12e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_are_copied_since_mapped_ones_are_slower(load):
+    weights = load(CHECKPOINT, "export").runtime.folder / "weights.safetensors"
+    assert weights.exists()
+    assert str(weights) not in Path("/proc/self/maps").read_text()
+
+
+def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
+    folder = load(CHECKPOINT, "export").runtime.folder
+    layers = {path.name.split(".")[0]: torch.export.load(path) for path in folder.glob("*.layer.pt2")}
+    assert {"text", "vit_context", "decode", "decode_row", "generate", "generate_row"} < layers.keys()
+    assert {name for name, program in layers.items() if not program.range_constraints} == {"vit"}
+
+
+@pytest.mark.second
+@pytest.mark.parametrize("kind", ["export", "compile"])
+def test_bfloat16_passes_its_verification(kind, tmp_path):
+    folder = export(CHECKPOINT, tmp_path / "bf16", ONE, format=kind, dtype="bfloat16", verify=True)
+    assert bagel_opt.load(folder).runtime.dtype == torch.bfloat16
+
+
+@torch.library.custom_op("bagel_opt_tests::flash_attention", mutates_args=())
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, causal: bool) -> Tensor:
+    """What the kernel computes, where there is none."""
+    return attention.attention(q, k, v, kv_len, causal, "sdpa").contiguous()
+
+
+@flash_attention.register_fake
+def _(q, k, v, kv_len, causal):
+    return torch.empty_like(q)
+
+
+@pytest.mark.second
+def test_flash_attention_is_one_op_in_a_bundle(tmp_path, eager, monkeypatch):
+    monkeypatch.setattr(attention, "choose", lambda *_: "flash")
+    monkeypatch.setattr(attention, "_flash", flash_attention)
+    model = bagel_opt.load(export(CHECKPOINT, tmp_path / "flash", ONE, format="export"))
+    layer = torch.export.load(tmp_path / "flash" / "generate.layer.pt2")
+    assert [str(node.target) for node in layer.graph.nodes if "attention" in str(node.target)] == [
+        "bagel_opt_tests.flash_attention.default"
+    ]
+    inputs = [Image.radial_gradient("L").resize((48, 48)), "a red circle"]
+    assert model.chat("tell me", max_think_tokens=9) == eager.chat("tell me", max_think_tokens=9)
+    velocities = []
+    for one in (model, eager):
+        one.run(
+            inputs,
+            num_timesteps=3,
+            seed=1,
+            cfg_text_scale=1.0,
+            cfg_img_scale=1.0,
+            on_step=lambda e: velocities.append(e.v_t),
+        )
+    for got, want in zip(velocities[:2], velocities[2:], strict=True):
+        assert relative(got, want) < 1e-5
+
+
+@pytest.mark.second
+def test_a_compile_bundle_starts_warm(tmp_path):
+    """A new process with an empty cache of its own: right, and nothing was compiled that the bundle did not bring."""
+    profile = Profile("warm", rows=3, slots=768, text=64, patches=64, latents=64)
+    folder = export(CHECKPOINT, tmp_path / "bundle", profile, format="compile")
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import bagel_opt
+from support import cases
+model = bagel_opt.load({str(folder)!r})
+for case in cases():
+    if case.name in ("image_editing", "text_to_image"):
+        events = []
+        case.check_outputs(model.run(case.inputs, on_step=events.append, **case.options))
+        assert case.velocity_error(events) < 1e-4
+"""
+    run_alone(script, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"))
+    brought, used = ({path.name for path in (tmp_path / f).rglob("*main.so")} for f in ("bundle/cache", "empty"))
+    assert len(brought) > 5
+    assert used == brought
+
+
+@pytest.mark.second
+def test_packages_hold_the_name_by_which_torch_211_finds_their_metadata(load):
+    for path in load(CHECKPOINT, "aoti").runtime.folder.glob("*.pt2"):
+        names = [Path(name).name for name in zipfile.ZipFile(path).namelist()]
+        (library,) = (name for name in names if name.endswith(".wrapper.so"))
+        stem = library.removesuffix(".so")
+        assert {f"{stem}.cpp", f"{stem}_metadata.json"} <= set(names)
+
+
+@pytest.mark.second
+def test_an_export_to_aoti_end_to_end(tmp_path, eager):
+    """The other tests' bundle is compiled from an "export" bundle's archives. Of few programs, which answer a text."""
+    bundles.needs_compiler("aoti")
+    few, told = ("text", "decode", "choose"), []
+    with bundles.few_programs(*few):
+        folder = export(
+            CHECKPOINT, tmp_path / "bundle", ONE, format="aoti", progress=lambda what, *_: told.append(what)
+        )
+    manifest = read_manifest(folder)
+    assert (manifest.kind, manifest.machine) == ("aoti", torch.backends.cpu.get_cpu_capability())
+    assert set(manifest.programs["one"]) == set(few)
+    assert told.count("compiling") == len(list(folder.glob("*.pt2"))) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert bagel_opt.load(folder).chat("tell me", max_think_tokens=9) == eager.chat("tell me", max_think_tokens=9)
+
+
+@pytest.mark.second
+def test_an_aoti_bundle_needs_no_compiler(load, tmp_path):
+    folder = load(CHECKPOINT, "aoti").runtime.folder
+    script = f"""
+import bagel_opt
+model = bagel_opt.load({str(folder)!r})
+model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
+"""
+    run_alone(script, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "empty"), PATH="/nowhere")
+    assert not list((tmp_path / "empty").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"machine": "Z80"}, "was compiled for instruction set Z80, and this is"),
+        ({"versions": {"torch": "1.0"}}, r"was compiled for torch 1\.0, and this is"),
+    ],
+)
+def test_code_for_another_machine_is_refused(two, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in two.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    machine = torch.backends.cpu.get_cpu_capability()
+    rewrite(copy, **{"kind": "aoti", "machine": machine, **change})
+    with pytest.raises(BundleError, match=message):
+        bagel_opt.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"format": "onnx", "dtype": "bfloat16"},
+            "dtype='bfloat16'; allowed for format='onnx' on device='cpu': 'float32', 'float16'",
+        ),
+        ({"format": "onnx", "device": "tpu"}, "device='tpu'; allowed for format='onnx': 'cpu', 'cuda'"),
+        (
+            {"format": "aoti", "attention": "flex"},
+            "attention='flex'; allowed for format='aoti': 'auto', 'sdpa', 'flash'",
+        ),
+        ({"format": "compile", "attention": "fast"}, "attention='fast'; allowed are 'auto'"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        export(CHECKPOINT, tmp_path / "out", SMALL, **settings)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,134 @@
+"""Exports that are killed leave nothing that loads."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from bundles import export_quickly
+from support import CHECKPOINT, ROOT
+
+import bagel_opt
+from bagel_opt import BundleError
+from bagel_opt.export.torch_packages import check_loads, compile_all
+from bagel_opt.files.manifest import MANIFEST
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import bagel_opt
+from bagel_opt.export import export
+from bagel_opt import Profile
+import torch.export, safetensors.torch, bagel_opt.export.torch_packages
+
+checkpoint, folder, first, count = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
+if programs := sys.argv[5:]:  # these alone, so that an export takes less
+    sys.path.insert(0, os.environ["TESTS"])
+    import bundles
+    few = bundles.few_programs(*programs)
+    few.__enter__()  # for as long as it is kept
+
+profile = Profile("small", rows=1, slots=160, text=16, patches=16, latents=16)
+
+def start(number):
+    out = folder / str(number) / "bundle"
+    out.parent.mkdir()
+    child = os.fork()
+    if not child:
+        export(checkpoint, out, profile, format="export")
+        os._exit(0)
+    return child
+
+begun = time.monotonic()
+os.waitpid(start(-first - 1), 0)
+whole = time.monotonic() - begun
+for number in range(first, first + count):
+    child = start(number)
+    time.sleep(random.Random(number).random() * whole)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_killing_an_export_leaves_nothing_that_loads(tmp_path, thorough):
+    """Twenty times, at random moments of about the time that it takes; in the first tier four times."""
+    each, programs = (10, []) if thorough else (2, ["choose", "step", "decode", "taylor_update"])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLS, str(CHECKPOINT), str(tmp_path), str(first), str(each), *programs],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TESTS": str(ROOT / "tests")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in (0, each)
+    ]
+    ends = [int(line) for process in processes for line in process.communicate()[0].split()]
+    assert len(ends) == 2 * each
+    assert ends.count(9) >= each  # killed; the others had finished
+    folders = [path for number in range(2 * each) for path in (tmp_path / str(number)).iterdir()]
+    assert len(folders) >= each // 2  # on their way
+    whole = {path.parent for path in folders if path.name == "bundle" and (path / MANIFEST).exists()}
+    assert len(whole) <= ends.count(0) + 1
+    for path in folders:
+        if path.parent not in whole:
+            with pytest.raises((BundleError, FileNotFoundError)):
+                bagel_opt.load(path)
+
+
+@pytest.mark.parametrize(
+    ("step", "replaces"), [("rename", False), ("name", False), ("unlink", True), ("rename", True), ("name", True)]
+)
+def test_dying_at_the_last_steps_leaves_nothing_wrong(tmp_path, two, step, replaces):
+    """What exists afterwards is the old bundle, the new one, or nothing that loads; and a new export cleans up."""
+    if replaces:
+        export_quickly(two, tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import bundles
+bundles.export_quickly(Path({str(two)!r}), Path({str(tmp_path)!r}), {step!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60).returncode == 9
+    assert (tmp_path / "bundle" / MANIFEST).exists() == (replaces and step == "unlink")
+    for folder in tmp_path.iterdir():
+        if not (folder / MANIFEST).exists():
+            with pytest.raises((BundleError, FileNotFoundError)):
+                bagel_opt.load(folder)
+    export_quickly(two, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    bagel_opt.load(tmp_path / "bundle")
+
+
+def test_a_compiling_process_that_dies_is_told_in_one_line(tmp_path):
+    """As where a library crashes as it is loaded."""
+    (tmp_path / "text.whole.pt2").write_bytes(b"")
+
+    def kill():
+        end = time.monotonic() + 60
+        while not (workers := multiprocessing.active_children()) and time.monotonic() < end:
+            time.sleep(0.01)
+        for worker in workers:
+            worker.kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kill)
+        with pytest.raises(ChildProcessError, match="a process that compiles its programs died"):
+            compile_all(tmp_path, lambda *_: None)
+
+
+def test_a_package_that_torch_cannot_load_is_told_in_one_line(tmp_path):
+    package = tmp_path / "text.whole.pt2"
+    package.write_bytes(b"no library")
+    with pytest.raises(
+        ChildProcessError, match=r"text\.whole\.pt2: torch .* cannot load what the C\+\+ compiler"
+    ) as caught:
+        check_loads(str(package), torch.device("cpu"))
+    assert "\n" not in str(caught.value)

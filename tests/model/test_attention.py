@@ -1,0 +1,120 @@
+"""The attention op against its definition, and the two faults that others have had."""
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import ROOT, cases, examples, random_inputs, relative
+
+from bagel_opt.model import attention, kv_cache
+
+CPU_BACKENDS = ["sdpa", "flex"]
+torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for each shape
+named = {case.name: case for case in cases()}
+
+
+def by_definition(q_BQHD, k_BSGD, v_BSGD, kv_len_B, causal):
+    """Key j is visible to query i iff j < kv_len and, if causal, j <= i + kv_len - Q; one query at a time."""
+    out = torch.zeros_like(q_BQHD, dtype=torch.float64)
+    rows, queries, heads, channels = q_BQHD.shape
+    group = heads // k_BSGD.shape[2]
+    for b in range(rows):
+        for i in range(queries):
+            end = min(kv_len_B[b], i + kv_len_B[b] - queries + 1) if causal else kv_len_B[b]
+            for h in range(heads):
+                k, v = k_BSGD[b, :end, h // group].double(), v_BSGD[b, :end, h // group].double()
+                out[b, i, h] = (k @ q_BQHD[b, i, h].double() / channels**0.5).softmax(0) @ v
+    return out
+
+
+@pytest.mark.parametrize(
+    ("backend", "heads", "kv_heads", "queries"),
+    [  # FlexAttention compiles each anew
+        pytest.param(*one, marks=[pytest.mark.second] if one[0] == "flex" and one[1:] != (4, 2, 5) else [])
+        for one in product(CPU_BACKENDS, (4, 7), (1, 2, 4), (1, 5))
+        if one[1] % one[2] == 0 and one[1:3] != (4, 1)
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_op_is_its_definition(backend, causal, heads, kv_heads, queries):
+    q, k, v, kv_len = random_inputs(3, queries, 24, heads, kv_heads, 16)
+    for b, length in enumerate(kv_len):  # what lies beyond kv_len must not matter
+        k[b, length:], v[b, length:] = 1e3, -1e3
+    got = attention.attention(q, k, v, kv_len, causal, backend)
+    assert relative(got.double(), by_definition(q, k, v, kv_len, causal)) < 1e-5
+
+
+@examples(100)
+@given(st.data())
+def test_write_touches_only_its_slots(data):
+    rows, length, slots = (data.draw(st.integers(1, high)) for high in (4, 6, 12))
+    length = min(length, slots)
+    start = torch.tensor([data.draw(st.integers(0, slots - length)) for _ in range(rows)])
+    old, new = torch.randn(rows, slots, 2, 3), torch.randn(rows, length, 2, 3)
+    want = old.clone()
+    for b in range(rows):
+        want[b, start[b] : start[b] + length] = new[b]
+    assert torch.equal(kv_cache.write(old, new, start), want)
+
+
+@pytest.mark.parametrize("name", ["auto2", "", "flash", "cudnn"])
+def test_backends_that_cannot_run_here_are_refused(name):
+    with pytest.raises(ValueError, match="attention="):
+        attention.choose(name, torch.device("cpu"), torch.float32)
+
+
+def test_upper_left_causal_mask_breaks_decoding(eager, monkeypatch):
+    """vllm-omni's first fault: is_causal=True over a cache lets a new token see the first keys alone."""
+    case = named["text_only"]
+    assert eager.run(case.inputs, **case.options) == case.outputs
+    right = attention.attend
+
+    def upper_left(backend, q, k, v, seen):
+        if not seen.causal:
+            return right(backend, q, k, v, seen)
+        end = int(seen.kv_len_B[0])
+        q, k, v = q.transpose(1, 2), k[:, :end].transpose(1, 2), v[:, :end].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "attend", upper_left)
+    assert eager.run(case.inputs, **case.options) != case.outputs
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "image_editing"])
+def test_guidance_branches_that_see_each_other_break_denoising(eager, monkeypatch, name):
+    """vllm-omni's second fault: the branches of one request in one sequence, attending to each other."""
+    case = named[name]
+
+    def error():
+        events = []
+        eager.run(case.inputs, on_step=events.append, **case.options)
+        return case.velocity_error(events)
+
+    assert error() < 1e-4
+    right = attention.attend
+
+    def together(backend, q, k, v, seen):
+        rows = len(seen.kv_len_B)
+        if rows == 1 or seen.causal:
+            return right(backend, q, k, v, seen)
+        k, v = (torch.cat([x[b, :end] for b, end in enumerate(seen.kv_len_B)])[None] for x in (k, v))
+        q = q.flatten(0, 1)[None]
+        seen = attention.visible(backend, torch.tensor([k.shape[1]]), q.shape[1], k.shape[1], causal=False)
+        return right(backend, q, k, v, seen).unflatten(1, (rows, -1))[0]
+
+    monkeypatch.setattr(attention, "attend", together)
+    assert error() > 1e-2
+
+
+def test_the_compiler_is_imported_where_it_is_used():
+    """It takes longer than all else that loading a small model does."""
+    script = (
+        "import sys, bagel_opt; bagel_opt.load().chat('hi', max_think_tokens=2); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"

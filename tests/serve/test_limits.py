@@ -1,0 +1,258 @@
+"""What the server refuses: keys, sizes, bombs, addresses that are not public, and a thousand malformed requests."""
+
+import http.client
+import io
+import json
+import random
+import struct
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import openai
+import pytest
+from PIL import Image
+from serving import FEW, ask, data_url, png, serving
+from support import CHECKPOINT
+
+from bagel_opt.serve import Limits
+from bagel_opt.serve import fetch as fetching
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load(CHECKPOINT, "onnx")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    limits = Limits(body_bytes=2**18, pixels=10**6, images=3, pictures=4, timesteps=50)
+    with serving(model, limits=limits) as running:
+        yield running
+
+
+def call(server, method, path, body=None, headers=None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request(method, path, body, headers or {})
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+def post(server, body, path="/v1/images/generations"):
+    return call(server, "POST", path, json.dumps(body), {"Content-Type": "application/json"})
+
+
+def bomb(width, height):
+    """A PNG that claims this size in a few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    )
+
+
+def test_keys(model):
+    with serving(model, keys=["first", "second"]) as server:
+        for key in ("wrong", "firs", "FIRST", "none"):
+            with pytest.raises(openai.AuthenticationError, match="valid API key"):
+                server.client(key).models.list()
+        for key in ("first", "second"):
+            assert server.client(key).models.list().data
+        assert [call(server, "GET", path)[0] for path in ("/health", "/ready", "/metrics")] == [200] * 3
+
+
+def test_errors_of_http_have_the_same_format(server):
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/images/generations", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/../../etc/passwd", 404),
+    ):
+        found, headers, body = call(server, method, path)
+        assert found == status, path
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        assert headers["x-request-id"]
+
+
+def test_request_ids(server):
+    for given, kept in (("abc-1.2_3", True), ("a" * 65, False), ("a b", False)):
+        assert (call(server, "GET", "/health", headers={"x-request-id": given})[1]["x-request-id"] == given) is kept
+
+
+def test_bodies_too_large(server):
+    assert post(server, {"prompt": "a" * 2**18})[0] == 413
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    headers = {"Content-Type": "application/json"}  # in chunks, without saying how long
+    connection.request("POST", "/v1/images/generations", iter([b'{"prompt": "'] + [b"a" * 2**16] * 5), headers)
+    assert connection.getresponse().status == 413
+
+
+def test_pictures_are_measured_before_they_are_decoded(server):
+    for data in (bomb(30000, 30000), bomb(1001, 1000), bomb(2**31 - 1, 2**31 - 1)):
+        with pytest.raises(openai.BadRequestError) as refused:
+            server.client().images.edit(image=data, prompt="a", extra_body=FEW)
+        assert refused.value.param == "image"
+    with pytest.raises(openai.BadRequestError, match="image"):
+        server.client().images.edit(image=[png(16)] * 4, prompt="a", extra_body=FEW)
+    with pytest.raises(openai.BadRequestError, match="3 that this server allows"):
+        server.client().chat.completions.create(model="test", messages=ask(png(16)) * 4)
+
+
+def test_formats_that_are_not_decoded(server):
+    for name in ("gif", "bmp", "tiff", "ppm", "eps"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(buffer, name)
+        with pytest.raises(openai.BadRequestError, match="readable"):
+            server.client().images.edit(image=buffer.getvalue(), prompt="a", extra_body=FEW)
+
+
+def test_malformed_requests(server, thorough):
+    """A thousand, or two hundred in the first tier. Every one is answered with a 4xx in the format of errors, and the server works afterwards."""
+    rng, picture = random.Random(0), png(64)
+    values = [None, True, -1, 0, 2**63, 2**200, 1e308, -0.5, "", "x", "1x1", "\x00", "\ud800", [], [[]], {}, {"a": 1}]
+    names = [
+        "prompt",
+        "n",
+        "size",
+        "seed",
+        "num_timesteps",
+        "cfg_text_scale",
+        "cfg_interval",
+        "stream",
+        "partial_images",
+    ]
+    names += [
+        "height",
+        "think",
+        "max_think_tokens",
+        "output_format",
+        "timestep_shift",
+        "step_cache",
+        "unknown",
+        "model",
+    ]
+    for _ in range(1000 if thorough else 200):
+        kind = rng.randrange(5)
+        if kind == 0:  # wrong values of known and unknown fields
+            body = {"prompt": "a", "num_timesteps": 2, **{rng.choice(names): rng.choice(values) for _ in range(2)}}
+            body["nonsense"] = rng.choice(values)
+            status, _, answer = post(server, body)
+        elif kind == 1:  # a picture cut off
+            data = picture[: rng.randrange(1, len(picture) // 2)]
+            status, _, answer = post(server, {"messages": ask(data)}, "/v1/chat/completions")
+        elif kind == 2:  # bytes that are no JSON
+            data = rng.randbytes(rng.randrange(1, 60))
+            headers = {"Content-Type": rng.choice(["application/json", "text/plain", "multipart/form-data", "a/b;;"])}
+            path = rng.choice(["/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"])
+            status, _, answer = call(server, "POST", path, data, headers)
+        elif kind == 3:  # forms
+            parts = rng.choice(
+                [b"", b"--b\r\n", b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--']
+            )
+            headers = {"Content-Type": "multipart/form-data; boundary=b"}
+            status, _, answer = call(
+                server, "POST", "/v1/images/edits", parts + rng.randbytes(rng.randrange(9)), headers
+            )
+        else:  # messages of any shape
+            message = {"role": rng.choice(["user", "tool", None]), "content": rng.choice([*values, [{"type": "text"}]])}
+            body = {"messages": rng.choice([[message], message, values]), "temperature": rng.choice([9, "a", -1])}
+            status, _, answer = post(server, body, "/v1/chat/completions")
+        assert 400 <= status < 500, (kind, answer)
+        assert json.loads(answer)["error"]["message"]
+    assert server.client().images.generate(prompt="a", extra_body=FEW).data
+    assert server.rows_in_use() == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_public_addresses(address, public):
+    assert fetching.is_public(address) is public
+
+
+@pytest.fixture
+def site():
+    """A web server here: a picture, redirects, too much, an error."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, location, body = 200, None, png(32)
+            if self.path == "/inside":
+                status, location = 302, "http://10.0.0.1/a.png"
+            elif self.path == "/loop":
+                status, location = 302, "/loop"
+            elif self.path == "/once":
+                status, location = 307, "/a.png"
+            elif self.path == "/large":
+                body = bytes(2**19)
+            elif self.path == "/missing":
+                status = 404
+            self.send_response(status)
+            if location:
+                self.send_header("Location", location)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    web = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def test_fetching(site, monkeypatch):
+    with pytest.raises(ValueError, match="not public"):
+        fetching.fetch(f"{site}/a.png", 2**18)
+    with pytest.raises(ValueError, match="not public"):  # what the name resolves to counts
+        fetching.fetch(site.replace("127.0.0.1", "localhost"), 2**18)
+    real = fetching.is_public
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1" or real(address))
+    assert fetching.fetch(f"{site}/a.png", 2**18) == fetching.fetch(f"{site}/once", 2**18) == png(32)
+    for path, reason in (("inside", "not public"), ("loop", "302"), ("large", "larger"), ("missing", "404")):
+        with pytest.raises(ValueError, match=reason):
+            fetching.fetch(f"{site}/{path}", 2**18)
+    for url in ("file:///etc/passwd", "ftp://a/b", "http://u:p@example.org/", "http://", "http://\udcff/"):
+        with pytest.raises(ValueError, match=r"it (is no|cannot)"):
+            fetching.fetch(url, 2**18)
+
+
+def test_remote_pictures_where_they_are_allowed(model, site, monkeypatch):
+    def messages(url):
+        return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+    with serving(model, remote=True) as server:
+        create = server.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="not public"):
+            create(model="test", messages=messages(f"{site}/a.png"), max_tokens=3)
+        monkeypatch.setattr(fetching, "is_public", lambda address: True)
+        answers = [
+            create(model="test", messages=messages(url), max_tokens=3) for url in (f"{site}/a.png", data_url(png(32)))
+        ]
+        assert answers[0].choices[0].message.content == answers[1].choices[0].message.content

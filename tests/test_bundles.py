@@ -1,0 +1,73 @@
+"""The tests' own cache of exports: it may never hand out a bundle of other code, weights or settings."""
+
+import os
+import shutil
+from pathlib import Path
+
+import bundles
+import pytest
+from bundles import ONE, SMALL, cached_export, key
+from support import CHECKPOINT
+
+import bagel_opt
+from bagel_opt.files.manifest import MANIFEST
+
+
+@pytest.fixture
+def exports(monkeypatch, tmp_path):
+    """An empty cache, and what is exported into it."""
+    made = []
+
+    def export(checkpoint, out, profiles, **settings):
+        made.append((profiles, settings))
+        out.mkdir()
+        (out / MANIFEST).touch()
+
+    monkeypatch.setattr(bundles, "CACHE", tmp_path / "exports")
+    monkeypatch.setattr(bundles, "export", export)
+    return made
+
+
+def test_the_key_tells_all_that_an_export_is_made_from(tmp_path):
+    copy = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    keys = [key(copy, [ONE]), key(copy, [SMALL]), key(copy, [SMALL, ONE]), key(copy, [ONE], format="export")]
+    data = bytearray((copy / "ema.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "ema.safetensors").write_bytes(data)
+    keys.append(key(copy, [ONE]))
+    assert len(set(keys)) == len(keys)
+    assert key(CHECKPOINT, [ONE]) == keys[0]  # wherever it lies
+
+
+@pytest.mark.parametrize("name", ["model/transformer.py", "export/onnx.py", "files/manifest.schema.json", "config.py"])
+def test_a_changed_source_is_another_key(name, monkeypatch, tmp_path):
+    before, found = key(CHECKPOINT, [ONE]), bundles.sources()
+    changed = tmp_path / "changed"
+    changed.write_bytes(found[name].read_bytes() + b"\n")
+    monkeypatch.setattr(bundles, "sources", lambda: {**found, name: changed})
+    assert key(CHECKPOINT, [ONE]) != before
+
+
+def test_all_sources_count_but_those_above_exporting():
+    package = Path(bagel_opt.__file__).parent
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        assert (name in bundles.sources()) == (name.split("/")[0] not in ("bench", "cli", "demo", "serve")), name
+
+
+def test_an_export_is_made_once_and_the_oldest_go(exports, monkeypatch):
+    monkeypatch.setattr(bundles, "KEPT", 2)
+    folders = []
+    for number, dtype in enumerate(("float32", "float16", "float32", "bfloat16")):
+        folders.append(cached_export(CHECKPOINT, ONE, dtype=dtype))
+        os.utime(folders[-1].parent, (number, number))
+    assert [settings["dtype"] for _, settings in exports] == ["float32", "float16", "bfloat16"]
+    assert folders[0] == folders[2]
+    assert [(folder / MANIFEST).exists() for folder in folders] == [True, False, True, True]
+
+
+def test_a_bundle_that_is_not_whole_is_made_again(exports):
+    folder = cached_export(CHECKPOINT, ONE)
+    shutil.rmtree(folder)
+    assert cached_export(CHECKPOINT, ONE) == folder
+    assert len(exports) == 2
