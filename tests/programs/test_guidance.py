@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bagel_opt.options import RENORM_TYPES
 from bagel_opt.programs.guidance import GuidedStep
-from bagel_opt.request import RENORM_TYPES
 
 ROWS, BATCHES, TOKENS, CHANNELS = 3, 2, 7, 8
 POISON = 1e4  # what padding and rows that take no part hold

@@ -8,7 +8,8 @@ from support import CHECKPOINT
 
 from bagel_opt import ProfileError, Request
 from bagel_opt.files.checkpoint import Checkpoint
-from bagel_opt.sampling.plan import DEFAULT_TOKENS, LEAST_TOKENS
+from bagel_opt.options import DEFAULT_TOKENS
+from bagel_opt.sampling.plan import LEAST_TOKENS
 from bagel_opt.sampling.planning import make_plan
 
 

@@ -8,8 +8,8 @@ from bundles import SMALL
 from support import CHECKPOINT
 
 from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.options import STEP_CACHES as NAMES
 from bagel_opt.programs.signatures import REUSE, STORE
-from bagel_opt.request import STEP_CACHES as NAMES
 from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.flow_rows import FlowRows
 from bagel_opt.sampling.step_caches import STEP_CACHES, TaylorSeer, TeaCache
