@@ -248,10 +248,6 @@ def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
         (["bench", "somewhere", "--preset", "h100"], "--preset makes its own weights; leave somewhere out"),
         (["bench", "--onnx", "somewhere"], "--onnx is for --preset"),
         (["bench", "--aoti", "somewhere"], "--aoti is for --preset"),
-        (
-            ["export", "--out", "x"],
-            "export/ has bagel-1024, bagel-1024-aoti, bagel-1024-onnx, bagel-512, demo-aoti, demo-onnx",
-        ),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(fails, arguments, message):
