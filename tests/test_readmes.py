@@ -27,7 +27,7 @@ from bagel_opt.cli.commands import COMMANDS as OURS
 ROOT = Path(__file__).parent.parent
 NAMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
 NAMES = [str(name) for name in NAMES if not re.search(r"(^|/)\.|^tests/golden", str(name))]
-RUN, DATA = ("sh", "python"), ("toml", "ini", "dockerfile", "text")
+RUN, DATA = ("sh", "python"), ("toml", "ini", "json", "dockerfile", "text")
 REASONS = {
     "29 GB",
     "installs packages",

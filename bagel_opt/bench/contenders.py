@@ -27,6 +27,7 @@ class Ours:
     def __init__(self, model: Model, several: bool):
         self.model, self.several = model, several
         self.drawn: list[float] = []  # seconds of denoising of each picture, from its filled contexts to its latents
+        self.latent = torch.randn(1, 16, 128, 128).numpy()
 
     def draw(self, inputs: list, count: int = 1, **options: object) -> list[Image.Image]:
         self.drawn.clear()
@@ -57,7 +58,7 @@ class Ours:
 
     def decode_picture(self) -> None:
         runtime = self.model.runtime
-        runtime.host(runtime.run("vae_decode", [torch.randn(1, 16, 128, 128).numpy()])[0])
+        runtime.host(runtime.run("vae_decode", [self.latent])[0])
 
     def velocity(self, noise: Tensor) -> Tensor:
         """The first guided velocity of a picture that starts at this noise."""
