@@ -17,6 +17,7 @@ from bagel_opt import Profile  # noqa: E402
 
 LONG = (
     "test_golden.py",
+    "test_readmes.py",
     "test_shipped_model.py",
     "test_interrupted.py",
     "test_formats.py",
