@@ -167,7 +167,7 @@ class Options:
         None,
         Number(0, 2**63 - 1, whole=True, wording="None or a number from 0 to 2**63 - 1"),
         EVERY,
-        "the same seed gives the same bytes",
+        "the same seed gives the same picture or text, up to rounding",
         unset="random",
     )
     height: int | None = _option(

@@ -51,12 +51,15 @@ def chat(a: argparse.Namespace) -> None:
 
 def export(a: argparse.Namespace) -> None:
     from bagel_opt.export import export as write_bundle
+    from bagel_opt.export.bundle import check_settings
 
     options = dataclasses.asdict(load_recipe(a.recipe)) if a.recipe else {}
     options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
     profiles = a.profile or options.get("profiles")
     options.pop("profiles", None)
-    profiles = profiles or [_default_profile(a.checkpoint)]
+    if not profiles:
+        check_settings(**options)  # before a line on the profile hides what is wrong
+        profiles = [_default_profile(a.checkpoint)]
     with bar("exporting") as update:
         folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
     print(folder)

@@ -34,6 +34,20 @@ def precisions(format: str, device: str) -> tuple[str, ...]:
     return ("float32", "bfloat16", "float16")
 
 
+def check_settings(format: str = "onnx", dtype: str = "float32", attention: str = "auto", device: str = "cpu") -> None:
+    """Raises ValueError, naming the first setting of an export that is not allowed, and what is."""
+    for name, value, allowed in (
+        ("format", format, FORMATS),
+        ("device", device, ("cpu", "cuda")),
+        ("dtype", dtype, precisions(format, device)),
+        ("attention", attention, ATTENTION.get(format, (attention,))),
+    ):
+        if value not in allowed:
+            of = "" if name == "format" else f" for format={format!r}"
+            of += f" on device={device!r}" if name == "dtype" and format == "onnx" else ""
+            raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
+
+
 def export(
     checkpoint: str | Path | None,
     out: str | Path,
@@ -60,17 +74,8 @@ def export(
     which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
     what `load` raises for the checkpoint.
     """
+    check_settings(format, dtype, attention, device)
     onnx = format == "onnx"
-    for name, value, allowed in (
-        ("format", format, FORMATS),
-        ("device", device, ("cpu", "cuda")),
-        ("dtype", dtype, precisions(format, device)),
-        ("attention", attention, ATTENTION.get(format, (attention,))),
-    ):
-        if value not in allowed:
-            of = "" if name == "format" else f" for format={format!r}"
-            of += f" on device={device!r}" if name == "dtype" and onnx else ""
-            raise ValueError(f"{name}={value!r}; allowed{of}: {', '.join(map(repr, allowed))}")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401

@@ -149,12 +149,16 @@ class Plan:
             and plan.peak(*sizes)[1] > profile.slots
         ):
             plan = dataclasses.replace(plan, max_tokens=plan.max_tokens - 1)
-        needs = {"patches": plan.tokens("vit"), "latents": plan.latents(), "slots": plan.peak(*sizes)[1]}
-        for name, need in needs.items():
+        needs = {
+            "patches": (plan.tokens("vit"), "a smaller input image"),
+            "latents": (plan.latents(), "a smaller height and width, or a smaller input image"),
+            "slots": (plan.peak(*sizes)[1], "a smaller size, shorter text or fewer images"),
+        }
+        for name, (need, smaller) in needs.items():
             if need > getattr(profile, name):
                 raise ProfileError(
                     f"the request needs {name} of at least {need}, but profile {profile.name!r} has "
-                    f"{name} = {getattr(profile, name)}; use a larger profile, or a smaller size, shorter text or fewer images"
+                    f"{name} = {getattr(profile, name)}; use a larger profile, or {smaller}"
                 )
         return plan
 
