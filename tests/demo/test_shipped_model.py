@@ -52,7 +52,7 @@ def test_it_does_so_when_it_thinks_first(task, eager, right, thorough):
 @pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.second), "onnx"])
 @pytest.mark.parametrize("task", CASES)
 def test_other_runtimes_do_too(task, backend, load, right, thorough):
-    count = 12 if thorough else 5
+    count = 12 if thorough and backend != "compile" else 5  # compiling takes long enough
     got = evaluate.right(load(shipped_model(), backend), CASES[task](count))
     assert sum(got) >= sum(right(task)[:count]) - 1
 
