@@ -105,25 +105,13 @@ class Layer(nn.Module):
 class LayerRunner(Protocol):
     """How a program runs each layer. `run_layer` just calls it; a runtime may compose others, as runtime/two_streams.py."""
 
-    def __call__(
-        self,
-        layer: Layer,
-        und_BTC: Tensor,
-        gen_BNC: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        k_BSGD: Tensor,
-        v_BSGD: Tensor,
-        start_B: Tensor,
-        seen: Any,
-        ops: Ops,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What `Layer.forward` returns."""
+    def __call__(self, layer: Layer, *given: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Takes and returns what `Layer.forward` does."""
 
 
-def run_layer(layer: Layer, *tensors: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def run_layer(layer: Layer, *given: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The plain LayerRunner."""
-    return layer(*tensors)
+    return layer(*given)
 
 
 class Started(NamedTuple):
