@@ -203,6 +203,8 @@ def _open(path: str) -> Image.Image:
         image = Image.open(path)
         image.load()
         return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture {path}; its file comes first, then the text") from None
     except SyntaxError as error:  # what PIL raises for damaged EXIF data
         raise ValueError(f"{path} is a damaged picture: {error}") from None
 

@@ -279,3 +279,10 @@ def test_a_missing_compiler_is_told_in_one_line():
     assert "Traceback" not in done.stderr
     assert "No working C++ compiler" in line
     assert "or one named by CXX" in line
+
+
+def test_a_picture_that_is_not_there_is_named(capsys):
+    assert main(["edit", "make it green", "shapes.png"]) == 1  # in the wrong order
+    assert (
+        capsys.readouterr().err == "bagel-opt: there is no picture make it green; its file comes first, then the text\n"
+    )
