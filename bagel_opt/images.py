@@ -1,11 +1,27 @@
 """Pictures on the host: PIL modes, BAGEL's resize rules, pixels, patches and latent tokens, in NumPy."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageCms
 
 from bagel_opt.config import MAX_PIXELS, BagelConfig, ResizeConfig
 
 MAX_ASPECT = 200  # beyond it the resize rule squeezes a picture into something unrecognisable
+
+
+@dataclass(frozen=True, eq=False)
+class InputImage:
+    """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
+
+    The rule changes very long images again when it is applied twice; the picture to draw has the size of the first.
+    """
+
+    size: tuple[int, int]  # (height, width) after the first
+    vae: Image.Image
+    vit: Image.Image
+    vae_grid: tuple[int, int]
+    vit_grid: tuple[int, int]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,17 +5,18 @@ from typing import Any
 
 from PIL import Image
 
-from bagel_opt.images import check_image
+from bagel_opt.images import InputImage, check_image
 from bagel_opt.options import Options, check_text
 
 
 class Request:
-    """Texts and PIL images in order, with options.
+    """Texts and PIL images in order, with options. An image may have been read already (sampling.planning.read_image), so
+    that it need not be held as large as it came.
 
     Raises ValueError for bad options, an empty list and too thin an image, TypeError for other inputs.
     """
 
-    def __init__(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any):
+    def __init__(self, inputs: "str | Image.Image | Sequence[str | Image.Image | InputImage]", **options: Any):
         if not isinstance(inputs, str | Image.Image | Iterable):
             raise TypeError(f"inputs is {type(inputs).__name__}; allowed are str, PIL.Image.Image and lists of them")
         self.inputs = [inputs] if isinstance(inputs, str | Image.Image) else list(inputs)
@@ -24,6 +25,8 @@ class Request:
         for index, item in enumerate(self.inputs):
             if isinstance(item, Image.Image):
                 check_image(item, f"inputs[{index}]")
+            elif isinstance(item, InputImage):
+                continue
             elif not isinstance(item, str):
                 raise TypeError(f"inputs[{index}] is {type(item).__name__}; allowed are str and PIL.Image.Image")
             else:

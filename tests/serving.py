@@ -5,13 +5,15 @@ import contextlib
 import copy
 import io
 import threading
+import time
 
 import uvicorn
 from openai import OpenAI
 from PIL import Image
 
 import bagel_opt
-from bagel_opt.serve import EngineThread, Limits, Metrics, Service, create_app
+from bagel_opt.serve import Access, EngineThread, Limits, Metrics, Service, create_app
+from bagel_opt.serve.connections import Connection
 
 FEW = {"num_timesteps": 4}
 
@@ -46,9 +48,10 @@ class Held:
 class Running:
     """A server that answers: its service, its runtime, its address and a client."""
 
-    def __init__(self, service, runtime, port):
-        self.service, self.runtime, self.port = service, runtime, port
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, service, runtime, server):
+        self.service, self.runtime, self.connections = service, runtime, server.server_state.connections
+        self.port = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
 
     @property
     def engine(self):
@@ -63,7 +66,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(model, keys=(), limits=None, remote=False, **settings):
+def serving(model, keys=(), limits=None, remote=False, hosts=None, **settings):
     runtime = Held(model.runtime)
     model = bagel_opt.Model(runtime, model.config, model.tokenizer, model.profiles, examples=model.examples)
     service = Service("test", EngineThread(model, Metrics(), **settings), limits or Limits(), remote)
@@ -74,17 +77,26 @@ def serving(model, keys=(), limits=None, remote=False, **settings):
             await super().startup(*arguments, **options)
             started.set()
 
-    server = Server(uvicorn.Config(create_app(service, keys), port=0, log_config=None, access_log=False))
+    app = create_app(service, Access(tuple(keys), hosts))
+    server = Server(uvicorn.Config(app, port=0, http=Connection, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     assert started.wait(30)
     try:
-        yield Running(service, runtime, server.servers[0].sockets[0].getsockname()[1])
+        yield Running(service, runtime, server)
     finally:
         runtime.open.set()
         server.should_exit = True
         thread.join(60)
     assert not thread.is_alive()
+
+
+def until(condition, seconds=30):
+    """Waits for what another thread brings about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def png(side=64, colour=(200, 30, 30)):

@@ -109,6 +109,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text[:6]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; they go from 0 to 65535")
+    return int(text)
+
+
 def _options(sub: argparse.ArgumentParser, title: str, *groups: str) -> None:
     """The options of a request, each under its official name with dashes or underscores."""
     group = sub.add_argument_group(title)
@@ -174,7 +180,14 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     _load_options(sub, "demo for the model that ships; another checkpoint needs one")
     group = sub.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which a proxy passes requests on; on loopback the server answers for no others than its own",
+    )
     group.add_argument("--name", help="the model's name for clients (default: the folder's)")
     group.add_argument(
         "--api-key",

@@ -142,7 +142,8 @@ def serve(a: argparse.Namespace) -> None:
             if getattr(a, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for replicas; give --replicas too")
         settings = server_settings(a)
-        server.serve(_load(a), settings.pop("name"), a.host, a.port, **settings)
+        bound = server.bind(a.host, a.port)
+        server.serve(_load(a), settings.pop("name"), a.host, a.port, bound, **settings)
         return
     try:
         from bagel_opt.serve.replicas import serve_replicas

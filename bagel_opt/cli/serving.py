@@ -35,7 +35,9 @@ def cluster_settings(options: dict[str, str]) -> dict:
 def server_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.serve.make_app, and the model's name."""
     from bagel_opt.serve import Limits
+    from bagel_opt.serve.access import allowed_hosts, split_keys
 
+    keys, hosts = split_keys(a.api_key, os.environ.get("BAGEL_OPT_API_KEYS")), allowed_hosts(a.host, a.allowed_host)
     if a.checkpoint is None and a.profile is None:
         a.profile = "demo"
     describe(a.checkpoint, check=a.check)  # what cannot be loaded should not cost starting a cluster
@@ -45,7 +47,8 @@ def server_settings(a: argparse.Namespace) -> dict:
         )
     return {
         "name": a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
-        "keys": [*a.api_key, *filter(None, os.environ.get("BAGEL_OPT_API_KEYS", "").split(","))],
+        "keys": keys,
+        "hosts": hosts,
         "limits": Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
         "max_queue": a.max_queue,
         "timeout": a.timeout,

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
 from bagel_opt.errors import ProfileError
+from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.sampling.flow import FlowStep
@@ -22,20 +22,6 @@ class Block:
     length: int  # slots that it takes, markers included
     ids: tuple[int, ...] = ()
     image: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class InputImage:
-    """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
-
-    The rule changes very long images again when it is applied twice; the picture to draw has the size of the first.
-    """
-
-    size: tuple[int, int]  # (height, width) after the first
-    vae: Image.Image
-    vit: Image.Image
-    vae_grid: tuple[int, int]
-    vit_grid: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,11 @@ from PIL import Image
 
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
+from bagel_opt.images import InputImage
 from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.request import Request
 from bagel_opt.sampling.flow import schedule, seeded_noise
-from bagel_opt.sampling.plan import Block, InputImage, Plan
+from bagel_opt.sampling.plan import Block, Plan
 from bagel_opt.tokenizer import Tokenizer
 
 # The official system prompts of think mode, word for word: the model was trained with them.
@@ -51,7 +52,7 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
             main.append(last_text)
             cfg_img.append(last_text)
         else:
-            image = read_image(item, config, f"inputs[{index}]")
+            image = item if isinstance(item, InputImage) else read_image(item, config, f"inputs[{index}]")
             inputs.append(image)
             kinds = {"vae": image.vae_grid, "vit": image.vit_grid} if draws else {"vit": image.vit_grid}
             main += [Block(kind, h * w + 2, image=len(inputs) - 1) for kind, (h, w) in kinds.items()]

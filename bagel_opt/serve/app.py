@@ -1,7 +1,7 @@
 """The HTTP application: routes, errors, the page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bagel_opt import __version__
 from bagel_opt.serve import errors
+from bagel_opt.serve.access import Access
+from bagel_opt.serve.bodies import add_schemas
 from bagel_opt.serve.middleware import Gate
 from bagel_opt.serve.page_options import page_options
 from bagel_opt.serve.routes import chat, images
-from bagel_opt.serve.schemas import ERRORS, ModelCard, ModelList
+from bagel_opt.serve.schemas import ERRORS, ChatBody, ImageBody, ModelCard, ModelList
 from bagel_opt.serve.service import Injected, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -31,18 +33,18 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa: B008  frozen
     """The application of one model. When it shuts down it finishes what runs and closes the engine."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.engine.close)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(title="bagel_opt", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     errors.install(app)
-    app.add_middleware(Gate, keys=keys, body_bytes=service.limits.body_bytes, metrics=service.engine.metrics)
+    app.add_middleware(Gate, service=service, access=access)
     app.include_router(images.router)
     app.include_router(chat.router)
 
@@ -56,16 +58,20 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         service.check_model(model)
         return _card(service)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "The device failed repeatedly."}})
+    @app.head("/ready", include_in_schema=False)
+    @app.get(
+        "/ready", responses={503: {"description": "The device failed repeatedly, or pictures from clients are stuck."}}
+    )
     async def ready(service: Injected) -> Response:
         """The engine serves requests."""
-        good = service.engine.ready
-        return JSONResponse({"status": "ready" if good else "failing"}, 200 if good else 503)
+        status = service.status()
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(service: Injected) -> Response:
@@ -88,6 +94,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
             raise errors.ApiError(404, "this model has no example picture")
         return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
+    add_schemas(app, ImageBody, ChatBody)
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app
@@ -99,6 +106,6 @@ def _card(service: Service) -> ModelCard:
 
 
 def _serve_file(app: FastAPI, path: str, file: Path) -> None:
-    @app.get(path, include_in_schema=False)
+    @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(file, headers=PAGE_HEADERS)

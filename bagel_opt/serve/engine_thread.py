@@ -1,45 +1,33 @@
 """The one thread that owns the model: requests come in through a bounded line and report back to the event loop."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from bagel_opt.api import Model
 from bagel_opt.errors import ProfileError
+from bagel_opt.images import InputImage, check_image
 from bagel_opt.options import StepEvent
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Job, Observer
 from bagel_opt.sampling.plan import Plan
-from bagel_opt.sampling.planning import make_plan
+from bagel_opt.sampling.planning import make_plan, read_image
+from bagel_opt.serve.arrival import Arrival, CancelledError, DeadlineError, QueueFullError
 from bagel_opt.serve.metrics import Metrics
 
 FAILURES = 3  # device failures in a row after which the server is no longer ready
 log = logging.getLogger("bagel_opt.serve")
-
-
-class QueueFullError(Exception):
-    """No room in the line. `retry_after`: seconds after which there should be."""
-
-    def __init__(self, retry_after: int):
-        super().__init__("too many requests are waiting; try again later")
-        self.retry_after = retry_after
-
-
-class DeadlineError(Exception):
-    """The request was not done in time."""
-
-
-class CancelledError(Exception):
-    """The client gave the request up."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +46,13 @@ class Ticket:
     plan: Plan
     engine: Engine
     kind: str
-    deadline: float
+    arrival: Arrival
     loop: asyncio.AbstractEventLoop
     progress: bool  # whether flow steps are reported
     previews: frozenset[int]  # the steps after which a partial picture is made
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
     outputs: list | Exception | None = None
-    created: float = field(default_factory=time.perf_counter)
     job: Job | None = None
 
     @property
@@ -94,7 +81,7 @@ class Ticket:
 class EngineThread:
     """Runs all requests of a server, each in the smallest profile that it fits.
 
-    max_queue: requests that may wait or run at a time. timeout: seconds until a request is given up.
+    max_queue: requests that may be planned, wait or run at a time. timeout: seconds until a request is given up.
     Raises ValueError for a model without static profiles.
     """
 
@@ -104,11 +91,13 @@ class EngineThread:
         self.model, self.metrics, self.max_queue, self.timeout = model, metrics, max_queue, timeout
         self.engines = {profile: self._engine(profile) for profile in model.profiles}
         self.tickets: set[Ticket] = set()  # of the event loop
+        self.planned = 0  # requests that are being planned; of the event loop
         self.running: dict[Job, Ticket] = {}  # of the engine's thread
         self.commands: queue.SimpleQueue = queue.SimpleQueue()
         self.failures = 0  # of the device, in a row
         self.seconds = 1.0  # moving average between two requests that end
         self.last_end = time.perf_counter()
+        metrics.measure(self.engines.values())
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -138,23 +127,41 @@ class EngineThread:
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
         return plan.fitted(beside) if plan.fits(beside) else fitted, self.engines[profile]
 
+    def read(self, image: Image.Image, where: str) -> InputImage:
+        """A picture as small as the model reads it; a ValueError says what is wrong with it. Not for the event loop."""
+        check_image(image, where)
+        return read_image(image, self.model.config, where)
+
     def check_room(self, requests: int = 1) -> None:
         """Raises QueueFullError."""
-        if len(self.tickets) + requests > self.max_queue:
+        taken = len(self.tickets) + self.planned
+        if taken + requests > self.max_queue:
             self.metrics.rejected.inc()
-            raise QueueFullError(min(60, max(1, round(self.seconds * len(self.tickets) / 2))))
+            raise QueueFullError(min(60, max(1, round(self.seconds * taken / 2))))
+
+    @contextlib.contextmanager
+    def room(self, requests: int) -> Iterator[None]:
+        """Places in the line for requests that are being planned; `submit` is called within. Raises QueueFullError."""
+        self.check_room(requests)
+        self.planned += requests
+        try:
+            yield
+        finally:
+            self.planned -= requests
 
     def submit(
-        self, planned: list[tuple[Plan, Engine]], kind: str, progress: bool = False, partial_images: int = 0
+        self,
+        planned: list[tuple[Plan, Engine]],
+        kind: str,
+        arrival: Arrival,
+        progress: bool = False,
+        partial_images: int = 0,
     ) -> list[Ticket]:
-        """All of them or none: raises QueueFullError."""
-        self.check_room(len(planned))
-        loop, deadline = asyncio.get_running_loop(), time.perf_counter() + self.timeout
-        tickets = []
+        loop, tickets = asyncio.get_running_loop(), []
         for plan, engine in planned:
             steps = len(plan.steps)
             previews = {-(-steps * (i + 1) // (partial_images + 1)) - 1 for i in range(partial_images)}
-            tickets.append(Ticket(plan, engine, kind, deadline, loop, progress, frozenset(previews)))
+            tickets.append(Ticket(plan, engine, kind, arrival, loop, progress, frozenset(previews)))
         self.tickets.update(tickets)
         for ticket in tickets:
             self.commands.put(("submit", ticket))
@@ -241,7 +248,7 @@ class EngineThread:
 
     def _expire(self) -> None:
         now = time.perf_counter()
-        for ticket in [ticket for ticket in self.running.values() if ticket.deadline < now]:
+        for ticket in [ticket for ticket in self.running.values() if ticket.arrival.deadline < now]:
             self._give_up(ticket, DeadlineError(f"not done within {self.timeout:g} seconds"))
 
     def _give_up(self, ticket: Ticket, error: Exception) -> None:
@@ -251,6 +258,6 @@ class EngineThread:
     def _tell(self, job: Job, outputs: list | Exception) -> None:
         ticket = self.running.pop(job)
         ticket.outputs = outputs
-        self.metrics.ended(ticket.kind, outputs, time.perf_counter() - ticket.created)
+        self.metrics.ended(ticket.kind, outputs, time.perf_counter() - ticket.arrival.began)
         ticket.loop.call_soon_threadsafe(self.tickets.discard, ticket)
         ticket.post(None)

@@ -8,10 +8,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from bagel_opt.errors import ProfileError
-from bagel_opt.serve.engine_thread import CancelledError, DeadlineError, QueueFullError
+from bagel_opt.serve.arrival import CancelledError, DeadlineError, QueueFullError, StalledError
 
 log = logging.getLogger("bagel_opt.serve")
 
@@ -45,8 +45,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="queue_full")
         case DeadlineError():
             return ApiError(504, str(error), code="deadline_exceeded")
-        case CancelledError():
-            return ApiError(499, str(error), code="client_closed_request")
+        case StalledError():
+            return ApiError(408, str(error), code="body_stalled")
+        case CancelledError() | ClientDisconnect():
+            return ApiError(499, "the client has gone", code="client_closed_request")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case ValidationError() | RequestValidationError():

@@ -1,77 +1,83 @@
-"""Pictures from addresses that clients name: public ones alone, checked after resolution and on every redirect."""
+"""Pictures from addresses that clients name: public ones alone, checked as each connection is made, redirects too."""
 
-import http.client
+import asyncio
 import ipaddress
 import socket
-import ssl
-import time
-from urllib.parse import SplitResult, urljoin, urlsplit
+from typing import Any
+
+import aiohttp
 
 REDIRECTS = 3
-SECONDS = 10.0  # for everything together
-REDIRECT = (301, 302, 303, 307, 308)
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # carries any IPv4 address
+SECONDS = 10.0  # for everything together: the name, redirects, and all of the picture
+# Special-purpose addresses: the registries of IANA (iana-ipv4-special-registry, iana-ipv6-special-registry; RFC 6890), as
+# read on 2026-11-28, and what was given up: 6to4's relays (RFC 7526) and the 6bone (RFC 3701). Also those that are
+# reachable (AS112, AMT): nobody has pictures there.
+NO_IPV4 = """
+0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.31.196.0/24
+192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4
+240.0.0.0/4
+"""
+IPV6 = "2000::/3"  # global unicast, RFC 4291; of it not
+NO_IPV6 = "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20"
 
-
-def fetch(url: str, most: int) -> bytes:
-    """What an http(s) URL of a public address holds, up to `most` bytes. Raises ValueError saying what is wrong."""
-    end = time.monotonic() + SECONDS
-    try:
-        for _ in range(REDIRECTS + 1):
-            answer = _request(url, end)
-            if answer.status not in REDIRECT:
-                break
-            url = urljoin(url, answer.headers.get("Location", ""))
-        if answer.status != 200:
-            raise ValueError(f"it answers with status {answer.status}")
-        data = b""
-        while chunk := answer.read1(2**16):
-            data += chunk
-            if len(data) > most:
-                raise ValueError(f"it is larger than {most} bytes")
-            if time.monotonic() > end:
-                raise TimeoutError
-        return data
-    except TimeoutError:
-        raise ValueError(f"it did not come within {SECONDS:g} seconds") from None
-    except (OSError, http.client.HTTPException, UnicodeError):
-        raise ValueError("it cannot be fetched") from None
-
-
-def _request(url: str, end: float) -> http.client.HTTPResponse:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise ValueError("it is no http(s) address")
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    address, port = _resolve(parts)
-    sock = socket.create_connection((address, port), timeout=left)  # the address that was checked, not the name
-    if parts.scheme == "https":
-        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
-    connection = http.client.HTTPConnection(parts.hostname, port)
-    connection.sock = sock
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection.request("GET", target, headers={"Host": parts.netloc, "Accept": "image/*", "Connection": "close"})
-    return connection.getresponse()
-
-
-def _resolve(parts: SplitResult) -> tuple[str, int]:
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = [info[4][0] for info in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
-    for address in found:
-        if not is_public(address):
-            raise ValueError("its address is not public")
-    return found[0], port
+_NO_IPV4 = [ipaddress.ip_network(block) for block in NO_IPV4.split()]
+_IPV6, _NO_IPV6 = ipaddress.ip_network(IPV6), [ipaddress.ip_network(block) for block in NO_IPV6.split()]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also where it carries an IPv4 address within."""
+    """Whether an IP address is one of the open internet. Python's own tables differ by its version."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip in NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if inner:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+    if ip.version == 4:
+        return not any(ip in block for block in _NO_IPV4)
+    return ip in _IPV6 and not any(ip in block for block in _NO_IPV6)
+
+
+class NotPublicError(OSError):
+    """An address that is not public."""
+
+
+def _socket(info: tuple) -> socket.socket:
+    """For a connection that is about to be made: what the name says does not count, nor what it said before."""
+    family, kind, protocol, _, (address, *_) = info
+    if not is_public(address):
+        raise NotPublicError
+    return socket.socket(family, kind, protocol)
+
+
+async def fetch(url: str, most: int) -> bytes:
+    """What an http(s) URL of a public address holds, up to `most` bytes. Raises ValueError saying what is wrong."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await _fetch(url, most)
+    except TimeoutError:
+        raise ValueError(f"it did not come within {SECONDS:g} seconds") from None
+    except aiohttp.TooManyRedirects:
+        raise ValueError(f"it redirects more than {REDIRECTS} times") from None
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+        raise ValueError("it is no http(s) address") from None
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:
+        raise ValueError("its address is not public" if _refused(error) else "it cannot be fetched") from None
+
+
+async def _fetch(url: str, most: int) -> bytes:
+    connector = aiohttp.TCPConnector(socket_factory=_socket, force_close=True)
+    settings: dict[str, Any] = {"auto_decompress": False, "cookie_jar": aiohttp.DummyCookieJar(), "trust_env": False}
+    async with (
+        aiohttp.ClientSession(connector=connector, headers={"Accept": "image/*"}, **settings) as session,
+        session.get(url, max_redirects=REDIRECTS) as answer,
+    ):
+        if answer.status != 200:
+            raise ValueError(f"it answers with status {answer.status}")
+        data = bytearray()
+        async for chunk in answer.content.iter_any():
+            data += chunk
+            if len(data) > most:
+                raise ValueError(f"it is larger than {most} bytes")
+        return bytes(data)
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the check of an address is what an error came of."""
+    while error is not None and not isinstance(error, NotPublicError):
+        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__
+    return error is not None

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 from bagel_opt.serve.errors import ApiError
 
+# Of a JSON body, however large its pictures are. A text of the longest that is taken has 384,000 bytes where each
+# character is escaped, and the longest chat some 2,000 values.
+BODY_TEXT = 2**19  # bytes besides data URLs
+BODY_PICTURES = 256  # data URLs
+BODY_VALUES = 4096
+BODY_ITEMS = 256  # of one list or object
+BODY_DEPTH = 16
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -15,6 +23,11 @@ class Limits:
     images: int = 8
     pictures: int = 8
     timesteps: int = 200
+
+    @property
+    def bodies_bytes(self) -> int:
+        """Of all bodies that are being read or planned at a time; others wait before they are read."""
+        return 4 * self.body_bytes
 
     def check(self, pictures: int, timesteps: int, images: int, image: str = "image") -> None:
         """Raises ApiError naming the field; `image`: the one that has the pictures."""

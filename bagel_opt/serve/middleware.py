@@ -1,47 +1,38 @@
-"""What every HTTP request passes: its id, the key, the limit of its body, one line in the log, one count."""
+"""What every HTTP request passes: its id, who may ask, the limits of its body, one line in the log, one count."""
 
-import hmac
-import json
+import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bagel_opt.serve.access import Access
+from bagel_opt.serve.arrival import Arrival, StalledError
 from bagel_opt.serve.errors import ApiError, response
-from bagel_opt.serve.metrics import Metrics
+from bagel_opt.serve.patience import STALL, patience
+from bagel_opt.serve.service import Service
 
 log = logging.getLogger("bagel_opt.serve.http")
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, and what the call gave as extra={"fields": {...}}."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
-        line = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+SMALL = 2**16  # bytes of a body that need no leave
 
 
 class Gate:
-    """ASGI middleware. keys: with any, paths under /v1 need one of them as bearer token."""
+    """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], body_bytes: int, metrics: Metrics):
-        self.app, self.keys, self.body_bytes, self.metrics = app, [key.encode() for key in keys], body_bytes, metrics
+    def __init__(self, app: ASGIApp, service: Service, access: Access):
+        self.app, self.service, self.access, self.body_bytes = app, service, access, service.limits.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, began, status = Headers(scope=scope), time.perf_counter(), 499
+        headers, status = Headers(scope=scope), 499
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        arrival = scope.setdefault("state", {})["arrival"] = Arrival(self.service.engine.timeout)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -50,42 +41,58 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        read = 0
+        read, whole, first = 0, False, 0.0
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole, first
+            if whole:
+                return await receive()
+            first = first or time.perf_counter()
+            try:
+                async with asyncio.timeout(patience(read) - (time.perf_counter() - first)):
+                    message = await arrival.within(receive())
+            except TimeoutError:
+                raise StalledError(f"the body did not go on for {STALL:g} seconds, or came too slowly") from None
             read += len(message.get("body", b""))
+            whole = not message.get("more_body")
             if read > self.body_bytes:
                 raise self._too_large()
             return message
 
         try:
             if refusal := self._refuses(scope["path"], headers):
-                await response(refusal)(scope, receive, answer)
-            else:
-                await self.app(scope, limited, answer)
+                raise refusal
+            if scope["method"] == "POST":
+                self.service.engine.check_room()  # before a large body is read
+                length = self._length(headers)
+                if length > SMALL:
+                    await arrival.take(self.service.bodies, length)
+            await self.app(scope, limited, answer)
         except Exception as error:  # of a program, or of this code; once an answer has begun it can only break off
             if status != 499:
                 raise
             await response(error)(scope, receive, answer)
         finally:
+            arrival.release()
             route = scope.get("route")
             path = getattr(route, "path", "other")  # a label for each path that clients invent would fill the memory
-            self.metrics.responses.labels(path, status).inc()
+            self.service.engine.metrics.responses.labels(path, status).inc()
             fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-            fields["seconds"] = round(time.perf_counter() - began, 4)
+            fields["seconds"] = round(time.perf_counter() - arrival.began, 4)
             log.info("request", extra={"fields": fields})
 
     def _refuses(self, path: str, headers: Headers) -> ApiError | None:
-        if self.keys and path.startswith("/v1/"):
-            given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if not sum(hmac.compare_digest(given, key) for key in self.keys):  # all of them: as long for any key
-                return ApiError(401, "give a valid API key as bearer token", code="invalid_api_key")
-        length = headers.get("content-length", "0")
-        if not length.isdecimal():
+        if not headers.get("content-length", "0").isdecimal():
             return ApiError(400, "bad Content-Length")
-        return self._too_large() if int(length) > self.body_bytes else None
+        return self.access.refuses(path, headers) or (
+            self._too_large() if self._length(headers) > self.body_bytes else None
+        )
+
+    def _length(self, headers: Headers) -> int:
+        """What a body may come to."""
+        if "transfer-encoding" in headers:
+            return self.body_bytes
+        return int(headers.get("content-length", "0")[:20])
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.body_bytes} bytes", code="body_too_large")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, Text, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
+PARTS = 64  # texts and pictures of one request
 WHOLE_LIMIT = 2**31  # of whole numbers that have no other
 
 
@@ -101,7 +102,7 @@ class TextPart(BaseModel):
 
 
 class ImageUrl(BaseModel):
-    url: str
+    url: str = Field(description="A data URL; with --remote-images also an http(s) address.")
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -119,8 +120,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=TEXT_LIMIT)] | list[Part] | None = None
-    images: list[ImagePart] | None = Field(None, description="Pictures of an earlier answer.")
+    content: Annotated[str, Field(max_length=TEXT_LIMIT)] | Annotated[list[Part], Field(max_length=PARTS)] | None = None
+    images: list[ImagePart] | None = Field(None, max_length=PARTS, description="Pictures of an earlier answer.")
     name: str | None = Field(None, description="Ignored.")
     reasoning_content: str | None = Field(None, description="A thought of an earlier answer; ignored.")
     refusal: None = None
@@ -158,7 +159,7 @@ class ChatBody(Body, Drawing):
     tools: list[None] | None = Field(None, max_length=0)
     response_format: TextFormat | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, Any] | None = Field(None, description="Ignored.")
+    metadata: dict[str, Any] | None = Field(None, max_length=16, description="Ignored.")
     service_tier: str | None = Field(None, description="Ignored.")
 
     @property

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -10,11 +12,30 @@ from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
+from bagel_opt.images import InputImage
 from bagel_opt.request import Request
 from bagel_opt.sampling.plan import Plan
 from bagel_opt.serve import errors
+from bagel_opt.serve.arrival import until_gone
+from bagel_opt.serve.budget import Budget
 from bagel_opt.serve.engine_thread import EngineThread, Ticket
+from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import Limits
+from bagel_opt.serve.pictures import decode_data_url, decode_picture
+
+FETCHES = 8  # requests that have pictures fetched at a time
+PLANNERS = 2  # threads that plan requests; each has one picture decoded at a time
+STUCK = 60.0  # seconds that planning one request should never take
+
+
+@dataclass
+class Source:
+    """A picture that a client sent, or where it is. data: a file, or a data URL as it stands in JSON; param: the field."""
+
+    param: str
+    data: "bytes | memoryview | None" = None
+    data_url: bool = False
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -25,28 +46,85 @@ class Service:
     engine: EngineThread
     limits: Limits
     remote: bool = False
-    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # pictures take much memory
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES))
+    planners: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "planner"))
+    planning: dict[object, float] = field(default_factory=dict)  # since when each thread has had its request
+    bodies: Budget = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "bodies", Budget(self.limits.bodies_bytes))
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.name):
             message = f"the model {model!r} does not exist; there is {self.name!r}"
             raise errors.ApiError(404, message, "model", "model_not_found")
 
+    def status(self) -> str:
+        """ "ready", or why it is not."""
+        if not self.engine.ready:
+            return "failing"
+        now = time.monotonic()
+        return "stuck" if any(now - since > STUCK for since in list(self.planning.values())) else "ready"
+
+    def close(self) -> None:
+        """Finishes what runs and waits."""
+        self.planners.shutdown(cancel_futures=True)
+        self.engine.close()
+
     async def submit(
-        self, make: Callable[[], list[Request]], kind: str, progress: bool = False, partial_images: int = 0
+        self,
+        http: HttpRequest,
+        sources: list[Source],
+        make: Callable[[list[InputImage]], list[Request]],
+        count: int,
+        kind: str,
+        progress: bool = False,
+        partial_images: int = 0,
     ) -> list[Ticket]:
-        """Makes requests and plans them in a thread, then puts them in line. Raises ApiError and QueueFullError."""
+        """Reads pictures, makes `count` requests of them, plans those in a thread and puts them in line; the sources are
+        gone then. Raises ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
+        arrival = http.state.arrival
+        with self.engine.room(count):
+            planned = await arrival.while_wanted(http.receive, self._plan(sources, make))
+            arrival.release()
+            return self.engine.submit(planned, kind, arrival, progress, partial_images)
 
-        def plan() -> list:
-            try:
-                return [self.engine.plan(request) for request in make()]
-            except ValueError as error:
-                raise errors.refused(error) from None
+    async def _plan(self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]]) -> list:
+        remote = any(source.address for source in sources)
+        async with self.fetching if remote else contextlib.nullcontext():
+            left = self.limits.body_bytes
+            for source in sources:
+                if source.address:
+                    source.data = await self._fetched(source, left)
+                    left -= len(source.data)
+            return await asyncio.get_running_loop().run_in_executor(self.planners, self._plan_now, sources, make)
 
-        self.engine.check_room()
-        async with self.planning:
-            planned = await asyncio.to_thread(plan)
-        return self.engine.submit(planned, kind, progress, partial_images)
+    async def _fetched(self, source: Source, most: int) -> bytes:
+        try:
+            return await fetch(source.address, most)
+        except ValueError as error:
+            message = f"{source.param}: the picture's address: {error}"
+            raise errors.ApiError(400, message, source.param) from None
+
+    def _plan_now(self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]]) -> list:
+        pictures, key = [], object()
+        self.planning[key] = time.monotonic()
+        try:
+            while sources:
+                pictures.append(self._read(sources.pop(0)))
+            return [self.engine.plan(request) for request in make(pictures)]
+        except ValueError as error:
+            raise errors.refused(error) from None
+        finally:
+            del self.planning[key]
+
+    def _read(self, source: Source) -> InputImage:
+        data = decode_data_url(source.data, source.param) if source.data_url else source.data
+        source.data = None
+        try:
+            return self.engine.read(decode_picture(data, self.limits, source.param), source.param)
+        except ValueError as error:
+            raise errors.ApiError(400, str(error), source.param) from None
 
     async def results(self, http: HttpRequest, tickets: list[Ticket]) -> list[list]:
         """The outputs of all; the first failure, or the client's leaving, ends the others."""
@@ -58,8 +136,7 @@ class Service:
         """Cancels what is not done when the client goes, or when the block is left."""
 
         async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            await until_gone(receive)
             self.engine.cancel(tickets)
 
         watcher = asyncio.create_task(watch())

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import functools
 import io
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -16,6 +18,7 @@ from bagel_opt.serve.engine_thread import Ticket
 from bagel_opt.serve.service import Service
 from bagel_opt.tokenizer import Tokenizer
 
+ENCODERS = ThreadPoolExecutor(2, "encoder")  # of their own: names that take long to look up fill asyncio's
 KEEP_ALIVE = 15  # seconds without an event after which a stream sends a comment, so that no proxy gives it up
 
 
@@ -56,7 +59,8 @@ async def encoded(picture: Image.Image, file_format: str = "png", quality: int |
     """A picture's file in base64."""
     buffer = io.BytesIO()
     options = {"quality": quality} if quality is not None and file_format != "png" else {}
-    await asyncio.to_thread(picture.save, buffer, file_format, **options)
+    save = functools.partial(picture.save, buffer, file_format, **options)
+    await asyncio.get_running_loop().run_in_executor(ENCODERS, save)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

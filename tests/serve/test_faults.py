@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving import FEW, ask, png, serving
+from serving import FEW, ask, png, serving, until
 from support import CHECKPOINT
 
 LONG = {"num_timesteps": 150}
@@ -31,14 +30,6 @@ def model(load):
 def server(model):
     with serving(model, max_queue=8) as running:
         yield running
-
-
-def until(condition, seconds=30):
-    """Waits for what another thread brings about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def post(server, body, path="/v1/images/generations"):

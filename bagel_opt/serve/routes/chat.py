@@ -1,47 +1,56 @@
 """/v1/chat/completions: texts and pictures in, a text or a picture out."""
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.requests import Request as HttpRequest
 
+from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.request import Request
+from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.engine_thread import Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import CHAT_EVENTS, documented
-from bagel_opt.serve.fetch import fetch
-from bagel_opt.serve.pictures import decode_data_url, decode_picture
-from bagel_opt.serve.schemas import ERRORS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
-from bagel_opt.serve.service import Injected, Service, input_tokens
+from bagel_opt.serve.schemas import ERRORS, PARTS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
+from bagel_opt.serve.service import Injected, Service, Source, input_tokens
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
 
-PARTS = 64  # texts and pictures of one request
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 
 
-@router.post("/completions", response_model=ChatResponse, responses=documented(*CHAT_EVENTS))
-async def completions(body: ChatBody, http: HttpRequest, service: Injected) -> Response:
+@router.post(
+    "/completions",
+    response_model=ChatResponse,
+    responses=documented(*CHAT_EVENTS),
+    openapi_extra=documented_body(ChatBody),
+)
+async def completions(http: HttpRequest, service: Injected, body: Annotated[ChatBody, json_body(ChatBody)]) -> Response:
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images."""
     service.check_model(body.model)
     parts = _parts(body)
     images = sum(isinstance(part, ImagePart) for part, _ in parts)
     timesteps = (body.num_timesteps or Options.num_timesteps) if body.draws else 0
     service.limits.check(1, timesteps, images, image="messages")
-    inputs = [part.text if isinstance(part, TextPart) else await _bytes(part, service, where) for part, where in parts]
+    sources = [
+        _source(part, service, where, http.state.pictures) for part, where in parts if isinstance(part, ImagePart)
+    ]
+    texts = [part.text if isinstance(part, TextPart) else None for part, _ in parts]
+    http.state.pictures.clear()
     options = body.drawing_options() | body.text_options()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
 
-    def make() -> list[Request]:
-        items = [x if isinstance(x, str) else decode_picture(x, service.limits, "messages") for x in inputs]
+    def make(pictures: list[InputImage]) -> list[Request]:
+        coming = iter(pictures)
+        items = [next(coming) if text is None else text for text in texts]
         return [Request(items, output="image" if body.draws else "text", **options)]
 
-    [ticket] = await service.submit(make, "chat_image" if body.draws else "chat_text")
+    [ticket] = await service.submit(http, sources, make, 1, "chat_image" if body.draws else "chat_text")
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
         return EventStream(service, ticket, _events(service, body, ticket, about))
@@ -91,15 +100,12 @@ def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
     return found
 
 
-async def _bytes(part: ImagePart, service: Service, param: str) -> bytes:
-    """A picture's file, out of a data URL or, where that is allowed, fetched."""
+def _source(part: ImagePart, service: Service, param: str, pictures: Mapping[str, memoryview]) -> Source:
+    """A picture in a data URL or, where that is allowed, at an address."""
     url = part.image_url.url
-    if url[:5].lower() == "data:" or not service.remote:
-        return await asyncio.to_thread(decode_data_url, url, param)
-    try:
-        return await asyncio.to_thread(fetch, url, service.limits.body_bytes)
-    except ValueError as error:
-        raise ApiError(400, f"{param}: the picture's address: {error}", param) from None
+    if url in pictures or url[:5].lower() == "data:" or not service.remote:
+        return Source(param, pictures.get(url, url.encode()), data_url=True)
+    return Source(param, address=url)
 
 
 async def _message(outputs: list[str | Image.Image]) -> dict:

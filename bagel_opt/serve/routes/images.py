@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -10,21 +11,29 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
+from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.request import Request
+from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import IMAGE_EVENTS, documented
-from bagel_opt.serve.pictures import decode_picture
 from bagel_opt.serve.schemas import ERRORS, EditBody, ImageBody, ImagesResponse
-from bagel_opt.serve.service import Injected, Service, input_tokens
+from bagel_opt.serve.service import Injected, Service, Source, input_tokens
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
 
 router = APIRouter(prefix="/v1/images", responses=ERRORS)
 
 
-@router.post("/generations", response_model=ImagesResponse, responses=documented(*IMAGE_EVENTS))
-async def generations(body: ImageBody, http: HttpRequest, service: Injected) -> Response:
+@router.post(
+    "/generations",
+    response_model=ImagesResponse,
+    responses=documented(*IMAGE_EVENTS),
+    openapi_extra=documented_body(ImageBody),
+)
+async def generations(
+    http: HttpRequest, service: Injected, body: Annotated[ImageBody, json_body(ImageBody)]
+) -> Response:
     """Draws pictures from a text."""
     return await _draw(service, http, body, [], "image_generation")
 
@@ -76,11 +85,12 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: lis
     seed = secrets.randbits(32) if body.seed is None else body.seed
     options = body.drawing_options() | body.text_options()
 
-    def make() -> list[Request]:
-        pictures = [decode_picture(data, service.limits, "image") for data in files]
+    def make(pictures: list[InputImage]) -> list[Request]:
         return [Request([*pictures, body.prompt], seed=(seed + i) % 2**63, **options) for i in range(body.n)]
 
-    tickets = await service.submit(make, kind, body.stream, body.partial_images)
+    sources = [Source("image", data) for data in files]
+    files.clear()
+    tickets = await service.submit(http, sources, make, body.n, kind, body.stream, body.partial_images)
     if body.stream:
         return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
     data = []

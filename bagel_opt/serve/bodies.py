@@ -1,0 +1,106 @@
+"""JSON bodies, bounded before anything is made of them."""
+
+import re
+import secrets
+from collections.abc import Container
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request as HttpRequest
+
+from bagel_opt.serve.errors import ApiError
+from bagel_opt.serve.limits import BODY_DEPTH, BODY_ITEMS, BODY_PICTURES, BODY_TEXT, BODY_VALUES
+
+T = TypeVar("T", bound=BaseModel)
+HEAD = 80  # bytes in which the head of a data URL ends
+JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.ASCII | re.IGNORECASE)
+BACKSLASH = ord("\\")
+SCHEMAS = "#/components/schemas/"
+
+
+def json_body(kind: type[T]) -> Any:
+    """A dependency: the body as a `kind`, its data URLs cut out and in `http.state.pictures`, by what stands for them.
+
+    They may be 32 MB, the rest is small: so a parser, which holds up all else, never has long to do.
+    It raises ApiError and ValidationError, and keeps nothing of the bytes but the pictures.
+    """
+
+    async def read(http: HttpRequest) -> T:
+        if not JSON_TYPE.match(http.headers.get("content-type", "")):
+            raise ApiError(415, "send the body as application/json")
+        chunks = [chunk async for chunk in http.stream()]
+        text, http.state.pictures = cut_pictures(b"".join(chunks))
+        return kind.model_validate(parse(text, http.state.pictures))
+
+    return Depends(read)
+
+
+def cut_pictures(data: bytes) -> tuple[bytes, dict[str, memoryview]]:
+    """-> (JSON in which a name stands for each string with a picture in base64, those strings by their names)"""
+    view, pieces, pictures, token = memoryview(data), [], {}, secrets.token_hex(8)
+    kept = end = 0
+    for _ in range(BODY_PICTURES):  # what is left then is too large to be parsed, unless it is as small as any text
+        if (begin := data.find(b'"data:', end)) < 0 or (end := data.find(b'"', begin + 1)) < 0:
+            break
+        if b";base64," not in data[begin : min(end, begin + HEAD)] or BACKSLASH in (data[begin - 1], data[end - 1]):
+            continue  # a text, which may hold escaped quotation marks
+        name = f"{token}-{len(pictures)}"
+        pictures[name] = view[begin + 1 : end]
+        pieces += [view[kept : begin + 1], name.encode()]
+        kept = end
+    return b"".join([*pieces, view[kept:]]), pictures
+
+
+def parse(text: bytes, pictures: Container[str] = ()) -> Any:
+    if len(text) > BODY_TEXT:
+        message = f"the body is larger than {BODY_TEXT} bytes, its data URLs not counted"
+        raise ApiError(413, message, code="body_too_large")
+    try:
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    _count(value, pictures, 0, 0)
+    return value
+
+
+def _count(value: Any, pictures: Container[str], before: int, depth: int) -> int:
+    """-> values so far. They are bounded, since pydantic keeps an error for each that is wrong."""
+    if not isinstance(value, dict | list):
+        return before
+    before += len(value)
+    for what, found, most in (
+        ("nested lists and objects", depth, BODY_DEPTH),
+        ("items in a list or an object", len(value), BODY_ITEMS),
+        ("values", before, BODY_VALUES),
+    ):
+        if found > most:
+            raise ApiError(400, f"the body has more than {most} {what}", code="body_too_complex")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, str) and item in pictures and key != "url":
+            raise ApiError(400, f"{key}: a picture's data URL belongs into image_url.url", str(key))
+        before = _count(item, pictures, before, depth + 1)
+    return before
+
+
+def documented_body(kind: type[BaseModel]) -> dict:
+    """What a route says of its body in the OpenAPI document."""
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + kind.__name__}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def add_schemas(app: FastAPI, *kinds: type[BaseModel]) -> None:
+    """Puts the schemas of bodies into the OpenAPI document; FastAPI knows only those that it parses itself."""
+
+    def openapi() -> dict:
+        if not app.openapi_schema:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMAS + "{model}")
+            document["components"]["schemas"] |= found["$defs"]
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi
