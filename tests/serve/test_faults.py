@@ -2,6 +2,7 @@
 
 import gc
 import http.client
+import io
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from PIL import Image
 from serving import FEW, ask, png, serving, until
 from support import CHECKPOINT
 
@@ -201,6 +203,7 @@ def test_sigterm_finishes_what_runs(bundle, tmp_path):
 
             until(port, 60)
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port()}/v1", api_key="k2", max_retries=0)
+            client.images.edit(image=strange_jpeg(), prompt="a", extra_body=FEW)
             with ThreadPoolExecutor(6) as pool:
                 running = [
                     pool.submit(client.images.generate, prompt="secret prompt", extra_body={"seed": 1, **LONG})
@@ -216,7 +219,18 @@ def test_sigterm_finishes_what_runs(bundle, tmp_path):
             process.wait()
     answered = [line for line in lines() if line.get("path") == "/v1/images/generations"]
     assert [line["status"] for line in answered] == [200] * 6
-    assert "secret prompt" not in (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "secret prompt" not in text
+    said = [json.loads(line) for line in text.splitlines()]  # all of it is JSON
+    assert any("EXIF" in line["message"] for line in said)
+
+
+def strange_jpeg():
+    """Pillow reads it, and warns of its EXIF data."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 32)).save(buffer, "jpeg", exif=exif.tobytes()[:-3])
+    return buffer.getvalue()
 
 
 def waiting_and_running(url):

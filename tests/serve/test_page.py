@@ -224,3 +224,10 @@ def test_errors_are_one_line(page, server):
     finally:
         server.runtime.failing.clear()
     assert one(page, "#go").is_enabled()
+
+
+def test_seeds_that_a_browser_would_round(page):
+    write(page, "#prompt", "a ring")
+    for seed, good in (("9007199254740993", False), ("9007199254740991", True), ("", True)):
+        write(page, "#seed", seed)
+        assert page.execute_script("return document.getElementById('form').checkValidity()") is good, seed

@@ -178,6 +178,10 @@ function askForKey(then) {
   $("keyDialog").showModal();
 }
 
+// A larger seed would be rounded, here and in the answer.
+$("seed").oninput = ({ target }) => target.setCustomValidity(
+  Number(target.value) <= Number.MAX_SAFE_INTEGER ? "" : `at most ${Number.MAX_SAFE_INTEGER}`);
+
 function submit() {
   if (running || !$("form").reportValidity()) return;
   if (mode() === "edit" && !inputs.length) { $("error").textContent = "Add a picture to edit."; $("files").focus(); return; }
@@ -195,6 +199,7 @@ function repeat(entry) {
   $("prompt").value = entry.prompt;
   $("size").value = entry.size;
   $("seed").value = entry.seed ?? "";
+  $("seed").setCustomValidity("");
   $("think").checked = entry.think;
   writeOptions(entry.options);
   submit();
