@@ -31,7 +31,7 @@ def flags(command):
 
 
 def client(limits):
-    service = Service("test", types.SimpleNamespace(metrics=Metrics()), limits)
+    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60), limits)
     return TestClient(create_app(service))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -213,13 +214,25 @@ def test_empty_checkpoint(fails, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["draw"], ["generate"], ["generate", "a", "--steps", "3"], ["chat", "a", "--height", "64"]]
+    "argv",
+    [[], ["draw"], ["generate"], ["generate", "a", "--steps", "3"], ["chat", "a", "--height", "64"]]
+    + [["serve", "--port", port] for port in ("99999", "-1", "x", "1e3", "9" * 5000)],
 )
 def test_bad_usage(capsys, argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "usage: bagel-opt" in capsys.readouterr().err
+
+
+def test_a_port_in_use_ends_the_server_before_a_model_is_loaded(fails, monkeypatch):
+    monkeypatch.setattr("bagel_opt.cli.commands.load", None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in fails("serve", "--port", port)
+    assert "cannot listen on nowhere.invalid, port 8000" in fails("serve", "--host", "nowhere.invalid")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--no-check"]])
