@@ -24,6 +24,23 @@ def most_connections() -> int:
     return MOST if soft == resource.RLIM_INFINITY else max(1, min(MOST, soft // 2))
 
 
+class Parting:
+    """A connection's transport for an answer. Closing it while the request's body is still coming would take the answer
+    away from its sender (RFC 9112, 9.6): so it says that nothing more comes, and goes on reading for LINGER seconds."""
+
+    def __init__(self, connection: "Connection"):
+        self.connection, self.transport, self.cycle = connection, connection.transport, connection.cycle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def close(self) -> None:
+        if self.cycle.more_body and not self.transport.is_closing():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+
 class Connection(HttpToolsProtocol):
     """A request's head must come within STALL seconds and HEAD_BYTES; its body is the application's to time. An answer
     must be taken at a least rate. Where there are too many connections, those that sent nothing yet make room."""
@@ -62,6 +79,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINED:
             raise ValueError("too many requests at once")  # which the parser's caller answers with 400
         super().on_headers_complete()
+        self.cycle.transport = Parting(self)
 
     def _between_requests(self) -> bool:
         return self.cycle is None or not self.cycle.more_body

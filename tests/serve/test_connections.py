@@ -114,6 +114,11 @@ def test_bodies_that_never_end(server, length):
 def test_the_rest_of_a_body_that_nobody_wants(server):
     """Its sender can read the answer, and go on if all of it comes soon; then the connection ends."""
     head = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    for last in (b"Connection: close\r\n\r\n", b"\r\n"):
+        large = connect(server, head[:-2].replace(b"100000", b"9000000") + last)
+        large.sendall(bytes(9_000_000))  # more than the buffers between hold
+        time.sleep(0.1)
+        assert large.recv(2**16).startswith(b"HTTP/1.1 404")
     connection = connect(server, head + bytes(50000))
     assert connection.recv(2**16).startswith(b"HTTP/1.1 404")
     connection.sendall(bytes(50000) + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
