@@ -40,7 +40,8 @@ def json_body(kind: type[T]) -> Any:
 
 
 def cut_pictures(data: bytes) -> tuple[bytes, dict[str, memoryview]]:
-    """-> (JSON in which a name stands for each string with a picture in base64, those strings by their names)"""
+    """-> (JSON in which a name stands for each string with a picture in base64, those strings by their names). Raises
+    ApiError where that JSON is larger than BODY_TEXT."""
     view, pieces, pictures, token = memoryview(data), [], {}, secrets.token_hex(8)
     kept = end = 0
     for _ in range(BODY_PICTURES):  # what is left then is too large to be parsed, unless it is as small as any text
@@ -52,13 +53,14 @@ def cut_pictures(data: bytes) -> tuple[bytes, dict[str, memoryview]]:
         pictures[name] = view[begin + 1 : end]
         pieces += [view[kept : begin + 1], name.encode()]
         kept = end
-    return b"".join([*pieces, view[kept:]]), pictures
+    pieces.append(view[kept:])
+    if sum(map(len, pieces)) > BODY_TEXT:
+        message = f"the body is larger than {BODY_TEXT} bytes, its data URLs not counted"
+        raise ApiError(413, message, code="body_too_large")
+    return b"".join(pieces), pictures
 
 
 def parse(text: bytes, pictures: Container[str] = ()) -> Any:
-    if len(text) > BODY_TEXT:
-        message = f"the body is larger than {BODY_TEXT} bytes, its data URLs not counted"
-        raise ApiError(413, message, code="body_too_large")
     try:
         value = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
