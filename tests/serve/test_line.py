@@ -119,3 +119,9 @@ def test_a_picture_read_before_is_the_same(eager):
         options = {"seed": 1, "num_timesteps": 3, "cfg_text_scale": 1.0}
         ours, theirs = (eager.run([one, "a"], output="image", **options)[0] for one in (read, image))
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_rows_are_known_before_the_first_request(model):
+    with serving(model) as server:
+        rows = sum(profile.rows * profile.batches for profile in model.profiles)
+        assert server.engine.metrics.registry.get_sample_value("bagel_rows") == rows > 0
