@@ -62,7 +62,8 @@ def as_api_error(error: Exception) -> ApiError:
 def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]
-    message = first["msg"].removeprefix("Value error, ")
+    unknown = first["type"] == "extra_forbidden"
+    message = "no such field; /openapi.json lists them" if unknown else first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, ".".join(where) or None)
 
 

@@ -211,3 +211,9 @@ def test_large_bodies_wait_for_memory(server):
 def test_a_data_url_elsewhere(server):
     with pytest.raises(openai.BadRequestError, match="belongs into"):
         server.client().images.generate(prompt=data_url(png(8)), extra_body=FEW)
+
+
+def test_an_unknown_field_is_told_in_our_words(server):
+    with pytest.raises(openai.BadRequestError, match="num_steps: no such field") as refused:
+        server.client().images.generate(prompt="a", extra_body={"num_steps": 3})
+    assert refused.value.param == "num_steps"
