@@ -1,5 +1,6 @@
 """A loaded model and what it can be asked to do: the public API beside `loading.load`."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,7 +36,11 @@ class Model:
         examples: Examples = Examples(),  # noqa: B008  frozen
     ):
         self.runtime, self.config, self.tokenizer, self.profiles = runtime, config, tokenizer, list(profiles)
-        self._round_up, self._examples = round_up, examples
+        self._round_up, self._examples, self._process = round_up, examples, os.getpid()
+
+    def __setstate__(self, state: dict):
+        """A pickled model may go to any process, where it is one of its own."""
+        vars(self).update(state, _process=os.getpid())
 
     @property
     def examples(self) -> Examples:
@@ -92,7 +97,13 @@ class Model:
 
     def choose(self, plan: Plan) -> tuple[Profile | None, Plan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the
-        plan as that profile runs it. Raises ProfileError where there is none, on what the largest lacks."""
+        plan as that profile runs it. Raises ProfileError where there is none, on what the largest lacks, and RuntimeError
+        in a fork of the process that loaded the model, which has none of the threads that its runtime would wait for."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this model was loaded in process {self._process}, of which this one is a fork; load it in each process, and "
+                "start those that are given it with multiprocessing.get_context('spawn')"
+            )
         if not self.profiles:
             return None, plan
         fitting = [profile for profile in self.profiles if plan.fits(profile)]

@@ -1,8 +1,12 @@
-"""What a BAGEL model is made of: its sizes, and the numbers that its host side needs."""
+"""What a BAGEL model is made of: its sizes, and the numbers that its host side needs. What cannot be raises ValueError."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from bagel_opt.limits import Range, check_number, check_numbers, real, whole
+
+# The most that any model has of something, so that a lie in a file costs no minutes and no gigabytes.
+WIDEST, DEEPEST, LONGEST = 2**20, 1024, 2**24  # channels, layers, entries of a table
 MAX_PIXELS = 14 * 14 * 9 * 1024  # the official transforms' limit for one image, VAE and ViT alike
 
 
@@ -10,14 +14,21 @@ MAX_PIXELS = 14 * 14 * 9 * 1024  # the official transforms' limit for one image,
 class LLMConfig:
     """The Qwen2-shaped transformer; both experts have these sizes."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
+    hidden_size: int = whole(1, WIDEST)
+    intermediate_size: int = whole(1, WIDEST)
+    num_hidden_layers: int = whole(1, DEEPEST)
+    num_attention_heads: int = whole(1, WIDEST)
+    num_key_value_heads: int = whole(1, WIDEST)
+    vocab_size: int = whole(1, LONGEST)
+    rope_theta: float = real(1e-6, 1e15, 1e6)
+    rms_norm_eps: float = real(1e-15, 1, 1e-6)
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"head counts do not divide: {self}")
+        if self.head_dim % 2:  # channels are rotated in pairs
+            raise ValueError(f"heads have {self.head_dim} channels, which must be even: {self}")
 
     @property
     def head_dim(self) -> int:
@@ -35,14 +46,19 @@ class LLMConfig:
 class ViTConfig:
     """The SigLIP encoder. `num_hidden_layers` counts the layers that run: one fewer than in vit_config.json."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    patch_size: int
-    num_positions: int
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-6
+    hidden_size: int = whole(1, WIDEST)
+    intermediate_size: int = whole(1, WIDEST)
+    num_hidden_layers: int = whole(0, DEEPEST)
+    num_attention_heads: int = whole(1, WIDEST)
+    patch_size: int = whole(1, 1024)
+    num_positions: int = whole(1, LONGEST)
+    num_channels: int = whole(1, 16, 3)
+    layer_norm_eps: float = real(1e-15, 1, 1e-6)
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"head counts do not divide: {self}")
 
     @property
     def patch_dim(self) -> int:
@@ -53,12 +69,21 @@ class ViTConfig:
 class VAEConfig:
     """The FLUX autoencoder; the defaults are the published model's."""
 
-    ch: int = 128
+    ch: int = whole(32, 4096, 128)
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 16
-    scale_factor: float = 0.3611
-    shift_factor: float = 0.1159
+    num_res_blocks: int = whole(1, 64, 2)
+    z_channels: int = whole(1, 1024, 16)
+    scale_factor: float = real(1e-6, 1e6, 0.3611)
+    shift_factor: float = real(-1e6, 1e6, 0.1159)
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.ch % 32:
+            raise ValueError(f"ch is {self.ch}; it must be a multiple of the 32 groups that are normed together")
+        if not isinstance(self.ch_mult, tuple) or not 1 <= len(self.ch_mult) <= 8:
+            raise ValueError(f"ch_mult is {self.ch_mult!r:.60}; it must be 1 to 8 whole numbers")
+        for number in self.ch_mult:
+            check_number("ch_mult", number, Range(1, 64))
 
     @property
     def downsample(self) -> int:
@@ -69,19 +94,25 @@ class VAEConfig:
 class ResizeConfig:
     """Limits of an input image's sides in pixels; both sides become multiples of `stride`."""
 
-    max_size: int
-    min_size: int
-    stride: int
+    max_size: int = whole(1, 2**16)
+    min_size: int = whole(1, 2**16)
+    stride: int = whole(1, 2**16)
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
     """Ids of <|im_start|>, <|im_end|>, <|vision_start|> and <|vision_end|>, in the official names."""
 
-    bos_token_id: int
-    eos_token_id: int
-    start_of_image: int
-    end_of_image: int
+    bos_token_id: int = whole(0, LONGEST)
+    eos_token_id: int = whole(0, LONGEST)
+    start_of_image: int = whole(0, LONGEST)
+    end_of_image: int = whole(0, LONGEST)
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -94,9 +125,14 @@ class BagelConfig:
     vae_resize: ResizeConfig
     vit_resize: ResizeConfig
     special: SpecialTokens
-    latent_side: int  # side of the square table of latent positions
-    vit_side: int  # side of the square table of ViT positions
-    latent_patch_size: int = 2
+    latent_side: int = whole(1, 4096)  # side of the square table of latent positions
+    vit_side: int = whole(1, 4096)  # side of the square table of ViT positions
+    latent_patch_size: int = whole(1, 64, 2)
+
+    def __post_init__(self):
+        check_numbers(self)
+        if (top := max(asdict(self.special).values())) >= self.llm.vocab_size:
+            raise ValueError(f"special token {top} is none of a vocabulary of {self.llm.vocab_size}")
 
     @property
     def latent_dim(self) -> int:
@@ -118,6 +154,7 @@ class BagelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "BagelConfig":
+        """Of what `to_dict` gave. Raises ValueError, TypeError or KeyError for anything else."""
         vae = VAEConfig(**{**data["vae"], "ch_mult": tuple(data["vae"]["ch_mult"])})
         return cls(
             **{

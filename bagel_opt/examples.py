@@ -6,7 +6,6 @@ All of it is optional, in a checkpoint and in a bundle. What is damaged or stran
 """
 
 import io
-import json
 import logging
 import shutil
 import warnings
@@ -14,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
+
+from bagel_opt.errors import shown
+from bagel_opt.json_files import read_json
 
 EXAMPLES = "examples.json"
 PROMPTS, CHARACTERS, PIXELS, BYTES = 3, 500, 2**22, 2**16  # at most: prompts; of one text, the picture, the file
@@ -53,14 +55,15 @@ def _read_or_log(folder: Path) -> tuple[Examples, list[str]]:
         if (folder / EXAMPLES).exists():
             return _read(folder)
     except Exception as error:  # no file that is there for show may stop a server; Pillow raises many kinds
-        log.warning("%s is ignored: %s", folder / EXAMPLES, " ".join(str(error).split()) or type(error).__name__)
+        why = shown(" ".join(str(error).split())) or type(error).__name__
+        log.warning("%s is ignored: %s", folder / EXAMPLES, why)
     return Examples(), []
 
 
 def _read(folder: Path) -> tuple[Examples, list[str]]:
     if (folder / EXAMPLES).stat().st_size > BYTES:
         raise ValueError(f"it is longer than {BYTES} bytes")
-    data = json.loads((folder / EXAMPLES).read_text(encoding="utf-8"))
+    data = read_json(folder / EXAMPLES, ValueError)
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")
     prompts, texts = data.get("prompts"), {name: data[name] for name in ("edit", "question") if name in data}

@@ -8,9 +8,10 @@ from bagel_opt.api import Model
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
-from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, check_files, read_manifest
+from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
+from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -89,10 +90,12 @@ def load_bundle(
         raise ValueError(
             f"device={str(device)!r}; allowed for {folder} is {manifest.device!r}, which it was exported for"
         )
-    check_files(folder, manifest, progress, check)
+    check_bundle(folder, manifest, progress, check)
+    tokenizer, special = Tokenizer(folder / TOKENIZER, BundleError), manifest.config.special
+    if tokenizer.special != special or tokenizer.largest_id >= manifest.config.llm.vocab_size:
+        raise BundleError(f"{folder / TOKENIZER} is of another model; copy or export the bundle again")
     runtime = (_onnx_runtime if manifest.kind == "onnx" else _torch_runtime)(folder, manifest, device)
-    tokenizer, examples = Tokenizer(folder / TOKENIZER), read_examples(folder)
-    return Model(runtime, manifest.config, tokenizer, manifest.profiles, examples=examples)
+    return Model(runtime, manifest.config, tokenizer, manifest.profiles, examples=read_examples(folder))
 
 
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_opt.errors import ProfileError
+from bagel_opt.limits import check_numbers, whole
 from bagel_opt.toml_files import names, package_folder, read_settings
 
 
@@ -16,19 +17,19 @@ class Profile:
     """
 
     name: str
-    rows: int
-    slots: int
-    text: int
-    patches: int
-    latents: int
+    rows: int = whole(1, 4096)
+    slots: int = whole(1, 2**24)
+    text: int = whole(1, 2**24)
+    patches: int = whole(1, 2**24)
+    latents: int = whole(1, 2**24)
 
     def __post_init__(self):
-        for field in ("rows", "slots", "text", "patches", "latents"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ProfileError(
-                    f"profile {self.name!r}: {field} is {value!r}; it must be a whole number of at least 1"
-                )
+        if not isinstance(self.name, str):
+            raise ProfileError(f"name is {self.name!r:.60}; it must be a text")
+        try:
+            check_numbers(self)
+        except ValueError as error:
+            raise ProfileError(f"profile {self.name!r:.60}: {error}") from None
 
     def cost(self) -> tuple[int, ...]:
         """Orders profiles from small to large."""

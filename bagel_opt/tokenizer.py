@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 
 from bagel_opt.config import SpecialTokens
-from bagel_opt.errors import CheckpointError
+from bagel_opt.errors import CheckpointError, reason
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
@@ -13,16 +13,16 @@ SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 class Tokenizer:
     """A checkpoint's tokenizer.json.
 
-    Raises FileNotFoundError where the file is missing and CheckpointError where it cannot be read.
+    Raises FileNotFoundError where the file is missing and `error` where it cannot be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, error: type[ValueError] = CheckpointError):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; copy the checkpoint's tokenizer.json there")
         try:
             self._tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from None
+        except Exception as bad:  # the library raises bare Exception
+            raise error(f"{path} is not a readable tokenizer: {reason(bad)}") from None
         # Settings that some tokenizer.json carry from training; the official tokenizer heeds neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

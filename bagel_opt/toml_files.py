@@ -27,7 +27,7 @@ def read_settings(kind: type[T], source: str | Path, folder: Path, error: type[V
         raise FileNotFoundError(f"{what} {str(source)!r} is neither a file nor one of: {', '.join(names(folder))}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as bad:
+    except (ValueError, RecursionError) as bad:  # the latter of what is nested deeply
         raise error(f"{path} is not valid TOML: {bad}") from None
     fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
     needed = {name for name, required in fields.items() if required}

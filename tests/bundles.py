@@ -89,12 +89,13 @@ def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None,
 
 @contextlib.contextmanager
 def few_programs(*names: str) -> Iterator[None]:
-    """Exports have these programs alone meanwhile, and take less."""
+    """Exports have these programs alone meanwhile, and take less; and bundles of them load."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "bagel_opt.export.bundle.signatures",
-            lambda *given: {name: one for name, one in signatures(*given).items() if name in names},
-        )
+        for module in ("export.bundle", "runtime.bundle_check"):
+            patch.setattr(
+                f"bagel_opt.{module}.signatures",
+                lambda *given: {name: one for name, one in signatures(*given).items() if name in names},
+            )
         yield
 
 

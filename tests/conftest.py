@@ -9,7 +9,7 @@ from hypothesis import settings
 pytest.register_assert_rewrite("support", "bundles")
 
 import bundles  # noqa: E402  after the rewrite is registered
-from bundles import BUNDLES, PROFILES, cached_export  # noqa: E402
+from bundles import BUNDLES, PROFILES, cached_export, few_programs  # noqa: E402
 from support import CHECKPOINT  # noqa: E402
 
 import bagel_opt  # noqa: E402
@@ -83,10 +83,12 @@ def bundle(load):
     return load(CHECKPOINT, "onnx").runtime.folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def two():
-    """The folder of a bundle of two profiles, with what it takes to draw, decode and read pictures."""
+    """The folder of a bundle of two profiles, with what it takes to draw, decode and read pictures; it loads in this test."""
     programs = ("text", "decode", "vit", "generate", "generate_row", "step", "vae_encode", "vae_decode")
     small = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
     large = Profile("large", rows=3, slots=512, text=16, patches=16, latents=64)
-    return cached_export(CHECKPOINT, [large, small], name="two", format="export", programs=programs)
+    folder = cached_export(CHECKPOINT, [large, small], name="two", format="export", programs=programs)
+    with few_programs(*programs):
+        yield folder

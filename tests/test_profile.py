@@ -1,5 +1,7 @@
 """Bundles of several profiles: what they share, and which one a request takes."""
 
+import re
+
 import numpy as np
 import pytest
 from bundles import SMALL
@@ -10,6 +12,7 @@ import bagel_opt
 from bagel_opt import ProfileError
 from bagel_opt.export import export
 from bagel_opt.files.manifest import read_manifest
+from bagel_opt.profile import load_profile
 from bagel_opt.sampling.planning import make_plan
 
 
@@ -58,6 +61,29 @@ def test_branches_stay_together_where_a_profile_has_the_rows(two):
     # what the small one has no room for is not cut down to it
     name, plan = chosen("a b " * 90, output="text")
     assert (name, plan.max_tokens > 100) == ("large", True)
+
+
+@pytest.mark.parametrize("field", ["rows", "slots", "text", "patches", "latents"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.0", "true", "'8'", "nan", "inf", "1" + "0" * 18, "[8]"])
+def test_a_size_that_no_profile_has(tmp_path, field, value):
+    sizes = {**dict.fromkeys(("rows", "slots", "text", "patches", "latents"), "8"), field: value}
+    path = tmp_path / "p.toml"
+    path.write_text("name = 'p'\n" + "".join(f"{name} = {size}\n" for name, size in sizes.items()))
+    with pytest.raises(
+        ProfileError, match=f"{re.escape(str(path))}: profile 'p': {field} is .*; it must be a whole number"
+    ):
+        load_profile(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "[" * 10**5, "a = " + "1" * 5000, "name = 3\nrows = 1\nslots = 1\ntext = 1\npatches = 1\nlatents = 1"],
+)
+def test_a_profile_that_is_hardly_toml(tmp_path, text):
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(ProfileError, match=re.escape(str(tmp_path / "p.toml"))) as caught:
+        load_profile(tmp_path / "p.toml")
+    assert str(caught.value).isprintable()
 
 
 def test_no_profile_or_the_same_twice_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
-from bagel_opt.cli.console import bar, console, guarded, tables
+from bagel_opt.cli.console import bar, console, guarded, say, tables
 from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
@@ -42,11 +42,11 @@ def edit(a: argparse.Namespace) -> None:
 
 
 def understand(a: argparse.Namespace) -> None:
-    print(_run(a, [_open(a.image), a.prompt], "text")[0])
+    say(_run(a, [_open(a.image), a.prompt], "text")[0])
 
 
 def chat(a: argparse.Namespace) -> None:
-    print(_run(a, [a.prompt], "text")[0])
+    say(_run(a, [a.prompt], "text")[0])
 
 
 def export(a: argparse.Namespace) -> None:
@@ -166,7 +166,7 @@ def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
         a.seed = secrets.randbits(32)  # so that it can be named
     *thoughts, picture = _run(a, inputs(), "image")
     for thought in thoughts:
-        print(thought)
+        say(thought)
     picture.save(a.out)
     show(picture)
     print(a.out, flush=True)  # before what follows on stderr

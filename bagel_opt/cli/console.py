@@ -4,14 +4,27 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from bagel_opt.errors import shown
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
 NO_COMPILER = ("No working C++ compiler", "C++ compile error")  # as torch's compiler says it
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class PlainConsole(Console):
+    """What is printed has text out of files in it: no markup of rich's, and nothing that steers a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **{**options, "markup": False, "emoji": False, "highlight": False})
+
+
+console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -42,20 +55,25 @@ def guarded(run: Callable[[], object]) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"bagel-opt: {message}", file=sys.stderr)
+    print(f"bagel-opt: {shown(message)}", file=sys.stderr)
     return status
+
+
+def say(text: str) -> None:
+    """Prints what a model wrote; to a file or a pipe as it is."""
+    print(shown(text) if sys.stdout.isatty() else text)
 
 
 def tables() -> Console:
     """Where tables go. A pipe or a file has no width to break them at."""
     fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if fixed else 250)
+    return PlainConsole(width=None if fixed else 250)
 
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr where that is a terminal; yields update(what, done, total)."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
         task = progress.add_task(what, total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from bagel_opt.cli.memory import needs
 from bagel_opt.config import BagelConfig
-from bagel_opt.dtypes import BY_SAFETENSORS
-from bagel_opt.files.manifest import MANIFEST, WEIGHTS, check_files, read_manifest
+from bagel_opt.files.manifest import MANIFEST, WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import Profile, load_profile
+from bagel_opt.runtime.bundle_check import check_bundle
 
 PARTS = {
     "_moe_gen": "generation expert",
@@ -51,7 +51,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _bundle(folder: Path, check: bool) -> list[Table]:
     manifest = read_manifest(folder)
-    check_files(folder, manifest, digests=check)
+    check_bundle(folder, manifest, digests=check)
     total = sum(entry["size"] for entry in manifest.files.values())
     about = _table(f"bundle {folder}", "", "")
     for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
@@ -96,12 +96,11 @@ def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list
 
     checkpoint = Checkpoint(source)
     parameters, dtypes, size = Counter(), defaultdict(set), Counter()
-    for name, shape in checkpoint.shapes.items():
+    for name, place in checkpoint.tensors.items():
         part = next(label for key, label in PARTS.items() if key in f".{name}")
-        parameters[part] += math.prod(shape)
-        dtypes[part].add(checkpoint.dtypes[name])
-        kind = BY_SAFETENSORS.get(checkpoint.dtypes[name])
-        size[part] += math.prod(shape) * (kind.bytes if kind else 1)
+        parameters[part] += math.prod(place.shape)
+        dtypes[part].add(place.dtype.safetensors)
+        size[part] += place.length
     weights = _table(f"checkpoint {checkpoint.folder}", "part", "parameters", "dtype", "size")
     for part in PARTS.values():
         weights.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))

@@ -1,7 +1,6 @@
 """Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +8,13 @@ from pathlib import Path
 import torch
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.dtypes import BY_SAFETENSORS, STORED
-from bagel_opt.errors import CheckpointError
+from bagel_opt.dtypes import STORED
+from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.files.checkpoint_config import read_config
-from bagel_opt.files.torch_weights import Reader, opened
+from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
+from bagel_opt.files.torch_weights import Reader
+from bagel_opt.files.weights import Location, locate_weights
+from bagel_opt.json_files import read_json
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
@@ -95,64 +97,46 @@ def published_tensors(model: Bagel) -> Iterator[tuple[str, torch.Tensor]]:
 class Checkpoint:
     """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
 
-    Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read.
+    Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
+    are not those of its sizes.
     """
 
     def __init__(self, source: str | Path):
         self.folder = find_folder(source)
         self.where: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self.tensors: dict[str, Location] = {}
         for path in weight_files(self.folder):
-            self._read_header(path)
+            prefix = "vae." if path.name == VAE_FILE else ""
+            for name, place in locate_weights(path, CheckpointError).items():
+                self.where[prefix + name], self.tensors[prefix + name] = path, place
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
-        self.config: BagelConfig = read_config(self.folder, self.shapes, self.tokenizer.special)
+        shapes = {name: place.shape for name, place in self.tensors.items()}
+        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special)
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
-
-    def _read_header(self, path: Path) -> None:
-        prefix = "vae." if path.name == VAE_FILE else ""
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  the file is no mapping
-                part = file.get_slice(name)
-                self.where[prefix + name] = path
-                self.shapes[prefix + name] = tuple(part.get_shape())
-                self.dtypes[prefix + name] = part.get_dtype()
+        self._compare(parameter_shapes(self.config))
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
-        want: dict[str, tuple[int, ...]] = {}
-        for name, parameter in model.named_parameters():
-            sources, shape = published_names(name), tuple(parameter.shape)
+        self._compare({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+
+    def _compare(self, parameters: Shapes) -> None:
+        want: Shapes = {}
+        for name, shape in parameters.items():
+            sources = published_names(name)
             for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
                 want[source] = (rows, *shape[1:])
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
-        if len(self.shapes.get(patch, ())) == 4:
+        if patch in self.tensors and len(self.tensors[patch].shape) == 4:
             want[patch] = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
         last = self.config.vit.num_hidden_layers
         unused = re.compile(UNUSED.replace("{last}", str(last)))
-        wrong = {
-            "missing": [name for name in want if name not in self.shapes],
-            "surplus": [name for name in self.shapes if name not in want and not unused.match(name)],
-            "mis-shaped": [
-                f"{name} is {list(self.shapes[name])}, not {list(shape)}"
-                for name, shape in want.items()
-                if name in self.shapes and self.shapes[name] != shape
-            ],
-            "of unknown dtype": [
-                f"{name} is {self.dtypes[name]}"
-                for name in want
-                if name in self.dtypes and not _known(self.dtypes[name])
-            ],
-        }
-        if any(wrong.values()):
-            raise CheckpointError(
-                f"{self.folder}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names)
-            )
+        have = {name: place for name, place in self.tensors.items() if name in want or not unused.match(name)}
+        compare(self.folder, have, want, STORED, CheckpointError)
 
     def load(
         self,
@@ -162,11 +146,10 @@ class Checkpoint:
     ) -> Bagel:
         """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place.
 
-        progress(done, total) is called in parameters read. Raises CheckpointError before anything is allocated.
+        progress(done, total) is called in parameters read.
         """
         with torch.device("meta"):
             model = Bagel(self.config)
-        self.check(model)
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         parameters = dict(model.named_parameters())
         for done, (name, parts) in enumerate(self.read(model)):
@@ -180,7 +163,7 @@ class Checkpoint:
     def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
         stacked in it, in the file's dtype."""
-        with contextlib.closing(Reader()) as reader:
+        with contextlib.closing(Reader(CheckpointError)) as reader:
             for name, parameter in model.named_parameters():
                 parts = [self._tensor(reader, part) for part in published_names(name)]
                 if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
@@ -198,10 +181,10 @@ def weight_files(folder: Path) -> list[Path]:
     files = [path for path in (folder / "ema.safetensors", folder / "model.safetensors") if path.is_file()][:1]
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not a valid index of shards") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in shards):
+        if any(not isinstance(name, str) or Path(name).name != name or not name.isprintable() for name in shards):
             raise CheckpointError(f"{index} names files outside its folder")
         paths = [folder / name for name in shards if name != vae.name]
         # The official code reads ema.safetensors; an index beside it may be stale or tell of other weights.
@@ -230,16 +213,6 @@ def find_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"{source} is neither a folder here nor a repo that can be downloaded: {reason}"
+            f"{source} is neither a folder here nor a repo that can be downloaded: {reason(error)}"
         ) from None
-
-
-def _known(kind: str) -> bool:
-    return kind in BY_SAFETENSORS and BY_SAFETENSORS[kind].name in STORED
-
-
-def _listed(kind: str, names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind}: {', '.join(names[:limit])}{more}"

@@ -23,6 +23,7 @@ import fastjsonschema
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import BundleError
+from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.profile import Profile
 
 FORMAT = 5
@@ -66,32 +67,35 @@ class Manifest:
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """Reads manifest.json and checks it against its schema, but not the other files. Raises BundleError."""
+    """Reads manifest.json and checks it by itself, but not the other files nor that programs are those of the profiles.
+    Raises BundleError."""
     path = folder / name
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
+        text = path.read_bytes()
+        data = parse_json(text, path, BundleError)
         version, checksum = data["format"], data.pop("sha256")
+        changed = checksum != _digest(data) or text != _dump({**data, "sha256": checksum}).encode()
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         raise BundleError(f"{path} is damaged; copy or export the bundle again") from None
     if version != FORMAT:
         todo = "upgrade it" if isinstance(version, int) and version > FORMAT else "export the bundle again"
         raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads {FORMAT}, so {todo}")
-    if checksum != _digest(data) or text != _dump({**data, "sha256": checksum}):
+    if changed:
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
     try:
-        fastjsonschema.validate(json.loads(SCHEMA.read_text(encoding="utf-8")), data)
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise BundleError(f"{path}: {error.message}; export the bundle again") from None
+        fastjsonschema.validate(read_json(SCHEMA, ValueError), data)
+        profiles, config = [Profile(**profile) for profile in data["profiles"]], BagelConfig.from_dict(data["config"])
+    except (fastjsonschema.JsonSchemaValueException, ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{path}: {error!s:.300}; export the bundle again") from None
     return Manifest(
         kind=data["kind"],
         dtype=data["dtype"],
         device=data["device"],
         attention=data["attention"],
-        profiles=[Profile(**profile) for profile in data["profiles"]],
-        config=BagelConfig.from_dict(data["config"]),
+        profiles=profiles,
+        config=config,
         programs=data["programs"],
         versions=data["versions"],
         machine=data["machine"],
@@ -118,9 +122,13 @@ def check_files(
         )
     for done, (name, entry) in enumerate(manifest.files.items()):
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        try:
+            inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
+            inside = there = False
+        if not inside:
             raise BundleError(f"{path} leads outside the bundle; copy or export the bundle again")
-        if not path.is_file():
+        if not there:
             raise BundleError(f"{path} is missing; copy or export the bundle again")
         if path.stat().st_size != entry["size"] or (digests and file_digest(path) != entry["sha256"]):
             raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")

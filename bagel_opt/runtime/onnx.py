@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bagel_opt.errors import BundleError
+from bagel_opt.errors import BundleError, reason
 from bagel_opt.files.manifest import WEIGHTS, Manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.profile import Profile
@@ -42,8 +42,7 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
             path, options, providers=providers, disabled_optimizers=["GatherSliceToSplitFusion"]
         )
     except Exception as error:  # ORT's exceptions have no common base
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason(error)}") from None
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
         raise ImportError(
@@ -86,8 +85,18 @@ class OnnxRuntime:
         entry = self.programs[program]
         with self.lock:
             if entry["file"] not in self.sessions:
-                self.sessions[entry["file"]] = self._load(self.folder / entry["file"], entry)
+                session = self._load(self.folder / entry["file"], entry)
+                self._check(self.folder / entry["file"], entry, session)
+                self.sessions[entry["file"]] = session
             return self.sessions[entry["file"]]
+
+    def _check(self, path: Path, entry: dict, session: ort.InferenceSession) -> None:
+        """That a file holds the program that the manifest says. Raises BundleError."""
+        caches = self.cache_names if entry["cache_rows"] else []
+        takes = {x.name for x in session.get_inputs()} - set(entry["weights"])
+        gives = {x.name for x in session.get_outputs()}
+        if takes != {*entry["inputs"], *caches} or gives != {*entry["outputs"], *(f"{name}.out" for name in caches)}:
+            raise BundleError(f"{path} is not the program that the manifest tells of; copy or export the bundle again")
 
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -139,7 +148,7 @@ class OnnxRuntime:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ORT's exceptions have no common base
-            raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {str(error).splitlines()[0]}") from None
+            raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
         return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
 
     def host(self, tensor: np.ndarray, row: int | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from bagel_opt.dtypes import BY_ONNX, DTYPES
+from bagel_opt.errors import reason
 from bagel_opt.files.manifest import WEIGHTS, Manifest
 from bagel_opt.files.weights import mapped_weights
 from bagel_opt.programs.interface import as_slice
@@ -129,8 +130,7 @@ class OnnxGpuRuntime(OnnxRuntime):
             try:
                 self.session(program).run_with_iobinding(bound.binding, bound.options)
             except Exception as error:  # ORT's exceptions have no common base
-                reason = str(error).splitlines()[0]
-                raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason}") from None
+                raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
             if graphed:
                 return tuple(bound.outputs.values())
             return tuple(map(_wrapped, bound.binding.get_outputs()[: len(entry["outputs"])]))

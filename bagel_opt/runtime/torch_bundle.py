@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.graph import CodeGen
 
-from bagel_opt.errors import BundleError
+from bagel_opt.errors import BundleError, reason
 from bagel_opt.files.manifest import CACHE, WEIGHTS, Manifest
 from bagel_opt.files.torch_weights import read_weights
 from bagel_opt.model.bagel import Bagel
@@ -106,8 +106,7 @@ class PackagedRuntime(TorchRuntime):
                 else:
                     self.opened[file] = _flat(torch.export.load(path))
             except Exception as error:  # torch's own have no common base
-                reason = str(error).splitlines()[0]
-                raise BundleError(f"{path}: torch {torch.__version__} cannot load it: {reason}") from None
+                raise BundleError(f"{path}: torch {torch.__version__} cannot load it: {reason(error)}") from None
         return self.opened[file]
 
 

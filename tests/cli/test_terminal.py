@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,12 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from checkpoints import edit_weights
 from PIL import Image
+from rich.table import Table
 from support import CHECKPOINT, GOLDEN
 
 import bagel_opt
+from bagel_opt import BundleError, CheckpointError, ProfileError
 from bagel_opt.cli import terminal
 from bagel_opt.cli.commands import main
+from bagel_opt.cli.console import PlainConsole, guarded, tables
 
 ROOT = Path(bagel_opt.__file__).parent.parent
 INPUT = GOLDEN / "cases" / "image_editing" / "input0.png"
@@ -141,6 +147,66 @@ def test_a_process_in_the_background_asks_nothing(monkeypatch, foreground):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(os, "tcgetpgrp", lambda _: os.getpgrp() + (not foreground))
     assert terminal._may_ask() == foreground
+
+
+# ---- text out of files
+
+
+STEERING = "\x1b]0;title\x07\x1b[31m[red]:smile:\x9b1m\u202e\ud800\x00"
+SHOWN = r"\x1b]0;title\x07\x1b[31m[red]:smile:\x9b1m\u202e\ud800\x00"
+
+
+def test_text_out_of_files_does_not_steer_the_terminal(capsys):
+    table = Table(STEERING, title=STEERING)
+    table.add_row(STEERING)
+    for output in (tables(), PlainConsole(width=250, force_terminal=True, color_system=None)):
+        output.print(table)
+        output.print(STEERING)
+        shown = capsys.readouterr().out
+        assert shown.count(SHOWN) == 4
+        assert not set(shown) & set("\x1b\x07\x9b\u202e\ud800\x00")
+
+
+def test_a_message_does_not_steer_the_terminal(capsys):
+    def fail():
+        raise ValueError(STEERING)
+
+    assert guarded(fail) == 1
+    assert capsys.readouterr().err == f"bagel-opt: {SHOWN}\n"
+    for error in (CheckpointError, BundleError, ProfileError):
+        assert str(error(f"{STEERING}\n\r")) == SHOWN + r"\n\r"
+        assert str(error(str(error(STEERING)))) == SHOWN  # told on, it stays the same
+        assert str(error("Größe 10 × 12\t日本語 👩‍🔬")) == "Größe 10 × 12\t日本語 👩‍🔬"
+
+
+def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path, capsys):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    edit_weights(folder, **{"\x1b[31mone\n[red]more": torch.zeros(1)})
+    assert main(["inspect", str(folder)]) == 1
+    assert capsys.readouterr().err == f"bagel-opt: {folder}: 1 tensor surplus: \\x1b[31mone\\n[red]more\n"
+
+
+def test_what_the_hub_says_does_not_steer_the_terminal(monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise OSError("\x1b[31mno\nsuch repo")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert main(["inspect", "owner/name"]) == 1
+    assert capsys.readouterr().err.endswith("that can be downloaded: \\x1b[31mno\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_does_not_steer_the_terminal(monkeypatch, capsys, terminal):
+    text = STEERING.replace("\ud800", "")
+
+    class Answers:
+        def run(self, *args, **options):
+            return [f"one\n{text}"]
+
+    monkeypatch.setattr("bagel_opt.cli.commands.load", lambda *args, **options: Answers())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["chat", "hello"]) == 0
+    assert capsys.readouterr().out == "one\n" + (SHOWN.replace(r"\ud800", "") if terminal else text) + "\n"
 
 
 # ---- the command that repeats

@@ -1,13 +1,16 @@
 """The runtime of ONNX bundles."""
 
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 from support import CHECKPOINT
 
 import bagel_opt
+from bagel_opt import BundleError
 from bagel_opt.files.manifest import read_manifest
 from bagel_opt.runtime.onnx import OnnxRuntime
 
@@ -25,6 +28,15 @@ def test_caches_are_updated_in_place(bundle):
         assert (cache[1, :10] == 7).all()
         assert (cache[1, 74:] == 7).all()
         assert (cache[1, 10:74] != 7).any()
+
+
+def test_a_file_of_another_program_is_named(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    shutil.copyfile(bundle / "decode.onnx", copy / "text.onnx")
+    runtime = OnnxRuntime(copy, read_manifest(copy))
+    with pytest.raises(BundleError, match=r"text\.onnx is not the program that the manifest tells of"):
+        runtime.session("text")
+    runtime.session("decode")
 
 
 def test_bundles_run_without_torch(bundle, tmp_path):

@@ -1,0 +1,169 @@
+"""The names and shapes of a model's weights, from its sizes alone and without torch: what a checkpoint and a bundle have to
+hold, compared before anything is built from either."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_opt.files.weights import Location
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def parameter_shapes(c: BagelConfig) -> Shapes:
+    """The parameters of `Bagel`."""
+    hidden = c.llm.hidden_size
+    return {
+        **_llm(c.llm),
+        **_vit(c.vit),
+        **_linear("connector.fc1", hidden, c.vit.hidden_size),
+        **_linear("connector.fc2", hidden, hidden),
+        "vit_position.weight": (c.vit_side**2, hidden),
+        "latent_position.weight": (c.latent_side**2, hidden),
+        **_linear("time.fc1", hidden, 256),
+        **_linear("time.fc2", hidden, hidden),
+        **_linear("latent_in", hidden, c.latent_dim),
+        **_linear("latent_out", c.latent_dim, hidden),
+        **{f"vae.{name}": shape for name, shape in _vae(c.vae).items()},
+    }
+
+
+def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
+    """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py)."""
+    shapes = parameter_shapes(c)
+    if kind != "onnx":
+        return shapes
+    queries, found = c.llm.hidden_size, {}
+    for name, (rows, *rest) in shapes.items():
+        stem, _, last = name.rpartition(".")
+        parts = {name: rows}
+        if stem.endswith(".gate_up"):
+            parts = {f"{stem}.gate.{last}": rows // 2, f"{stem}.up.{last}": rows // 2}
+        elif device == "cuda" and stem.startswith("llm.") and stem.endswith(".qkv"):
+            parts = {f"{stem}.q.{last}": queries, f"{stem}.kv.{last}": rows - queries}
+        for part, count in parts.items():
+            product = len(rest) == 1 and not name.endswith(("embed.weight", "position.weight"))
+            found[part] = (*rest, count) if product and device == "cpu" else (count, *rest)
+    return found
+
+
+def compare(
+    where: Path, have: Mapping[str, Location], want: Shapes, dtypes: Collection[str], error: type[ValueError]
+) -> None:
+    """Raises `error` listing how the tensors in files differ from those that a model has. dtypes: which they may have."""
+    both = [name for name in want if name in have]
+    wrong = {
+        "missing": [name for name in want if name not in have],
+        "surplus": [name for name in have if name not in want],
+        "mis-shaped": [
+            f"{name} is {list(have[name].shape)}, not {list(want[name])}"
+            for name in both
+            if have[name].shape != want[name]
+        ],
+        f"not of {' or '.join(dtypes)}": [
+            f"{name} is {have[name].dtype.name}" for name in both if have[name].dtype.name not in dtypes
+        ],
+    }
+    if any(wrong.values()):
+        raise error(f"{where}: " + "; ".join(_listed(kind, names) for kind, names in wrong.items() if names))
+
+
+def _listed(kind: str, names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    listed = ", ".join(f"{name:.200}" for name in names[:limit])
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind}: {listed}{more}"
+
+
+# ---- the parts of a model
+
+
+def _llm(c: LLMConfig) -> Shapes:
+    hidden, keys = c.hidden_size, c.num_key_value_heads * c.head_dim
+    found: Shapes = {"llm.embed.weight": (c.vocab_size, hidden)}
+    for layer in range(c.num_hidden_layers):
+        for expert in ("und", "gen"):
+            at = f"llm.layers.{layer}.{expert}"
+            found |= {
+                f"{at}.norm1.weight": (hidden,),
+                **_linear(f"{at}.qkv", hidden + 2 * keys, hidden),
+                f"{at}.q_norm.weight": (c.head_dim,),
+                f"{at}.k_norm.weight": (c.head_dim,),
+                f"{at}.o.weight": (hidden, hidden),
+                f"{at}.norm2.weight": (hidden,),
+                f"{at}.gate_up.weight": (2 * c.intermediate_size, hidden),
+                f"{at}.down.weight": (hidden, c.intermediate_size),
+            }
+    return {
+        **found,
+        "llm.norm_und.weight": (hidden,),
+        "llm.norm_gen.weight": (hidden,),
+        "llm.lm_head.weight": (c.vocab_size, hidden),
+    }
+
+
+def _vit(c: ViTConfig) -> Shapes:
+    hidden = c.hidden_size
+    found = {
+        **_linear("vit_encoder.patch", hidden, c.patch_dim),
+        "vit_encoder.position.weight": (c.num_positions, hidden),
+        **_norm("vit_encoder.norm", hidden),
+    }
+    for layer in range(c.num_hidden_layers):
+        at = f"vit_encoder.layers.{layer}"
+        found |= {
+            **_norm(f"{at}.norm1", hidden),
+            **_linear(f"{at}.qkv", 3 * hidden, hidden),
+            **_linear(f"{at}.out", hidden, hidden),
+            **_norm(f"{at}.norm2", hidden),
+            **_linear(f"{at}.fc1", c.intermediate_size, hidden),
+            **_linear(f"{at}.fc2", hidden, c.intermediate_size),
+        }
+    return found
+
+
+def _vae(c: VAEConfig) -> Shapes:
+    widths = [c.ch * m for m in c.ch_mult]
+    top, last = widths[-1], len(widths) - 1
+    found = {**_conv("encoder.conv_in", c.ch, 3), **_conv("decoder.conv_in", top, c.z_channels)}
+    for half, channels, out in (("encoder", top, 2 * c.z_channels), ("decoder", widths[0], 3)):
+        found |= {
+            **_resnet(f"{half}.mid.block_1", top, top),
+            **_norm(f"{half}.mid.attn_1.norm", top),
+            **_resnet(f"{half}.mid.block_2", top, top),
+            **_norm(f"{half}.norm_out", channels),
+            **_conv(f"{half}.conv_out", out, channels),
+        }
+        for name in ("q", "k", "v", "proj_out"):
+            found |= _conv(f"{half}.mid.attn_1.{name}", top, top, 1)
+    for level, width in enumerate(widths):
+        entering = {"encoder.down": widths[level - 1] if level else c.ch, "decoder.up": widths[min(level + 1, last)]}
+        for side, c_in in entering.items():
+            for block in range(c.num_res_blocks + (side == "decoder.up")):
+                found |= _resnet(f"{side}.{level}.block.{block}", width if block else c_in, width)
+        if level != last:
+            found |= _conv(f"encoder.down.{level}.downsample.conv", width, width)
+        if level:
+            found |= _conv(f"decoder.up.{level}.upsample.conv", width, width)
+    return found
+
+
+def _resnet(name: str, c_in: int, c_out: int) -> Shapes:
+    return {
+        **_norm(f"{name}.norm1", c_in),
+        **_conv(f"{name}.conv1", c_out, c_in),
+        **_norm(f"{name}.norm2", c_out),
+        **_conv(f"{name}.conv2", c_out, c_out),
+        **(_conv(f"{name}.nin_shortcut", c_out, c_in, 1) if c_in != c_out else {}),
+    }
+
+
+def _linear(name: str, c_out: int, c_in: int) -> Shapes:
+    return {f"{name}.weight": (c_out, c_in), f"{name}.bias": (c_out,)}
+
+
+def _conv(name: str, c_out: int, c_in: int, side: int = 3) -> Shapes:
+    return {f"{name}.weight": (c_out, c_in, side, side), f"{name}.bias": (c_out,)}
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
