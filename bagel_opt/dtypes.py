@@ -31,4 +31,4 @@ DTYPES = {
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values()}
 BY_ONNX = {d.onnx: d for d in DTYPES.values()}
 COMPUTE = ("float32", "bfloat16", "float16")  # in which a model may compute
-STORED = ("float64", *COMPUTE)  # in which a checkpoint's weights may lie
+STORED = ("float64", *COMPUTE, "float8_e4m3fn")  # in which a checkpoint's weights may lie

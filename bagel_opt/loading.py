@@ -1,5 +1,6 @@
 """Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from bagel_opt.api import Model
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
+from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("eager", "compile")
+log = logging.getLogger("bagel_opt")
 
 
 def load(
@@ -28,6 +31,8 @@ def load(
     dtype: "str | torch.dtype | None" = None,
     attention: str = "auto",
     profile: "Profile | str | Path | None" = None,
+    weights: "str | Path | None" = None,
+    lora: Loras = (),
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -35,7 +40,11 @@ def load(
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
-    profile: a Profile, a TOML file or a name; None fits the shapes to each call. check: compare a bundle's files with
+    profile: a Profile, a TOML file or a name; None fits the shapes to each call.
+    weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
+    as peft writes them, each a file or a folder, or (file, factor), merged into the weights. Which files were taken is
+    logged to "bagel_opt", where there was a choice.
+    check: compare a bundle's files with
     their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
@@ -43,7 +52,8 @@ def load(
     """
     folder = Path(source) if source is not None else shipped_model()
     if (folder / MANIFEST).is_file():
-        given = {"dtype": dtype, "profile": profile, "attention": None if attention == "auto" else attention}
+        given = {"dtype": dtype, "profile": profile, "weights": weights, "lora": lora or None}
+        given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
             if value is not None:
                 raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
@@ -65,7 +75,9 @@ def load(
     kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     chosen = backends.choose(attention, where, kind)
     fixed = [load_profile(profile)] if profile is not None else []
-    checkpoint = Checkpoint(folder if source is None else source)
+    checkpoint = Checkpoint(folder if source is None else source, weights, lora)
+    for note in checkpoint.notes:
+        log.info(note)
     model = checkpoint.load(where, kind, progress)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))

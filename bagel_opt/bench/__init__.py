@@ -117,9 +117,9 @@ def bench(
             if (Path(source) / MANIFEST).is_file():
                 contenders.append(Contender(f"{name}, bundle", source, "bundle", device=settings.get("device")))
                 continue
-            from bagel_opt.files.checkpoint import find_folder
+            from bagel_opt.files.finding import find_place
 
-            source = str(find_folder(source))
+            source = str(find_place(source))
             if official:
                 where = {key: settings.get(key) for key in ("device", "dtype")}
                 contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))

@@ -51,6 +51,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "--attention", help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
     )
     export_.add_argument("--device", help="cpu (default) or cuda")
+    _weights(export_)
     export_.add_argument(
         "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"
     )
@@ -98,6 +99,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
     )
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
+    _weights(show)
     show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
     _no_check(show)
     return top
@@ -158,7 +160,30 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    _weights(group)
     _no_check(group)
+
+
+def _weights(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--weights", metavar="FILE", help="a fine-tune's file, folder or repo id over the checkpoint")
+    group.add_argument(
+        "--lora",
+        metavar="FILE[=FACTOR]",
+        action="append",
+        type=_adapter,
+        default=[],
+        help="an adapter's file or folder, as peft writes them; may be given several times",
+    )
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    place, _, factor = text.rpartition("=")
+    if not place or Path(text).exists():
+        return text, 1.0
+    try:
+        return place, float(factor)
+    except ValueError:
+        return text, 1.0
 
 
 def _no_check(group: argparse._ActionsContainer) -> None:
@@ -169,7 +194,7 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "check")}
+    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "weights", "lora", "check")}
 
 
 def serve_options(sub: argparse.ArgumentParser) -> None:

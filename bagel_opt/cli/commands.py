@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
-from bagel_opt.cli.console import bar, console, guarded, say, tables
+from bagel_opt.cli.console import bar, console, guarded, say, tables, tell_notes
 from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
     arguments = parser(COMMANDS).parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
+    if arguments.run is not serve:  # whose log is JSON
+        tell_notes()
     return guarded(lambda: arguments.run(arguments))
 
 
@@ -59,13 +61,13 @@ def export(a: argparse.Namespace) -> None:
     options.pop("profiles", None)
     if not profiles:
         check_settings(**options)  # before a line on the profile hides what is wrong
-        profiles = [_default_profile(a.checkpoint)]
+        profiles = [_default_profile(a.checkpoint, a.weights)]
     with bar("exporting") as update:
         folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
     print(folder)
 
 
-def _default_profile(checkpoint: str | None) -> Profile:
+def _default_profile(checkpoint: str | None, weights: str | None) -> Profile:
     """The profile where none was named, with a line on stderr saying which."""
     from bagel_opt.export.default_profile import default_profile
 
@@ -73,7 +75,7 @@ def _default_profile(checkpoint: str | None) -> Profile:
         from bagel_opt.files.checkpoint import Checkpoint
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
-    config = Checkpoint(shipped_model() if checkpoint is None else checkpoint).config
+    config = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights).config
     profile, side = default_profile(config), config.default_size
     sizes = f"{profile.rows} rows of {profile.slots} slots, {profile.latents} latents, {profile.patches} patches"
     console.print(
@@ -142,6 +144,7 @@ def serve(a: argparse.Namespace) -> None:
             if getattr(a, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for replicas; give --replicas too")
         settings = server_settings(a)
+        server.log_as_json()
         bound = server.bind(a.host, a.port)
         server.serve(_load(a), settings.pop("name"), a.host, a.port, bound, **settings)
         return
@@ -154,7 +157,7 @@ def serve(a: argparse.Namespace) -> None:
 
 def inspect(a: argparse.Namespace) -> None:
     output = tables()
-    for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check):
+    for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check, weights=a.weights, lora=a.lora):
         output.print(table)
 
 

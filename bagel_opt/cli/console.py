@@ -1,6 +1,7 @@
 """What every command shows: progress bars, tables, and an error in one line."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,20 @@ def _fail(message: str, status: int = 1) -> int:
 def say(text: str) -> None:
     """Prints what a model wrote; to a file or a pipe as it is."""
     print(shown(text) if sys.stdout.isatty() else text)
+
+
+class _Notes(logging.Handler):
+    """Lines of the package's log, such as which of several files was taken."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage())
+
+
+def tell_notes() -> None:
+    log = logging.getLogger("bagel_opt")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes(logging.INFO))
+        log.setLevel(logging.INFO)
 
 
 def tables() -> Console:

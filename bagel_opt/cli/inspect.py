@@ -9,6 +9,7 @@ from rich.table import Table
 
 from bagel_opt.cli.memory import needs
 from bagel_opt.config import BagelConfig
+from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import MANIFEST, WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.loading import shipped_model
@@ -25,21 +26,25 @@ PARTS = {
 
 
 def describe(
-    source: str | Path | None, profiles: Sequence[str] = (), dtype: str | None = None, check: bool = True
+    source: str | Path | None,
+    profiles: Sequence[str] = (),
+    dtype: str | None = None,
+    check: bool = True,
+    weights: str | Path | None = None,
+    lora: Loras = (),
 ) -> list[Table]:
     """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
-    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. Raises what `load` raises, and ValueError for
-    profiles of a bundle."""
+    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. weights, lora: as
+    `load` takes them. Raises what `load` raises, and ValueError for what a bundle does not take."""
     folder = shipped_model() if source is None else Path(source)
     if (folder / MANIFEST).is_file():
-        if profiles or dtype:
+        if profiles or dtype or weights or lora:
             raise ValueError(
-                f"{folder} is a bundle, whose profiles and dtype were fixed when it was exported; leave them out"
+                f"{folder} is a bundle, whose profiles, dtype and weights were fixed when it was exported; leave them out"
             )
         return _bundle(folder, check)
-    return _checkpoint(
-        folder if source is None else source, [load_profile(name) for name in profiles], dtype or "float32"
-    )
+    chosen = [load_profile(name) for name in profiles]
+    return _checkpoint(folder if source is None else source, chosen, dtype or "float32", weights, lora)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -86,7 +91,9 @@ def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, parameters
     return table
 
 
-def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list[Table]:
+def _checkpoint(
+    source: str | Path, profiles: list[Profile], dtype: str, weights: str | Path | None, lora: Loras
+) -> list[Table]:
     try:
         from bagel_opt.files.checkpoint import Checkpoint
     except ImportError as error:
@@ -94,19 +101,22 @@ def _checkpoint(source: str | Path, profiles: list[Profile], dtype: str) -> list
             f"{source} is a checkpoint, which needs {error.name}: pip install 'bagel-opt[torch]'"
         ) from None
 
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, weights, lora)
     parameters, dtypes, size = Counter(), defaultdict(set), Counter()
     for name, place in checkpoint.tensors.items():
         part = next(label for key, label in PARTS.items() if key in f".{name}")
         parameters[part] += math.prod(place.shape)
         dtypes[part].add(place.dtype.safetensors)
         size[part] += place.length
-    weights = _table(f"checkpoint {checkpoint.folder}", "part", "parameters", "dtype", "size")
+    table = _table(f"checkpoint {checkpoint.about}", "part", "parameters", "dtype", "size")
     for part in PARTS.values():
-        weights.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
-    weights.add_section()
-    weights.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
-    tables = [weights, _config(checkpoint.config)]
+        table.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
+    table.add_section()
+    table.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
+    chosen = _table("files", "")
+    for note in (*checkpoint.notes, *map(str, checkpoint.adapters)):
+        chosen.add_row(note)
+    tables = [table, *([chosen] if chosen.row_count else []), _config(checkpoint.config)]
     return [*tables, _memory(checkpoint.config, profiles, dtype, parameters.total())] if profiles else tables
 
 

@@ -40,7 +40,9 @@ def server_settings(a: argparse.Namespace) -> dict:
     keys, hosts = split_keys(a.api_key, os.environ.get("BAGEL_OPT_API_KEYS")), allowed_hosts(a.host, a.allowed_host)
     if a.checkpoint is None and a.profile is None:
         a.profile = "demo"
-    describe(a.checkpoint, check=a.check)  # what cannot be loaded should not cost starting a cluster
+    describe(
+        a.checkpoint, check=a.check, weights=a.weights, lora=a.lora
+    )  # what cannot be loaded should not cost starting a cluster
     if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
         raise ValueError(
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())

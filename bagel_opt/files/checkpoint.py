@@ -9,20 +9,20 @@ import torch
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import STORED
-from bagel_opt.errors import CheckpointError, reason
+from bagel_opt.errors import CheckpointError
+from bagel_opt.files.adapters import Loras, with_factors
 from bagel_opt.files.checkpoint_config import read_config
+from bagel_opt.files.finding import VAE_FILE, check_layout, find_place, transformer_files
+from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
 from bagel_opt.files.torch_weights import Reader
 from bagel_opt.files.weights import Location, locate_weights
-from bagel_opt.json_files import read_json
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
-FILES = ("*.json", "*.safetensors", "example.png")  # the last: of examples.json
-VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
-
-# SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along.
-UNUSED = r"vit_model\.vision_model\.(head\.|encoder\.layers\.{last}\.)"
+# SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along, and buffers that are
+# computed, not learned.
+UNUSED = r"vit_model\.vision_model\.(head\.|encoder\.layers\.{last}\.)|.*\.(inv_freq|position_ids)$"
 
 LAYER_PARTS = {
     "norm1": ("input_layernorm{gen}",),
@@ -64,6 +64,9 @@ OTHERS = {
 }
 
 
+COMPUTED = {"latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"}  # fixed tables, which may be absent
+
+
 def published_names(name: str) -> tuple[str, ...]:
     """The published tensors that one of our parameters is made of, stacked along the first dimension."""
     if match := re.fullmatch(r"llm\.layers\.(\d+)\.(und|gen)\.(\w+)\.(weight|bias)", name):
@@ -94,21 +97,47 @@ def published_tensors(model: Bagel) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(sources, parameter.detach().split(rows), strict=True)
 
 
+def sine_table(rows: int, channels: int) -> torch.Tensor:
+    """The fixed table of positions in a square grid, row by row: of each, sines and cosines of its column, then of its row,
+    at channels / 4 frequencies from 1 down to 1/10000 (Vaswani et al. 2017, in two dimensions as in MAE)."""
+    side, count = round(rows**0.5), channels // 4
+    frequencies = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
+    row, column = (x.double() for x in (torch.arange(rows) // side, torch.arange(rows) % side))
+    angles = [place[:, None] * frequencies for place in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
 class Checkpoint:
     """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
 
+    weights: a file or a folder whose tensors count in place of the folder's; what it lacks comes from there. lora: adapters
+    that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
     Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
     are not those of its sizes.
     """
 
-    def __init__(self, source: str | Path):
-        self.folder = find_folder(source)
-        self.where: dict[str, Path] = {}
+    def __init__(self, source: str | Path, weights: str | Path | None = None, lora: Loras = ()):
+        self.folder = find_place(source)
+        if self.folder.is_file():
+            raise CheckpointError(
+                f"{source} is weights without a model; give the model's folder, and this file as weights"
+            )
+        self.notes: list[str] = []
+        self.places: dict[str, tuple[Path, str]] = {}  # published name -> file, and name there
         self.tensors: dict[str, Location] = {}
-        for path in weight_files(self.folder):
-            prefix = "vae." if path.name == VAE_FILE else ""
-            for name, place in locate_weights(path, CheckpointError).items():
-                self.where[prefix + name], self.tensors[prefix + name] = path, place
+        self.about = f"{self.folder}" if weights is None else f"{weights} over {self.folder}"
+        self._find(self.folder, needed=weights is None)
+        if weights is not None:
+            before, place = self.tensors, find_place(weights)
+            self.tensors = {}
+            self._find(place)
+            replaced = len(self.tensors)
+            self.tensors = before | self.tensors
+            self.notes.append(f"{replaced} tensors are of {place}, {len(self.tensors) - replaced} of {self.folder}")
+        if not any(name.startswith("vae.") for name in self.tensors):
+            raise FileNotFoundError(
+                f"{self.folder / VAE_FILE} is missing; copy the published one there, or give this as weights over a folder that has it"
+            )
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
         shapes = {name: place.shape for name, place in self.tensors.items()}
         self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special)
@@ -118,6 +147,34 @@ class Checkpoint:
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
         self._compare(parameter_shapes(self.config))
+        self.adapters = [Lora(find_place(place), factor, self.tensors) for place, factor in with_factors(lora)]
+
+    def _find(self, place: Path, needed: bool = True) -> None:
+        """Adds the tensors of a folder or a file. needed: whether there must be those of the transformer."""
+        try:
+            files, others = transformer_files(place)
+        except FileNotFoundError:
+            if needed:
+                raise
+            files, others = [], []
+        if others:
+            named = ", ".join(path.name for path in others)
+            self.notes.append(
+                f"taking {files[0].name} of {place}; there is {named} too, which weights={others[0]} would take"
+            )
+        if (place / VAE_FILE).is_file():
+            files = [*files, place / VAE_FILE]
+        for path in files:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
+            found, prefix = locate_weights(path, CheckpointError), "vae." if path.name == VAE_FILE else ""
+            check_layout(path, found)
+            for name, at in found.items():
+                if prefix + name in self.tensors:
+                    raise CheckpointError(
+                        f"{path} and {self.places[prefix + name][0].name} both have tensor {name:.200}"
+                    )
+                self.places[prefix + name], self.tensors[prefix + name] = (path, name), at
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
@@ -136,7 +193,9 @@ class Checkpoint:
         last = self.config.vit.num_hidden_layers
         unused = re.compile(UNUSED.replace("{last}", str(last)))
         have = {name: place for name, place in self.tensors.items() if name in want or not unused.match(name)}
-        compare(self.folder, have, want, STORED, CheckpointError)
+        for name in COMPUTED - have.keys():
+            del want[name]
+        compare(self.about, have, want, STORED, CheckpointError)
 
     def load(
         self,
@@ -165,54 +224,18 @@ class Checkpoint:
         stacked in it, in the file's dtype."""
         with contextlib.closing(Reader(CheckpointError)) as reader:
             for name, parameter in model.named_parameters():
-                parts = [self._tensor(reader, part) for part in published_names(name)]
+                parts = [self._tensor(reader, part, parameter) for part in published_names(name)]
                 if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
                     parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
                 yield name, parts
 
-    def _tensor(self, reader: Reader, name: str) -> torch.Tensor:
-        path = self.where[name]
-        return reader.read(path, name.removeprefix("vae.") if path.name == VAE_FILE else name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The transformer's files (shards named in an index, or one file) and the VAE's."""
-    index, vae = folder / "model.safetensors.index.json", folder / VAE_FILE
-    files = [path for path in (folder / "ema.safetensors", folder / "model.safetensors") if path.is_file()][:1]
-    if index.is_file():
-        try:
-            shards = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index} is not a valid index of shards") from None
-        if any(not isinstance(name, str) or Path(name).name != name or not name.isprintable() for name in shards):
-            raise CheckpointError(f"{index} names files outside its folder")
-        paths = [folder / name for name in shards if name != vae.name]
-        # The official code reads ema.safetensors; an index beside it may be stale or tell of other weights.
-        if not files or (files[0] in paths and all(path.is_file() for path in paths)):
-            files = paths
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights: ema.safetensors, model.safetensors or an index of shards")
-    for path in (*files, vae):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
-    return [*files, vae]
-
-
-def find_folder(source: str | Path) -> Path:
-    """A local folder as it is, or a Hugging Face repo id downloaded to the cache."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{source} is no folder; give a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a folder here nor a repo that can be downloaded: {reason(error)}"
-        ) from None
+    def _tensor(self, reader: Reader, name: str, like: torch.Tensor) -> torch.Tensor:
+        if name not in self.places:  # one of COMPUTED
+            return sine_table(*like.shape)
+        tensor = reader.read(*self.places[name])
+        if tensor.dtype == torch.float8_e4m3fn:  # a plain cast, of which bfloat16 holds each number
+            tensor = tensor.bfloat16()
+        for adapter in self.adapters:
+            if name in adapter.pairs:  # rounded once, at the end, as peft rounds it
+                tensor = tensor.float() + adapter.delta(name)
+        return tensor

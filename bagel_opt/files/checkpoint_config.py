@@ -9,6 +9,7 @@ from bagel_opt.json_files import read_json
 from bagel_opt.limits import Range, check_number
 
 COUNT = Range(1, 2**31)
+LATENT_SIDE = 64  # of the published model's table of positions
 
 
 def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens) -> BagelConfig:
@@ -28,10 +29,11 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Sp
 
 def _config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens) -> BagelConfig:
     """Raises ValueError too, which does not name the folder."""
-    top = _read_json(folder / "config.json")
+    ours = folder / "config.json"  # without it the official code's own two files do
+    top = {} if not ours.exists() and (folder / "llm_config.json").exists() else _read_json(ours)
     llm = _section(folder, top, "llm_config")
     vit = _section(folder, top, "vit_config")
-    vae = _read_vae(folder, top.get("vae_config") or {})
+    vae = _read_vae(folder, top.get("vae_config") or {}, shapes)
     prep = _read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
     llm_config = LLMConfig(
         hidden_size=_whole(llm, "hidden_size"),
@@ -73,14 +75,14 @@ def _config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Specia
         vae_resize=limits("vae", 1024, 512, 16),
         vit_resize=limits("vit", 980, 224, 14),
         special=special,
-        latent_side=_side(shapes, "latent_pos_embed.pos_embed"),
-        vit_side=_side(shapes, "vit_pos_embed.pos_embed"),
+        latent_side=_side(shapes, "latent_pos_embed.pos_embed", LATENT_SIDE),
+        vit_side=_side(shapes, "vit_pos_embed.pos_embed", round(vit_config.num_positions**0.5)),
         latent_patch_size=_whole(top, "latent_patch_size", 2),
     )
 
 
-def _read_vae(folder: Path, given: dict) -> VAEConfig:
-    """Fields that are not there have the published model's sizes."""
+def _read_vae(folder: Path, given: dict, shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
+    """Fields that are not there have the sizes of the tensors; the published config.json has none of them."""
     if not isinstance(given, dict):
         raise CheckpointError(f"{folder}/config.json: vae_config holds {type(given).__name__}, not an object of fields")
     fixed = {"downsample", "resolution", "in_channels", "out_ch"}  # follow from the others, or never vary
@@ -89,7 +91,20 @@ def _read_vae(folder: Path, given: dict) -> VAEConfig:
     fields = {name: value for name, value in given.items() if name not in fixed}
     if isinstance(fields.get("ch_mult"), list):
         fields["ch_mult"] = tuple(fields["ch_mult"])
-    return VAEConfig(**fields)
+    return VAEConfig(**{**_vae_sizes(shapes), **fields})
+
+
+def _vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    widths, blocks = [], 0
+    while shape := shapes.get(f"vae.encoder.down.{len(widths)}.block.0.conv1.weight"):
+        widths.append(shape[0])
+    while f"vae.encoder.down.0.block.{blocks}.conv1.weight" in shapes:
+        blocks += 1
+    first, latent = (shapes.get(f"vae.{name}.conv_in.weight", ()) for name in ("encoder", "decoder"))
+    if not widths or len(first) != 4 or len(latent) != 4 or any(width % first[0] for width in widths):
+        return {}
+    mult = tuple(width // first[0] for width in widths)
+    return {"ch": first[0], "ch_mult": mult, "num_res_blocks": blocks, "z_channels": latent[1]}
 
 
 def _whole(section: Mapping, field: str, default: int | None = None) -> int:
@@ -116,9 +131,10 @@ def _section(folder: Path, top: dict, name: str) -> dict:
     return top[name]
 
 
-def _side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+def _side(shapes: Mapping[str, tuple[int, ...]], name: str, default: int) -> int:
+    """Of a table of positions. default: where the file has none, since it is fixed."""
     if name not in shapes:
-        raise ValueError(f"tensor {name} is missing from the checkpoint")
+        return default
     rows = shapes[name][0] if shapes[name] else 0
     side = round(rows**0.5)
     if side < 1 or side**2 != rows:

@@ -48,7 +48,7 @@ def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
 
 
 def compare(
-    where: Path, have: Mapping[str, Location], want: Shapes, dtypes: Collection[str], error: type[ValueError]
+    where: Path | str, have: Mapping[str, Location], want: Shapes, dtypes: Collection[str], error: type[ValueError]
 ) -> None:
     """Raises `error` listing how the tensors in files differ from those that a model has. dtypes: which they may have."""
     both = [name for name in want if name in have]

@@ -30,6 +30,7 @@ __all__ = [
     "Service",
     "bind",
     "create_app",
+    "log_as_json",
     "make_app",
     "serve",
 ]
@@ -48,13 +49,18 @@ def make_app(
 ) -> FastAPI:
     """The application of a model, with its engine. Logs JSON lines to stderr. keys, hosts: of Access."""
     access = Access(tuple(keys), hosts)
+    log_as_json()
+    return create_app(Service(name, EngineThread(model, Metrics(), max_queue, timeout), limits, remote), access)
+
+
+def log_as_json() -> None:
+    """To stderr, unless this process has a log already."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     handler.addFilter(Bounded())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Limits.pixels is what counts
-    return create_app(Service(name, EngineThread(model, Metrics(), max_queue, timeout), limits, remote), access)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,102 @@
+"""Where a checkpoint's files are: its folder, and in it the weights."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from bagel_opt.errors import CheckpointError, reason
+from bagel_opt.json_files import read_json
+
+FILES = ("*.json", "merges.txt", "*.safetensors", "example.png")  # the last: of examples.json
+VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
+INDEX = "model.safetensors.index.json"
+# The transformer's file, in the order in which one is taken: the official code reads the first, training with it writes the
+# first two, and RecA, Bagel-Zebra-CoT and those who cast it to eight bits publish the others.
+WEIGHTS = (
+    "ema.safetensors",
+    "model.safetensors",
+    "model_bf16.safetensors",
+    "ema-FP8.safetensors",
+    "ema-fp8.safetensors",
+)
+# Other formats by their files' names, and what to take instead.
+PICKLED = "pickled by PyTorch, and may run code when it is read"
+OTHER_FORMATS = {".gguf": "GGUF", **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PICKLED)}
+# Other layouts of safetensors by the names of their tensors.
+OTHER_LAYOUTS = {
+    r"\.(qweight|qzeros|g_idx)$": "integers of GPTQ, AWQ or AutoRound",
+    r"\.(absmax|quant_map|nested_absmax)$|\.quant_state\.bitsandbytes": "numbers of bitsandbytes",
+    r"\.(encoded_exponent|sign_mantissa|output_positions)$": "numbers of DFloat11",
+    r"(\.|^)(scale_weight|weight_scale|weight_scale_inv|input_scale|scaled_fp8)$": "FP8 with scales",
+    r"\.lora_[AB](\.|$)|\.lora_magnitude_vector": "a LoRA adapter, which goes over a model as lora=, --lora",
+}
+
+
+def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
+    """The safetensors files of a transformer in a folder, or the one that is named, and those that could have been taken
+    instead. Raises FileNotFoundError and CheckpointError."""
+    if place.is_file():
+        _check_format(place)
+        return [place], []
+    index = place / INDEX
+    found = [path for name in WEIGHTS if (path := place / name).is_file()]
+    shards = _shards(index) if index.is_file() else []
+    # The official code reads ema.safetensors; an index beside it may be stale or tell of other weights.
+    if shards and (not found or (found[0] in shards and all(path.is_file() for path in shards))):
+        found = [path for path in found if path not in shards]
+        return shards, found
+    if found:
+        return found[:1], found[1:]
+    others = sorted(path for path in place.glob("*.safetensors") if path.name != VAE_FILE)
+    if len(others) == 1 and others[0].name != "adapter_model.safetensors":
+        return others, []
+    if others:
+        names = ", ".join(path.name for path in others[:8])
+        raise FileNotFoundError(f"{place} has none of {', '.join(WEIGHTS)}; name the file to take as weights: {names}")
+    for path in sorted(place.glob("*")):
+        _check_format(path)
+    raise FileNotFoundError(f"{place} has no weights: {', '.join(WEIGHTS)} or an index of shards")
+
+
+def _check_format(path: Path) -> None:
+    if found := OTHER_FORMATS.get(path.suffix.lower()):
+        raise CheckpointError(f"{path} is {found}; take the same weights as *.safetensors, in 16 bits or plain FP8")
+
+
+def check_layout(path: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError for tensors of another layout than BAGEL's, naming it."""
+    for name in names:
+        if found := next((what for pattern, what in OTHER_LAYOUTS.items() if re.search(pattern, name)), None):
+            raise CheckpointError(
+                f"{path} holds {found} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"
+            )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        shards = sorted(set(read_json(index, CheckpointError)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not a valid index of shards") from None
+    if any(not isinstance(name, str) or Path(name).name != name or not name.isprintable() for name in shards):
+        raise CheckpointError(f"{index} names files outside its folder")
+    return [index.parent / name for name in shards if name != VAE_FILE]
+
+
+def find_place(source: str | Path) -> Path:
+    """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache."""
+    place = Path(source)
+    if place.exists():
+        return place
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+        raise FileNotFoundError(
+            f"{source} is no folder; give a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a repo that can be downloaded: {reason(error)}"
+        ) from None

@@ -1,0 +1,116 @@
+"""LoRA adapters as the peft library writes them (https://huggingface.co/docs/peft), merged into weights while those are read."""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bagel_opt.errors import CheckpointError
+from bagel_opt.files.torch_weights import Reader
+from bagel_opt.files.weights import Location, locate_weights
+from bagel_opt.json_files import read_json
+
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
+LANGUAGE = "language_model.model."
+# What other kinds of adapters say in their configuration. The value is what a plain LoRA has.
+PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
+
+
+class Lora:
+    """An adapter: of each weight that it changes, by its published name, the two factors and their scale.
+
+    place: a folder, or the file in one. tensors: those that it may change. Raises FileNotFoundError and CheckpointError.
+    """
+
+    def __init__(self, place: Path, factor: float, tensors: Mapping[str, Location]):
+        self.path = place if place.is_file() else place / FILE
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{place} has no {FILE}; give the folder that peft wrote, or the file in it")
+        self.factor, self.pairs = factor, {}
+        config = self._config()
+        halves: dict[str, dict[str, str]] = {}
+        found = locate_weights(self.path, CheckpointError)
+        for name in found:
+            if not (match := KEY.fullmatch(name)):
+                raise CheckpointError(
+                    f"{self.path}: {name:.200} is of no plain LoRA, which has lora_A and lora_B alone"
+                )
+            halves.setdefault(match["module"], {})[match["half"]] = name
+        for module, pair in halves.items():
+            weight = self._weight(module, tensors)
+            if set(pair) != {"A", "B"} or weight in self.pairs:
+                raise CheckpointError(f"{self.path}: {module:.200} has not one lora_A and one lora_B")
+            rank, scale = self._scale(config, module)
+            shapes = found[pair["A"]].shape, found[pair["B"]].shape
+            rows, columns = tensors[weight].shape
+            if shapes != ((rank, columns), (rows, rank)):
+                raise CheckpointError(
+                    f"{self.path}: {module:.200} has factors of {shapes[0]} and {shapes[1]}; for {weight} of {rows}x{columns} and "
+                    f"rank {rank} they must be {(rank, columns)} and {(rows, rank)}: it is for another model, or not whole"
+                )
+            self.pairs[weight] = pair["A"], pair["B"], factor * scale
+        if not self.pairs:
+            raise CheckpointError(f"{self.path} changes no weight")
+
+    def __str__(self) -> str:
+        counts = f" {self.factor:g} times" if self.factor != 1 else ""
+        return f"adapter {self.path.parent.name}{counts}: changes {len(self.pairs)} weights"
+
+    def delta(self, weight: str) -> torch.Tensor:
+        """What is added to a weight, in float32."""
+        first, second, scale = self.pairs[weight]
+        with contextlib.closing(Reader(CheckpointError)) as reader:
+            return (reader.read(self.path, second).float() @ reader.read(self.path, first).float()) * scale
+
+    def _config(self) -> dict:
+        path = self.path.parent / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; it says how much of the adapter counts")
+        config = read_json(path, CheckpointError)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path} holds {type(config).__name__}, not an object of fields")
+        for name, plain in PLAIN.items():
+            if config.get(name, plain) != plain:
+                raise CheckpointError(
+                    f"{path}: {name} is {config[name]!r:.60}; bagel_opt takes plain LoRA, which has {plain!r}"
+                )
+        if config.get("modules_to_save"):
+            raise CheckpointError(
+                f"{path}: modules_to_save are whole weights; merge them with peft, and give those as weights"
+            )
+        return config
+
+    def _scale(self, config: dict, module: str) -> tuple[int, float]:
+        """(rank, factor), which patterns may set for some modules."""
+        values = []
+        for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            value, patterns = config.get(name), config.get(pattern) or {}
+            for key, other in patterns.items() if isinstance(patterns, dict) else ():
+                if module == key or module.endswith(f".{key}"):
+                    value = other
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 2**16:
+                raise CheckpointError(
+                    f"{self.path.parent / CONFIG}: {name} is {value!r:.60}; it must be a number above 0"
+                )
+            values.append(value)
+        rank, alpha = values
+        return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    def _weight(self, module: str, tensors: Mapping[str, Location]) -> str:
+        """The published weight of a module. Adapters name it from the model's root, from the language model, or from its
+        layers on, after peft's own "base_model.model."."""
+        parts = module.split(".")
+        for start in range(len(parts)):
+            rest = ".".join(parts[start:])
+            for name in (f"{rest}.weight", f"language_model.{rest}.weight", f"{LANGUAGE}{rest}.weight"):
+                if name in tensors and len(tensors[name].shape) == 2:
+                    return name
+        near = difflib.get_close_matches(f"{module}.weight", tensors, n=2, cutoff=0.5)
+        named = f"; nearest: {', '.join(near)}" if near else ""
+        raise CheckpointError(
+            f"{self.path} is for another model: it changes {module:.200}, which this one has not{named}"
+        )
