@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bagel_opt.bench.contenders import from_bundle
 from bagel_opt.bench.measure import PEAK, figures
-from bagel_opt.export.bundle import put_in_place, write_bundle
+from bagel_opt.export.bundle import write_bundle
 from bagel_opt.export.onnx import Shapes
+from bagel_opt.export.placing import put_in_place
 from bagel_opt.files.manifest import MANIFEST
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import choose

@@ -1,18 +1,16 @@
-"""Writing a bundle: which programs it has, and putting it in place whole."""
+"""Writing a bundle: what of it there is, and which programs."""
 
 import dataclasses
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
-from bagel_opt.files.manifest import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files
+from bagel_opt.export.placing import check_space, put_in_place
+from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, Manifest, list_files
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 
@@ -71,8 +69,8 @@ def export(
     progress(what, done, total).
 
     It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
-    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
-    what `load` raises for the checkpoint.
+    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else or
+    another export to it runs, OSError where the disk is full, and what `load` raises for the checkpoint.
     """
     check_settings(format, dtype, attention, device)
     onnx = format == "onnx"
@@ -89,11 +87,14 @@ def export(
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.loading import shipped_model, torch_device
     from bagel_opt.model.attention import choose
+    from bagel_opt.model.bagel import Bagel
     from bagel_opt.model.ops import TorchOps
 
     kind = getattr(torch, dtype)
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
     profiles = profiles or [default_profile(source.config)]
+    with torch.device("meta"):
+        check_space(out, sum(p.numel() for p in Bagel(source.config).parameters()) * kind.itemsize)
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
@@ -119,30 +120,6 @@ def export(
 
             compare(partial, source.folder, progress, unfinished=True)
     return out
-
-
-@contextmanager
-def put_in_place(out: Path) -> Iterator[Path]:
-    """A folder to write a bundle to, which takes the place of `out` in the last steps; where the block fails, it is gone,
-    and `out` is as it was. Whatever dies at any time leaves the old bundle, the new one, or nothing that loads.
-
-    Raises FileExistsError where `out` holds anything but a bundle."""
-    if out.exists() and not _replaceable(out):
-        raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
-    for left in out.parent.glob(f"{out.name}.partial-*"):  # of exports that were killed
-        if not _runs(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            (out / MANIFEST).unlink(missing_ok=True)  # so that a bundle half removed does not load
-            shutil.rmtree(out)
-        partial.rename(out)
-        (out / UNFINISHED).rename(out / MANIFEST)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bundle(
@@ -255,31 +232,6 @@ def _with_free_rows(
         base = name.removesuffix(ROW)
         made[name] = (base, many[base]) if base in ONE_ROW else (name, signature)
     return made
-
-
-def _runs(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return int(process) != os.getpid()
-
-
-def _replaceable(out: Path) -> bool:
-    """Whether a folder is empty, or a bundle, also one half put into place, with nothing in it that an export did not write."""
-    if not out.is_dir():
-        return False
-    inside = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    if not inside:
-        return not any(out.iterdir())
-    name = MANIFEST if MANIFEST in inside else UNFINISHED
-    try:  # of any format version: an older bundle is to be exported again
-        manifest = json.loads((out / name).read_text(encoding="utf-8"))
-        return {"format", "kind", "sha256"} <= manifest.keys() and inside == {name, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _version(name: str) -> str:
