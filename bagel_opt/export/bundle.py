@@ -94,7 +94,7 @@ def export(
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
     profiles = profiles or [default_profile(source.config)]
     with torch.device("meta"):
-        check_space(out, sum(p.numel() for p in Bagel(source.config).parameters()) * kind.itemsize)
+        weights = sum(p.numel() for p in Bagel(source.config).parameters()) * kind.itemsize
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
@@ -114,6 +114,7 @@ def export(
 
     tokenizer = source.folder / "tokenizer.json"
     with put_in_place(out) as partial:
+        check_space(out, weights)  # now that what killed exports left is gone
         write_bundle(make, partial, format, device, profiles, tokenizer, progress, parameters, source.folder)
         if verify:
             from bagel_opt.export.verify import verify as compare

@@ -56,8 +56,7 @@ def check_replaceable(out: Path) -> None:
 
 def check_space(out: Path, needed: int) -> None:
     """Raises OSError where fewer bytes than that are free."""
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
+    if (free := shutil.disk_usage(out.parent).free) < needed:
         raise OSError(
             f"{out}: the weights take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there; "
             "free some space or choose another folder"
