@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from support import CHECKPOINT, ODD, ROOT
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.export import export
-from bagel_opt.export.bundle import put_in_place
+from bagel_opt.export.placing import put_in_place
 from bagel_opt.export.torch_packages import compile_all
 from bagel_opt.files import manifest as manifests
 from bagel_opt.files.manifest import MANIFEST, UNFINISHED, list_files, read_manifest
@@ -134,35 +135,31 @@ def needs_compiler(what: str) -> None:
         pytest.skip(f"{what} needs a C++ compiler on the CPU")
 
 
-def export_quickly(ready, folder, die=None):
-    """An export whose programs are copies of another bundle's; it dies at a step."""
+def export_quickly(ready, folder, die=None, meanwhile=lambda partial: None):
+    """An export to folder/bundle whose programs are copies of another bundle's. meanwhile: called while it is written. die:
+    before which renaming or removal in the folder that follows the process ends, counted from 1."""
     import bagel_opt.export.bundle as module
 
-    manifest = read_manifest(ready)
+    manifest, steps = read_manifest(ready), None
 
     def write(model, profiles, partial, *_):
+        nonlocal steps
         for path in ready.glob("*.pt2"):
             shutil.copy(path, partial)
+        meanwhile(partial)
+        steps = itertools.count(1)
         return manifest.programs
 
-    def before(step, call):
-        def wrapped(*arguments, **options):
-            if step == die and Path(arguments[0]).name == MANIFEST:
+    def dying(call):
+        def wrapped(path, *arguments, **options):
+            if die and steps and path.is_relative_to(folder) and next(steps) == die:
                 os._exit(9)
-            return call(*arguments, **options)
+            return call(path, *arguments, **options)
 
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_write_programs", write)
-        if die:
-            patch.setattr(Path, "unlink", before("unlink", Path.unlink))
-            rename = Path.rename
-
-            def renamed(self, target):
-                if (self.name == UNFINISHED) == (die == "name") and die in ("name", "rename"):
-                    os._exit(9)
-                return rename(self, target)
-
-            patch.setattr(Path, "rename", renamed)
+        for name in ("rename", "unlink", "rmdir"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
         return export(CHECKPOINT, folder / "bundle", manifest.profiles, format="export")

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bagel_opt.files.replacing import replacing
+
 OFFICIAL, OURS, FLOOR = "#9aa0a6", "#1a73e8", "#d93025"
 # figure -> (what the axis says, the factor to what it shows)
 BARS = {
@@ -72,7 +74,8 @@ def _axes(count: int, size: tuple[float, float]) -> list[Any]:
 
 def _save(axes: Any, out: Path) -> None:
     axes.figure.tight_layout()
-    axes.figure.savefig(out, dpi=130)
+    with replacing(out) as partial:
+        axes.figure.savefig(partial, dpi=130)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """BAGEL's published sizes from bundles on the GPU, for full_size.py."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from bagel_opt.bench.contenders import from_bundle
 from bagel_opt.bench.measure import PEAK, figures
-from bagel_opt.export.bundle import put_in_place, write_bundle
+from bagel_opt.export.bundle import write_bundle
 from bagel_opt.export.onnx import Shapes
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.export.placing import put_in_place
+from bagel_opt.files.manifest import MANIFEST, TOKENIZER
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import choose
 from bagel_opt.model.bagel import Bagel
@@ -35,13 +37,13 @@ def written(model: Bagel, folder: Path, kind: str, progress: Callable[[str], Non
         return Shapes(model.config, model.dtype, "cuda") if kind == "onnx" else plain(model)
 
     with put_in_place(folder.resolve()) as partial:
+        shutil.copyfile(shipped_model() / TOKENIZER, partial / TOKENIZER)
         write_bundle(
             make,
             partial,
             kind,
             "cuda",
             profiles,
-            shipped_model() / "tokenizer.json",
             lambda what, *_: progress(f"{kind}: {what}"),
             model.named_parameters(),
         )

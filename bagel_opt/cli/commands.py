@@ -18,6 +18,7 @@ from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
+from bagel_opt.files.replacing import replacing, save_picture
 from bagel_opt.loading import load, shipped_model
 from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.profile import Profile, profile_names
@@ -63,7 +64,8 @@ def export(a: argparse.Namespace) -> None:
         check_settings(**options)  # before a line on the profile hides what is wrong
         profiles = [_default_profile(a.checkpoint, a.weights)]
     with bar("exporting") as update:
-        folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, verify=a.verify, **options)
+        options |= {"weights": a.weights, "lora": a.lora, "verify": a.verify}
+        folder = write_bundle(a.checkpoint, a.out, profiles, progress=update, **options)
     print(folder)
 
 
@@ -114,7 +116,7 @@ def bench(a: argparse.Namespace) -> None:
         )
     tables().print(table(results))
     if a.json:
-        a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _write_json(a.json, results)
     if failed := [f"{result['name']} ({result['error']})" for result in results if "error" in result]:
         raise ValueError(f"could not be timed: {', '.join(failed)}")
 
@@ -125,12 +127,17 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
 
     def save(results: dict) -> None:
         if a.json:
-            a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            _write_json(a.json, results)
 
     with bar("timing") as update:
         results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
     for table in full_size_tables(results):
         tables().print(table)
+
+
+def _write_json(path: Path, results: list | dict) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def serve(a: argparse.Namespace) -> None:
@@ -170,7 +177,7 @@ def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
     *thoughts, picture = _run(a, inputs(), "image")
     for thought in thoughts:
         say(thought)
-    picture.save(a.out)
+    save_picture(picture, a.out)
     show(picture)
     print(a.out, flush=True)  # before what follows on stderr
     print(f"again: {again(a)}", file=sys.stderr)

@@ -16,6 +16,7 @@ import bagel_opt
 from bagel_opt.cli.console import guarded
 from bagel_opt.demo.sheet import Cell, sheet
 from bagel_opt.export import export
+from bagel_opt.files.replacing import save_picture
 
 # A prompt, what to change in the picture, and what to ask about the outcome.
 STORIES = (
@@ -105,9 +106,9 @@ def show(a: argparse.Namespace) -> None:
     off = max(int(np.abs(np.asarray(x).astype(int) - np.asarray(y)).max()) for x, y in pairs)
     say(f"the same from ONNX Runtime: pictures at most {off}/255 off, answers equal: {eager[2:4] == onnx[2:4]}")
     for number, (picture, change) in enumerate(zip(eager[0], eager[1], strict=True)):
-        picture.save(a.out / f"{number}-drawn.png")
-        change.save(a.out / f"{number}-edited.png")
-    contact_sheet(eager, onnx).save(a.out / "sheet.png")
+        save_picture(picture, a.out / f"{number}-drawn.png")
+        save_picture(change, a.out / f"{number}-edited.png")
+    save_picture(contact_sheet(eager, onnx), a.out / "sheet.png")
     say(f"contact sheet: {(a.out / 'sheet.png').resolve()}")
 
 

@@ -24,6 +24,7 @@ from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows
 from bagel_opt.demo.world import Scene, draw, sample_scene
 from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.files.replacing import replacing
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.request import Request
@@ -184,7 +185,8 @@ def measure(a: argparse.Namespace) -> None:
             row("prompts", prompts(), "one at a time, branches mixed", steps, together=False)
     Console().print(table)
     if a.json:
-        a.json.write_text(json.dumps(found, indent=1) + "\n")
+        with replacing(a.json) as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

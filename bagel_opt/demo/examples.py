@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bagel_opt.demo.world import Scene, Thing, draw
 from bagel_opt.examples import EXAMPLES
+from bagel_opt.files.replacing import replacing, save_picture
 
 PICTURE = "example.png"
 SCENE = Scene(  # what the picture shows
@@ -29,5 +30,6 @@ TOLD = {
 
 def write_examples(folder: Path) -> None:
     """Writes them into a checkpoint's folder."""
-    draw(SCENE).save(folder / PICTURE)
-    (folder / EXAMPLES).write_text(json.dumps(TOLD, indent=1) + "\n", encoding="utf-8")
+    save_picture(draw(SCENE), folder / PICTURE)
+    with replacing(folder / EXAMPLES) as partial:
+        partial.write_text(json.dumps(TOLD, indent=1) + "\n", encoding="utf-8")

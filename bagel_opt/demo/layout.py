@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, SpecialTokens, VAEConfig, ViTConfig
 from bagel_opt.demo.world import SIDE
 from bagel_opt.files.checkpoint import VAE_FILE, published_tensors
+from bagel_opt.files.replacing import replacing
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import SPECIAL
 
@@ -166,9 +167,11 @@ def write_checkpoint(folder: Path, model: Bagel) -> None:
         file = VAE_FILE if name.startswith("vae.") else "ema.safetensors"
         files[file][name.removeprefix("vae.")] = tensor.to("cpu", torch.bfloat16).contiguous()
     for file, tensors in files.items():
-        save_file(tensors, folder / file)
-        (folder / file).chmod(0o644)  # it comes readable by its owner alone
+        with replacing(folder / file) as partial:
+            save_file(tensors, partial)
+            partial.chmod(0o644)  # it comes readable by its owner alone
 
 
 def _json(path: Path, data: dict) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

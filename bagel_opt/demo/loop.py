@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bagel_opt.files.replacing import replacing
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -271,10 +273,8 @@ def to(batch: Any, device: torch.device) -> Any:
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Under another name first, so that an interruption leaves the last state whole."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:  # so that an interruption leaves the last state whole
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 @contextlib.contextmanager

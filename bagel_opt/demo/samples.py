@@ -44,7 +44,7 @@ def reconstruction_sheet(model: Bagel, device: torch.device) -> tuple[Image.Imag
         pixels = torch.from_numpy(images.pixels(picture))[None].to(device)
         with torch.no_grad():
             mean = model.vae.encode(pixels).chunk(2, dim=1)[0]
-            decoded = model.vae.decode(c.scale_factor * (mean - c.shift_factor)).cpu().numpy()
+            decoded = model.vae.decode(c.scale_factor * (mean - c.shift_factor))[0].cpu().numpy()
         errors.append(float(np.abs(decoded.astype(int) - np.asarray(picture)).mean()))
         before.append(Cell(picture))
         after.append(Cell(Image.fromarray(decoded), f"{errors[-1]:.2f}"))

@@ -22,6 +22,7 @@ from bagel_opt.demo.loop import Run, Settings, Stopped, Weights, deterministic
 from bagel_opt.demo.samples import reconstruction_sheet, training_sheet
 from bagel_opt.demo.world import BACKGROUNDS, SIDE, middle, sample_scene
 from bagel_opt.files.checkpoint import Checkpoint
+from bagel_opt.files.replacing import save_picture
 from bagel_opt.loading import torch_device
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT
@@ -90,7 +91,7 @@ def train_vae(run: Run, model: Bagel) -> None:
 
     def show(name: str) -> None:
         page, error = reconstruction_sheet(model, run.device)
-        page.save(run.out / name)
+        save_picture(page, run.out / name)
         run.log(stage="vae", sheet=name, held_out_error=error)
 
     run.stage(
@@ -137,7 +138,7 @@ def train_transformer(run: Run, model: Bagel, tokenizer: Tokenizer) -> None:
         return found
 
     def show(name: str) -> None:
-        training_sheet(model, tokenizer).save(run.out / name)
+        save_picture(training_sheet(model, tokenizer), run.out / name)
 
     dataset = data.Batches(tokenizer, s.seed, s.pairs, s.steps)
     run.stage("transformer", weights, s.steps, s.rate, dataset, prepare, compute, show)

@@ -1,18 +1,19 @@
-"""Writing a bundle: which programs it has, and putting it in place whole."""
+"""Writing a bundle: what of it there is, and which programs."""
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
-from bagel_opt.files.manifest import MANIFEST, TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files
+from bagel_opt.export.placing import check_space, put_in_place
+from bagel_opt.files.adapters import Loras
+from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, Manifest, list_files
+from bagel_opt.files.parameters import parameter_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "aoti", "export", "compile")
 ATTENTION = {"onnx": ("auto",), **dict.fromkeys(("aoti", "export"), ("auto", "sdpa", "flash"))}
+log = logging.getLogger("bagel_opt")
 LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 
 
@@ -57,6 +59,8 @@ def export(
     dtype: str = "float32",
     attention: str = "auto",
     device: str = "cpu",
+    weights: str | Path | None = None,
+    lora: Loras = (),
     verify: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
@@ -66,13 +70,13 @@ def export(
     model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
-    "cuda". ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    "cuda". weights, lora: as for `load`. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
     It is written under another name and moved into place when whole. `out` may be empty, absent or an older bundle,
-    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else, and
-    what `load` raises for the checkpoint.
+    which is then replaced. Raises ValueError for a bad argument, FileExistsError where `out` holds something else or
+    another export to it runs, OSError where the disk is full, and what `load` raises for the checkpoint.
     """
     check_settings(format, dtype, attention, device)
     onnx = format == "onnx"
@@ -92,13 +96,15 @@ def export(
     from bagel_opt.model.ops import TorchOps
 
     kind = getattr(torch, dtype)
-    source = Checkpoint(shipped_model() if checkpoint is None else checkpoint)
+    source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
+    for note in source.notes:
+        log.info(note)
     profiles = profiles or [default_profile(source.config)]
+    size = sum(map(prod, parameter_shapes(source.config).values())) * kind.itemsize
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
         shapes = Shapes(source.config, kind, device)
-        source.check(shapes.plain)
         parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
     else:
         where = torch_device(device)
@@ -111,38 +117,15 @@ def export(
         model.ops = ops
         return model
 
-    tokenizer = source.folder / "tokenizer.json"
     with put_in_place(out) as partial:
-        write_bundle(make, partial, format, device, profiles, tokenizer, progress, parameters, source.folder)
+        check_space(out, size)  # now that what killed exports left is gone
+        source.tokenizer.write(partial / TOKENIZER)
+        write_bundle(make, partial, format, device, profiles, progress, parameters, source.folder)
         if verify:
             from bagel_opt.export.verify import verify as compare
 
-            compare(partial, source.folder, progress, unfinished=True)
+            compare(partial, source.folder, progress, unfinished=True, weights=weights, lora=lora)
     return out
-
-
-@contextmanager
-def put_in_place(out: Path) -> Iterator[Path]:
-    """A folder to write a bundle to, which takes the place of `out` in the last steps; where the block fails, it is gone,
-    and `out` is as it was. Whatever dies at any time leaves the old bundle, the new one, or nothing that loads.
-
-    Raises FileExistsError where `out` holds anything but a bundle."""
-    if out.exists() and not _replaceable(out):
-        raise FileExistsError(f"{out} exists and is no bundle; choose another folder or remove it")
-    for left in out.parent.glob(f"{out.name}.partial-*"):  # of exports that were killed
-        if not _runs(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            (out / MANIFEST).unlink(missing_ok=True)  # so that a bundle half removed does not load
-            shutil.rmtree(out)
-        partial.rename(out)
-        (out / UNFINISHED).rename(out / MANIFEST)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bundle(
@@ -151,12 +134,11 @@ def write_bundle(
     format: str,
     device: str,
     profiles: Sequence[Profile],
-    tokenizer: Path,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     parameters: "Iterable[tuple[str, Tensor]] | None" = None,
     examples: Path | None = None,
 ) -> None:
-    """Writes all files of a bundle to a folder, and its manifest under the name UNFINISHED.
+    """Writes the files of a bundle to a folder that has its tokenizer, and its manifest under the name UNFINISHED.
 
     make: the model, its attention chosen, whose memory is free again before anything is compiled ahead. profiles: from
     small to large. parameters: for ONNX, those of a `Bagel`, in its order. examples: the folder whose examples.json, if
@@ -172,7 +154,6 @@ def write_bundle(
         attention = model.ops.backend
         write_parameters(folder / WEIGHTS, model)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
     if examples is not None:
         copy_examples(examples, folder)
     programs, compiled_for = _write_programs(model, profiles, folder, format, progress), ""
@@ -255,31 +236,6 @@ def _with_free_rows(
         base = name.removesuffix(ROW)
         made[name] = (base, many[base]) if base in ONE_ROW else (name, signature)
     return made
-
-
-def _runs(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return int(process) != os.getpid()
-
-
-def _replaceable(out: Path) -> bool:
-    """Whether a folder is empty, or a bundle, also one half put into place, with nothing in it that an export did not write."""
-    if not out.is_dir():
-        return False
-    inside = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    if not inside:
-        return not any(out.iterdir())
-    name = MANIFEST if MANIFEST in inside else UNFINISHED
-    try:  # of any format version: an older bundle is to be exported again
-        manifest = json.loads((out / name).read_text(encoding="utf-8"))
-        return {"format", "kind", "sha256"} <= manifest.keys() and inside == {name, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _version(name: str) -> str:

@@ -35,6 +35,8 @@ def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable
             else:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
             torch.compiler.reset()
-        for path in Path(empty).rglob("*.lock"):
-            path.unlink()
-        shutil.copytree(empty, folder / CACHE)
+        for path in Path(empty).rglob("*"):  # copytree would go on where the disk is full, and list every file
+            if path.is_file() and path.suffix != ".lock":
+                to = folder / CACHE / path.relative_to(empty)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, to)

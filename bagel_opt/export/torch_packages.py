@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import logging
 import shutil
 import subprocess
@@ -77,7 +78,9 @@ def compile_file(path: str) -> None:
                 if str(file).endswith(".wrapper.cpp"):  # torch 2.11 finds the metadata by this name
                     kept.append(str(Path(folder) / Path(file).name))
                     Path(kept[-1]).touch()
-            package_aoti(path, kept)
+            written = io.BytesIO()  # as in export_packaged
+            package_aoti(written, kept)
+            Path(path).write_bytes(written.getbuffer())
     check_loads(path, inputs[0][0].device)
 
 
@@ -109,7 +112,9 @@ def export_packaged(
             graph, used = export_part(part)
             file = f"{name}.{part.role}{suffix}.pt2"
             graph.example_inputs = None  # it would be saved, weights and all
-            torch.export.save(graph, folder / file)
+            written = io.BytesIO()  # torch's own writer ends the process where the disk is full
+            torch.export.save(graph, written)
+            (folder / file).write_bytes(written.getbuffer())
             parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
         entries[name] = {"parts": parts, **dataclasses.asdict(signature)}
     progress("exported", len(signatures), len(signatures))

@@ -8,6 +8,7 @@ from PIL import Image
 
 from bagel_opt.api import Model
 from bagel_opt.errors import BundleError, ProfileError
+from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.images import resized
 from bagel_opt.loading import load, load_bundle
@@ -21,16 +22,18 @@ def verify(
     checkpoint: str | Path | None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     unfinished: bool = False,
+    weights: str | Path | None = None,
+    lora: Loras = (),
 ) -> dict[str, float]:
     """The largest relative error of each program's outputs and caches against eager float32, and of whole requests.
 
-    unfinished: the bundle is not in its place yet. Raises BundleError where an error exceeds the tolerance of the
+    unfinished: the bundle is not in its place yet. weights, lora: what went over the checkpoint. Raises BundleError where an error exceeds the tolerance of the
     bundle's dtype, and what `load` raises. Takes the memory of both models.
     """
     name = UNFINISHED if unfinished else MANIFEST
     manifest = read_manifest(Path(bundle), name)
     ours = load_bundle(Path(bundle), name=name)
-    eager = load(checkpoint, device="cpu", dtype="float32")
+    eager = load(checkpoint, device="cpu", dtype="float32", weights=weights, lora=lora)
     allowed, errors = TOLERANCE[manifest.dtype], {}
     for profile in ours.profiles:
         runs = [run_programs(model.runtime.for_profile(profile), model.config, profile) for model in (eager, ours)]

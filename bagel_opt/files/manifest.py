@@ -26,7 +26,7 @@ from bagel_opt.errors import BundleError
 from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.profile import Profile
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
 UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
 SCHEMA = Path(__file__).with_name("manifest.schema.json")

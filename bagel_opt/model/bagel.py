@@ -142,8 +142,8 @@ class Bagel(nn.Module):
         return (self.vae.encode(pixels_13HW),)
 
     def vae_decode(self, latent_1ZHW: Tensor) -> tuple:
-        """-> picture_HW3, bytes"""
-        return (self.vae.decode(latent_1ZHW),)
+        """-> picture_HW3, bytes; finite_1, 0 where they stand for NaN or infinity"""
+        return self.vae.decode(latent_1ZHW)
 
     # ---- parts
 

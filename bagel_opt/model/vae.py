@@ -152,8 +152,10 @@ class VAE(nn.Module):
         """Pixels in [-1, 1] to mean and log-variance of the posterior [1, 2 * z, H / 8, W / 8] in float32."""
         return self.encoder(pixels_13HW.to(self.encoder.conv_in.weight.dtype)).float()
 
-    def decode(self, latent_1ZHW: Tensor) -> Tensor:
-        """Scaled latent to a picture [8 H, 8 W, 3] of bytes, truncated as in the official code."""
+    def decode(self, latent_1ZHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled latent to a picture [8 H, 8 W, 3] of bytes, truncated as in the official code, and [1], which is 1 where
+        all of its values were finite and 0 otherwise: bytes do not tell."""
         z = latent_1ZHW / self.config.scale_factor + self.config.shift_factor
         x = self.decoder(z.to(self.decoder.conv_in.weight.dtype)).float()
-        return ((x * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0) * 255).to(torch.uint8)
+        picture = ((x * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0) * 255).to(torch.uint8)
+        return picture, (x.sum((1, 2, 3)).abs() < torch.inf).long()

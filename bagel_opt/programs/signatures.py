@@ -125,6 +125,6 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         ),
         "vae_encode": Signature({"pixels": ((1, 3, "height", "width"), "float32")}, ("moments",)),
         "vae_decode": Signature(
-            {"latent": ((1, c.vae.z_channels, "latent_height", "latent_width"), "float32")}, ("picture",)
+            {"latent": ((1, c.vae.z_channels, "latent_height", "latent_width"), "float32")}, ("picture", "finite")
         ),
     }

@@ -17,13 +17,7 @@ from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_names, cache_shape
 
-# One pool of threads for all programs. With a pool each, those of the last program still spin while the next one runs,
-# and take its cores: steps of a small model took four times as long.
-# As many threads as there are cores, or as OMP_NUM_THREADS allows, which Ray sets to a replica's share.
-THREADS = os.environ.get("OMP_NUM_THREADS", "")
-ort.set_global_thread_pool_sizes(int(THREADS) if THREADS.isdecimal() else 0, 0)
-
-# And one arena for the values of all programs, of which one runs at a time. It grows in powers of two: sizes vary, and one
+# One arena for the values of all programs, of which one runs at a time. It grows in powers of two: sizes vary, and one
 # that grows by what is asked for keeps a piece of its own for each.
 ort.create_and_register_allocator(
     ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
@@ -31,11 +25,28 @@ ort.create_and_register_allocator(
 )
 
 
+def threads() -> int:
+    """As many as OMP_NUM_THREADS allows, which Ray sets to a replica's share; else the cores that this process may use.
+    Left to itself ONNX Runtime takes all of the machine's and pins a thread to each."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(given):
+        return int(given)
+    try:
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # of which each core computes for one
+        return len({Path(siblings.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
+    except (OSError, AttributeError):  # not on Linux
+        return os.cpu_count() or 1
+
+
 def load_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
     """A program that runs on the first of the providers, and on no other. Raises BundleError, and ImportError where the
     provider's own libraries cannot be loaded."""
     options.log_severity_level = 3
-    options.use_per_session_threads = False
+    # A pool of threads for each program, since one for all of a process is the process's: no session with its own could
+    # be made any more. Those of the last program would still spin while the next one runs, and take its cores: flow steps
+    # of a small model took three times as long.
+    options.intra_op_num_threads = threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "200")  # beside others on busy cores
     try:
         # What is left out makes a Split of two Slices: slower on a GPU, and wrong in a graph (export/onnx_fused.py).
         session = ort.InferenceSession(

@@ -66,6 +66,8 @@ class Batches:
             batch.caches = self.runtime.caches(self.profile.rows, self.profile.slots)
         else:
             self.runtime.clear_row(batch.caches, c.row)
+        if batch.x is not None:  # programs for all rows draw in this one, too, whoever it belongs to
+            self.set_latents(c, np.zeros((0, self.config.latent_dim), np.float32))
 
     def zeros(self) -> Tensor:
         """Latents or velocities of a batch [rows, latents, channels]."""

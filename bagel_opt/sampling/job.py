@@ -18,6 +18,8 @@ from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.plan import Block, Plan
 from bagel_opt.tokenizer import Tokenizer
 
+NOT_FINITE = "are NaN or infinite: weights are damaged, or numbers overflow; use dtype float32 or bfloat16"
+
 
 @dataclass(frozen=True)
 class Token:
@@ -168,6 +170,8 @@ class Job:
         while len(ids) < self.plan.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
             token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
+            if token < 0:
+                raise FloatingPointError(f"the text's logits {NOT_FINITE}")
             context.kv_len, context.position = context.kv_len + 1, context.position + 1
             if token == self.config.special.eos_token_id:
                 break
@@ -192,15 +196,16 @@ class Job:
         if observer.on_denoising:
             observer.on_denoising(False)
         if not np.isfinite(tokens).all():
-            raise FloatingPointError(
-                "the picture overflowed; use smaller guidance scales, or dtype float32 or bfloat16"
-            )
+            raise FloatingPointError(f"the picture's latents {NOT_FINITE}, or smaller guidance scales")
         return tokens
 
     def picture(self, tokens: np.ndarray) -> Image.Image:
         """Latent tokens [tokens, channels] through the VAE."""
         latent = images.untokens(tokens, *self.plan.grid, self.config.latent_patch_size)
-        return Image.fromarray(self.runtime.host(self.runtime.run("vae_decode", [latent[None]])[0]))
+        picture, finite = map(self.runtime.host, self.runtime.run("vae_decode", [latent[None]]))
+        if not finite.all():
+            raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
+        return Image.fromarray(picture)
 
 
 def _public(array: np.ndarray) -> Any:

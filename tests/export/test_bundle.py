@@ -9,7 +9,7 @@ from support import CHECKPOINT
 
 from bagel_opt import Profile
 from bagel_opt.export import export, processes
-from bagel_opt.export.bundle import _replaceable
+from bagel_opt.export.placing import check_replaceable
 from bagel_opt.files.manifest import MANIFEST
 
 PROFILE = Profile("test", 2, 600, 64, 64, 64)
@@ -67,9 +67,12 @@ def test_only_what_an_export_wrote_is_replaced(tmp_path, bundle):
             export(CHECKPOINT, folder, PROFILE)
         assert sorted(path.name for path in folder.iterdir()) == before
     older = shutil.copytree(bundle, tmp_path / "older")
-    assert _replaceable(older)
+    check_replaceable(older)
     manifest = json.loads((older / MANIFEST).read_text())
     (older / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
-    assert _replaceable(older)  # which no longer loads, so it is to be exported again
-    (older / "notes.txt").write_text("precious")
-    assert not _replaceable(older)
+    check_replaceable(older)  # which no longer loads, so it is to be exported again
+    (older / "text.onnx").unlink()
+    check_replaceable(older)  # told to export it again, too
+    (older / "notes.txt").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError, match=r"no bundle, or not only: no export wrote notes\.txt"):
+        check_replaceable(older)

@@ -1,8 +1,10 @@
 """Exports that are killed leave nothing that loads."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from support import CHECKPOINT, ROOT
 import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.export.torch_packages import check_loads
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.files.manifest import MANIFEST, read_manifest
 
 KILLS = """
 import os, random, signal, sys, time
@@ -78,30 +80,53 @@ def test_killing_an_export_leaves_nothing_that_loads(tmp_path, thorough):
                 bagel_opt.load(path)
 
 
-@pytest.mark.parametrize(
-    ("step", "replaces"), [("rename", False), ("name", False), ("unlink", True), ("rename", True), ("name", True)]
-)
-def test_dying_at_the_last_steps_leaves_nothing_wrong(tmp_path, two, step, replaces):
-    """What exists afterwards is the old bundle, the new one, or nothing that loads; and a new export cleans up."""
-    if replaces:
-        export_quickly(two, tmp_path)
-    script = f"""
-import sys
+DIES = """
+import os, sys
 from pathlib import Path
-sys.path.insert(0, {str(ROOT / "tests")!r})
 import bundles
-bundles.export_quickly(Path({str(two)!r}), Path({str(tmp_path)!r}), {step!r})
+import bagel_opt.export.torch_packages  # what a child would import by itself
+
+ready, folder = map(Path, sys.argv[1:3])
+for die in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        bundles.export_quickly(ready, folder / die, int(die))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60).returncode == 9
-    assert (tmp_path / "bundle" / MANIFEST).exists() == (replaces and step == "unlink")
-    for folder in tmp_path.iterdir():
-        if not (folder / MANIFEST).exists():
-            with pytest.raises((BundleError, FileNotFoundError)):
-                bagel_opt.load(folder)
-    export_quickly(two, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    bagel_opt.load(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_dying_at_the_last_steps_leaves_nothing_wrong(tmp_path, two, replaces):
+    """At each renaming and removal: the old bundle and the new one are both whole or do not load, one of them is there
+    where one was before, and a new export cleans up."""
+    files = len(read_manifest(two).files) if replaces else 0
+    removals = [4, 5, 4 + files, 5 + files, 6 + files, 7 + files] if replaces else [3]
+    steps = [1, 2, *removals, removals[-1] + 1]
+    for step in steps if replaces else ():
+        shutil.copytree(two, tmp_path / str(step) / "bundle")
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, two, tmp_path, *map(str, steps)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        timeout=300,
+    )
+    assert [int(line) for line in done.stdout.split()] == [9] * (len(steps) - 1) + [0]
+    for step in steps:
+        folder, whole = tmp_path / str(step), 0
+        for path in filter(Path.is_dir, folder.iterdir()):
+            if (path / MANIFEST).exists():
+                bagel_opt.load(path)
+                whole += 1
+            else:
+                with pytest.raises((BundleError, FileNotFoundError)):
+                    bagel_opt.load(path)
+        assert whole or not replaces
+        assert (folder / "bundle" / MANIFEST).exists() == (step > 2 + replaces or (replaces and step == 1))
+        if step != 5 + files:  # once is enough of those that differ little
+            export_quickly(two, folder)
+            assert [path.name for path in folder.iterdir()] == ["bundle"]
+            bagel_opt.load(folder / "bundle")
 
 
 def test_a_package_that_torch_cannot_load_is_told_in_one_line(tmp_path):

@@ -1,5 +1,7 @@
 """The runtime of ONNX bundles."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,3 +64,49 @@ for call in (lambda: bagel_opt.load({str(CHECKPOINT)!r}), lambda: export({str(CH
     expected = bagel_opt.load(bundle).generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
     difference = np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(expected)
     assert np.abs(difference).max() <= 1
+
+
+OTHER_SESSION = """
+import json, os, sys
+import numpy as np, onnx, onnxruntime
+
+def other():
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "twice", [x], [y])
+    opset = onnx.helper.make_opsetid("", 21)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones(4, np.float32)})[0].tolist() == [2] * 4
+
+def ours():
+    import bagel_opt
+    bagel_opt.load(sys.argv[1]).chat("a", max_think_tokens=2)
+
+for name in sys.argv[2:]:
+    {"ours": ours, "other": other}[name]()
+tasks = f"/proc/{os.getpid()}/task"
+print(json.dumps([sorted(os.sched_getaffinity(int(task))) for task in os.listdir(tasks)]))
+"""
+
+
+@pytest.mark.parametrize("order", [["ours", "other"], ["other", "ours", "other"]], ids=" ".join)
+def test_others_may_use_onnxruntime_in_the_same_process(bundle, order):
+    """With sessions as they are by default."""
+    command = [sys.executable, "-c", OTHER_SESSION, bundle, *order]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such limit")
+def test_threads_stay_on_the_cores_of_the_process(bundle):
+    """ONNX Runtime by itself counts all cores, and pins a thread to each."""
+    allowed = min(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_SESSION, bundle, "ours"],
+        env={**environment, "PYTHONPATH": ":".join(sys.path)},
+        preexec_fn=lambda: os.sched_setaffinity(0, {allowed}),
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=120,
+    )
+    assert all(cores == [allowed] for cores in json.loads(done.stdout))
