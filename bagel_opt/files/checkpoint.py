@@ -120,7 +120,7 @@ class Checkpoint:
         self.folder = find_place(source)
         if self.folder.is_file():
             raise CheckpointError(
-                f"{source} is weights without a model; give the model's folder, and this file as weights"
+                f"{source} is a file; give a model's folder, and over it, if it is some, this as weights"
             )
         self.notes: list[str] = []
         self.places: dict[str, tuple[Path, str]] = {}  # published name -> file, and name there

@@ -12,7 +12,7 @@ from bundles import export_quickly
 from support import CHECKPOINT, ROOT
 
 import bagel_opt
-from bagel_opt import BundleError
+from bagel_opt import BundleError, CheckpointError
 from bagel_opt.export.torch_packages import check_loads
 from bagel_opt.files.manifest import MANIFEST, read_manifest
 
@@ -56,8 +56,8 @@ for number in range(first, first + count):
 
 
 def test_killing_an_export_leaves_nothing_that_loads(tmp_path, thorough):
-    """Twenty times, at random moments of about the time that it takes; in the first tier four times."""
-    each, programs = (10, []) if thorough else (2, ["choose", "step", "decode", "taylor_update"])
+    """Eight times, at random moments of about the time that it takes; in the first tier four times, with few programs."""
+    each, programs = (4, []) if thorough else (2, ["choose", "step", "decode", "taylor_update"])
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", KILLS, str(CHECKPOINT), str(tmp_path), str(first), str(each), *programs],
@@ -76,7 +76,7 @@ def test_killing_an_export_leaves_nothing_that_loads(tmp_path, thorough):
     assert len(whole) <= ends.count(0) + 1
     for path in folders:
         if path.parent not in whole:
-            with pytest.raises((BundleError, FileNotFoundError)):
+            with pytest.raises((BundleError, CheckpointError, FileNotFoundError)):
                 bagel_opt.load(path)
 
 
@@ -119,7 +119,7 @@ def test_dying_at_the_last_steps_leaves_nothing_wrong(tmp_path, two, replaces):
                 bagel_opt.load(path)
                 whole += 1
             else:
-                with pytest.raises((BundleError, FileNotFoundError)):
+                with pytest.raises((BundleError, CheckpointError, FileNotFoundError)):
                     bagel_opt.load(path)
         assert whole or not replaces
         assert (folder / "bundle" / MANIFEST).exists() == (step > 2 + replaces or (replaces and step == 1))

@@ -213,7 +213,7 @@ def test_other_formats_are_named(base, tmp_path, suffix, word):
 
 def test_what_is_missing_says_what_to_do(base, tmp_path):
     path = base / "ema.safetensors"
-    fails("give the model's folder", str(path), source=path)
+    fails("give a model's folder", str(path), source=path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Checkpoint(base, tmp_path / "nowhere.safetensors")
     save_file({"something.else": torch.zeros(2)}, tmp_path / "other.safetensors")
