@@ -49,11 +49,11 @@ def test_it_does_so_when_it_thinks_first(task, eager, right, thorough):
     assert sum(got) >= sum(right(task)[:count]) - 1
 
 
-@pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.second), "onnx"])
 @pytest.mark.parametrize("task", CASES)
-def test_other_runtimes_do_too(task, backend, load, right, thorough):
-    count = 12 if thorough and backend != "compile" else 5  # compiling takes long enough
-    got = evaluate.right(load(shipped_model(), backend), CASES[task](count))
+def test_onnx_runtime_does_too(task, load, right, thorough):
+    """What others do, the golden cases show."""
+    count = 12 if thorough else 5
+    got = evaluate.right(load(shipped_model(), "onnx"), CASES[task](count))
     assert sum(got) >= sum(right(task)[:count]) - 1
 
 
@@ -80,7 +80,7 @@ def test_guidance_is_worth_something(right):
 
 @pytest.mark.second
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
-    count = 60
+    count = 40
     with evaluate.branches_mixed(eager):
         mixed = evaluate.right(eager, evaluate.prompts(count), together=False)
     assert sum(mixed) <= sum(right("prompts")[:count]) - 3
