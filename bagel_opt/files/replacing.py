@@ -31,8 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """In the format that the name's ending tells. It is encoded first: Pillow 13 writes what fits of a JPEG to a full disk,
-    and says nothing."""
+    """In the format that the name's ending tells. It is encoded first: where part of it fits, Pillow 13 may write that and
+    say nothing (findings/pillow-silent-short-writes.sh)."""
     encoded = io.BytesIO()
     picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
     with replacing(path) as partial:
