@@ -22,7 +22,7 @@ from bagel_opt.examples import Examples, copy_examples, read_examples
 from bagel_opt.export import export
 from bagel_opt.files.manifest import MANIFEST, check_files, read_manifest
 from bagel_opt.loading import shipped_model
-from bagel_opt.serve import create_app
+from bagel_opt.serve import Access, create_app
 
 GOOD = {"prompts": ["a", "b", "c"], "picture": "example.png", "edit": "make it red", "question": "what is it?"}
 
@@ -207,7 +207,7 @@ def server(load):
 
 
 def test_served_without_a_key_and_with_the_pages_headers(server, monkeypatch):
-    web = TestClient(create_app(server.service, keys=["secret"]))
+    web = TestClient(create_app(server.service, Access(("secret",))))
     assert web.get("/v1/models").status_code == 401
     page = web.get("/")
     answer = web.get("/examples.json")

@@ -1,6 +1,7 @@
 """The command line: `bagel-opt`, or `python -m bagel_opt`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
-from bagel_opt.cli.console import bar, console, guarded, say, tables, tell_notes
+from bagel_opt.cli.console import bar, console, guarded, notes, say, tables
 from bagel_opt.cli.inspect import describe
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
@@ -28,9 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
     arguments = parser(COMMANDS).parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
-    if arguments.run is not serve:  # whose log is JSON
-        tell_notes()
-    return guarded(lambda: arguments.run(arguments))
+    with contextlib.nullcontext() if arguments.run is serve else notes():  # whose log is JSON
+        return guarded(lambda: arguments.run(arguments))
 
 
 # ---- commands

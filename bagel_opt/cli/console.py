@@ -72,11 +72,19 @@ class _Notes(logging.Handler):
         console.print(record.getMessage())
 
 
-def tell_notes() -> None:
-    log = logging.getLogger("bagel_opt")
-    if not any(isinstance(handler, _Notes) for handler in log.handlers):
-        log.addHandler(_Notes(logging.INFO))
-        log.setLevel(logging.INFO)
+@contextlib.contextmanager
+def notes() -> Iterator[None]:
+    """Shows them meanwhile."""
+    log, handler = logging.getLogger("bagel_opt"), _Notes(logging.INFO)
+    handler.addFilter(lambda record: record.name == log.name)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def tables() -> Console:

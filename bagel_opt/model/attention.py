@@ -48,6 +48,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(
             f"attention={name!r} runs on CUDA in bfloat16 or float16, not on {device.type} in {dtype}; use attention='sdpa'"
         )
+    if name == "flex" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ValueError(  # findings/torch-flex-attention-odd-lengths.sh
+            "attention='flex' on a CPU needs AVX-512: without it torch's kernel is wrong for some numbers of slots; use attention='sdpa'"
+        )
     if name == "flash" and not flash:
         raise ValueError(f"attention='flash' needs a GPU of compute capability 8.0, and {device} has less; use 'sdpa'")
     return name

@@ -251,7 +251,7 @@ def test_inspect_can_leave_out_checking_too(fails, run, bundle, tmp_path):
     assert "text.onnx was changed" in fails("inspect", copy)
     assert run("inspect", copy, "--no-check")[0] == 0
     for option, value in (("--profile", "tiny"), ("--dtype", "bfloat16")):
-        assert "whose profiles and dtype were fixed" in fails("inspect", bundle, option, value)
+        assert "whose profiles, dtype and weights were fixed" in fails("inspect", bundle, option, value)
 
 
 @pytest.mark.parametrize(

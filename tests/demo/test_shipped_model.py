@@ -19,8 +19,8 @@ def eager(load):
 
 @pytest.fixture(scope="module")
 def counts(thorough):
-    """How many cases of each task: all, or the first ones."""
-    return ALL if thorough else {"prompts": 20, "edits": 10, "questions": 40}
+    """How many cases of each task: all, or the first ones; and the prompts that are drawn in other ways."""
+    return {**ALL, "other ways": 40} if thorough else {"prompts": 20, "edits": 10, "questions": 40, "other ways": 20}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def right(eager, counts):
     def count(task, **options):
         key = task, *options.items()
         if key not in known:
-            known[key] = evaluate.right(eager, CASES[task](counts[task]), **options)
+            known[key] = evaluate.right(eager, CASES[task](counts["other ways" if options else task]), **options)
         return known[key]
 
     return count
@@ -75,24 +75,26 @@ def test_together_it_gives_what_it_gives_alone(eager):
 
 @pytest.mark.second  # few cases come out right with and without
 def test_guidance_is_worth_something(right):
-    assert sum(right("prompts")) > sum(right("prompts", cfg_text_scale=1.0))
+    without = right("prompts", cfg_text_scale=1.0)
+    assert sum(right("prompts")[: len(without)]) > sum(without)
 
 
 @pytest.mark.second
 def test_guidance_needs_branches_that_do_not_see_each_other(eager, right):
-    count = 40
+    count = 30
     with evaluate.branches_mixed(eager):
         mixed = evaluate.right(eager, evaluate.prompts(count), together=False)
-    assert sum(mixed) <= sum(right("prompts")[:count]) - 3
+    assert sum(mixed) <= sum(right("prompts")[:count]) - 2
 
 
 def test_taylorseer_keeps_most_of_it(right):
     assert evaluate.full_evaluations(24) == 11
-    assert sum(right("prompts", step_cache="taylorseer")) >= 0.75 * sum(right("prompts"))
+    got = right("prompts", step_cache="taylorseer")
+    assert sum(got) >= 0.75 * sum(right("prompts")[: len(got)])
 
 
 def test_teacache_keeps_it(eager, right, thorough):
-    count = 30 if thorough else 10
+    count = 20 if thorough else 10
     with evaluate.tea_steps() as seen:
         got = evaluate.right(eager, CASES["prompts"](count), step_cache="teacache")
     assert sum(got) >= 0.9 * sum(right("prompts")[:count])

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.cli.commands import main
-from bagel_opt.files.manifest import MANIFEST, TOKENIZER, WEIGHTS
+from bagel_opt.files.manifest import FORMAT, MANIFEST, TOKENIZER, WEIGHTS
 
 
 @pytest.fixture
@@ -168,8 +168,8 @@ def test_manifests_that_lie(copy, edit, capsys):
     [
         "[" * 10**5,
         '{"a":' * 10**5,
-        '{"format": 5, "sha256": "", "a": ' + "[" * 900 + "]" * 900 + "}",
-        '{"format": 5, "sha256": "", "a": "\\ud800"}',
+        f'{{"format": {FORMAT}, "sha256": "", "a": ' + "[" * 900 + "]" * 900 + "}",
+        f'{{"format": {FORMAT}, "sha256": "", "a": "\\ud800"}}',
         '{"format": NaN}',
         "3",
     ],
