@@ -78,7 +78,9 @@ def serving(model, keys=(), limits=None, remote=False, hosts=None, **settings):
             started.set()
 
     app = create_app(service, Access(tuple(keys), hosts))
-    server = Server(uvicorn.Config(app, port=0, http=Connection, log_config=None, access_log=False))
+    server = Server(
+        uvicorn.Config(app, port=0, http=Connection, log_config=None, access_log=False, timeout_keep_alive=1)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     assert started.wait(30)

@@ -147,7 +147,7 @@ def status(server, path):
 
 
 def test_nothing_leaks(model, thorough):
-    """1,000 (first tier: 250) small requests of all kinds, some given up half-way: no rows, no tickets, no memory."""
+    """600 (first tier: 250) small requests of all kinds, some given up half-way: no rows, no tickets, no memory."""
     with serving(model, max_queue=64) as server:
         rng, lock, done = random.Random(0), threading.Lock(), []
 
@@ -174,7 +174,7 @@ def test_nothing_leaks(model, thorough):
             until(lambda: not server.engine.tickets)
             gc.collect()
 
-        most = 1000 if thorough else 250
+        most = 600 if thorough else 250
         batch(most // 5)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
