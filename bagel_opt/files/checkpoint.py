@@ -166,6 +166,8 @@ class Checkpoint:
             files = [*files, place / VAE_FILE]
         for path in files:
             if not path.is_file():
+                if not needed:  # an index that was copied along
+                    continue
                 raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
             found, prefix = locate_weights(path, CheckpointError), "vae." if path.name == VAE_FILE else ""
             check_layout(path, found)

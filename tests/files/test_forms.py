@@ -118,9 +118,12 @@ def test_weights_over_a_base(base, tmp_path, caplog, where):
     assert_same(dict(model.runtime.model.named_parameters()), want)
 
 
-def test_a_base_without_a_transformer(base, tmp_path):
+@pytest.mark.parametrize("index", [False, True])
+def test_a_base_without_a_transformer(base, tmp_path, index):
+    """Also where its index was copied along."""
     (base / "ema.safetensors").rename(tmp_path / "mine.safetensors")
-    without(base, "model.safetensors.index.json")
+    if not index:
+        without(base, "model.safetensors.index.json")
     found = Checkpoint(base, tmp_path / "mine.safetensors").load(torch.device("cpu"), torch.float32)
     assert_same(dict(found.named_parameters()), weights(CHECKPOINT))
 
