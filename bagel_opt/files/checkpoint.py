@@ -107,6 +107,16 @@ def sine_table(rows: int, channels: int) -> torch.Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
+def published_shapes(config: BagelConfig, parameters: Shapes) -> Shapes:
+    """The tensors of a checkpoint under their published names, from parameters of a model of these sizes."""
+    found: Shapes = {}
+    for name, shape in parameters.items():
+        sources = published_names(name)
+        for source, rows in zip(sources, part_rows(config, name, len(sources), shape[0]), strict=True):
+            found[source] = (rows, *shape[1:])
+    return found
+
+
 class Checkpoint:
     """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
 
@@ -147,7 +157,7 @@ class Checkpoint:
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
         self._compare(parameter_shapes(self.config))
-        self.adapters = [Lora(find_place(place), factor, self.tensors) for place, factor in with_factors(lora)]
+        self.adapters = [Lora(find_place(place), factor, shapes) for place, factor in with_factors(lora)]
 
     def _find(self, place: Path, needed: bool = True) -> None:
         """Adds the tensors of a folder or a file. needed: whether there must be those of the transformer."""
@@ -183,11 +193,7 @@ class Checkpoint:
         self._compare({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
     def _compare(self, parameters: Shapes) -> None:
-        want: Shapes = {}
-        for name, shape in parameters.items():
-            sources = published_names(name)
-            for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
-                want[source] = (rows, *shape[1:])
+        want = published_shapes(self.config, parameters)
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
         if patch in self.tensors and len(self.tensors[patch].shape) == 4:
