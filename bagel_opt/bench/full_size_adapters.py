@@ -19,7 +19,7 @@ from bagel_opt.files.torch_weights import write_weights
 RANK = 64
 ROWS, LATENTS = 2, 4096
 COUNTS = (0, 1, 4)  # adapters that are kept
-REPEATS = 9
+REPEATS = 31
 
 
 def write_adapter(folder: Path, config: BagelConfig, seed: int) -> Path:

@@ -75,12 +75,12 @@ class Lora:
         """What is added to a weight, in float32."""
         with contextlib.closing(Reader(CheckpointError)) as reader:
             down, up = self.factors(weight, reader)
-            return (up @ down) * self.pairs[weight].scale
+            return (up.float() @ down.float()) * self.pairs[weight].scale
 
     def factors(self, weight: str, reader: Reader) -> tuple[torch.Tensor, torch.Tensor]:
-        """(lora_A, lora_B) of a weight, in float32."""
+        """(lora_A, lora_B) of a weight, in the file's dtype."""
         pair = self.pairs[weight]
-        return reader.read(self.path, pair.down).float(), reader.read(self.path, pair.up).float()
+        return reader.read(self.path, pair.down), reader.read(self.path, pair.up)
 
     def _config(self) -> dict:
         path = self.path.parent / CONFIG

@@ -92,7 +92,8 @@ def _fill(low_rank: LowRank, shares: Sequence[Share], readers: Mapping[Path, Rea
     for adapter, number, weight, row in shares:
         down, up = adapter.factors(weight, readers[adapter.path])
         end = start + len(down)
-        low_rank.down_RC[start:end] = down.to(low_rank.down_RC.device)
-        low_rank.up_NR[row : row + len(up), start:end] = up.to(low_rank.up_NR.device) * adapter.pairs[weight].scale
+        down, up = (factor.to(low_rank.of_R.device).float() for factor in (down, up))
+        low_rank.down_RC[start:end] = down
+        low_rank.up_NR[row : row + len(up), start:end] = up * adapter.pairs[weight].scale
         low_rank.of_R[start:end] = number
         start = end
