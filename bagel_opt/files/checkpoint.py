@@ -3,6 +3,8 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,13 +12,16 @@ import torch
 from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import STORED
 from bagel_opt.errors import CheckpointError
+from bagel_opt.files import veomni
 from bagel_opt.files.adapters import Loras, with_factors
 from bagel_opt.files.checkpoint_config import read_config
-from bagel_opt.files.finding import VAE_FILE, check_layout, find_place, transformer_files
+from bagel_opt.files.comfyui import check_tokenizer, read_notes
+from bagel_opt.files.dfloat11 import Part, find_parts, piece_of
+from bagel_opt.files.finding import VAE_FILE, check_layout, dfloat11_config, find_place, transformer_files
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.files.weights import Location, locate_weights
+from bagel_opt.files.weights import Location, read_header
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
@@ -108,49 +113,87 @@ def sine_table(rows: int, channels: int) -> torch.Tensor:
 
 
 class Checkpoint:
-    """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
+    """A checkpoint: where each tensor is, its shape and dtype. Nothing is read but headers, JSON and DFloat11's tables.
 
-    weights: a file or a folder whose tensors count in place of the folder's; what it lacks comes from there. lora: adapters
-    that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
+    source: a folder, or a file in one, which then counts alone, with the tokenizer, the VAE and the JSON files that are
+    beside it. weights: a file or a folder whose tensors count in place of the source's; what it lacks comes from there.
+    lora: adapters that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
     Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
     are not those of its sizes.
     """
 
     def __init__(self, source: str | Path, weights: str | Path | None = None, lora: Loras = ()):
-        self.folder = find_place(source)
-        if self.folder.is_file():
-            raise CheckpointError(
-                f"{source} is a file; give a model's folder, and over it, if it is some, this as weights"
-            )
+        place = find_place(source)
+        self.folder = place.parent if place.is_file() else place
         self.notes: list[str] = []
-        self.places: dict[str, tuple[Path, str]] = {}  # published name -> file, and name there
+        self.places: dict[str, tuple[Path, str] | Part] = {}  # by published name; a file, and the name there
         self.tensors: dict[str, Location] = {}
-        self.about = f"{self.folder}" if weights is None else f"{weights} over {self.folder}"
-        self._find(self.folder, needed=weights is None)
+        self.given: dict[str, dict] = {}  # JSON files by name that came with the weights
+        self.comfyui: dict[Path, dict] = {}
+        self.about = f"{place}" if weights is None else f"{weights} over {place}"
+        self._find(place, needed=weights is None)
+        if weights is None:
+            veomni.check_whole(place)
+        if place.is_file() and place.name != VAE_FILE and (self.folder / VAE_FILE).is_file():
+            self._find(self.folder / VAE_FILE)
         if weights is not None:
-            before, place = self.tensors, find_place(weights)
+            before, over = self.tensors, find_place(weights)
             self.tensors = {}
-            self._find(place)
+            self._find(over)
             replaced = len(self.tensors)
             self.tensors = before | self.tensors
-            self.notes.append(f"{replaced} tensors are of {place}, {len(self.tensors) - replaced} of {self.folder}")
+            self.notes.append(f"{replaced} tensors are of {over}, {len(self.tensors) - replaced} of {place}")
         if not any(name.startswith("vae.") for name in self.tensors):
             raise FileNotFoundError(
                 f"{self.folder / VAE_FILE} is missing; copy the published one there, or give this as weights over a folder that has it"
             )
-        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
-        shapes = {name: place.shape for name, place in self.tensors.items()}
-        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special)
+        words = self.folder / veomni.TEXT if veomni.modules(self.folder) else self.folder
+        self.tokenizer = Tokenizer(words / "tokenizer.json")
+        for path, notes in self.comfyui.items():
+            check_tokenizer(path, notes, self.tokenizer.special)
+        shapes = {name: at.shape for name, at in self.tensors.items()}
+        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special, self.given)
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
         self._compare(parameter_shapes(self.config))
-        self.adapters = [Lora(find_place(place), factor, self.tensors) for place, factor in with_factors(lora)]
+        self.adapters = [Lora(find_place(path), factor, self.tensors) for path, factor in with_factors(lora)]
 
     def _find(self, place: Path, needed: bool = True) -> None:
         """Adds the tensors of a folder or a file. needed: whether there must be those of the transformer."""
+        modules, pieces = veomni.modules(place), {}
+        for path in [path for folder in modules or [place] for path in self._files(folder, needed)]:
+            if not path.is_file():
+                if not needed:  # an index that was copied along
+                    continue
+                raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
+            found, notes = read_header(path, CheckpointError)
+            check_layout(path, found)
+            if (said := read_notes(path, notes)) is not None:
+                self.comfyui[path] = said
+                self.given |= said["model_configs"]
+            for name, at in found.items():
+                if piece_of(name):
+                    if name in pieces:
+                        raise CheckpointError(f"{path} and {pieces[name][0].name} both have tensor {name:.200}")
+                    pieces[name] = path, at
+                else:
+                    prefix = "vae." if path.name == VAE_FILE else ""
+                    self._add(veomni.published_name(name) if modules else prefix + name, (path, name), at)
+        self.given |= veomni.configs(place)
+        folder = place.parent if place.is_file() else place
+        for name, part in find_parts(pieces, dfloat11_config(folder), folder / "config.json").items():
+            self._add(name, part, part.location)
+
+    def _add(self, name: str, place: tuple[Path, str] | Part, at: Location) -> None:
+        if name in self.tensors:
+            one, two = (found.path if isinstance(found, Part) else found[0] for found in (place, self.places[name]))
+            raise CheckpointError(f"{one} and {two.name} both have tensor {name:.200}")
+        self.places[name], self.tensors[name] = place, at
+
+    def _files(self, place: Path, needed: bool) -> list[Path]:
         try:
             files, others = transformer_files(place)
         except FileNotFoundError:
@@ -162,21 +205,7 @@ class Checkpoint:
             self.notes.append(
                 f"taking {files[0].name} of {place}; there is {named} too, which weights={others[0]} would take"
             )
-        if (place / VAE_FILE).is_file():
-            files = [*files, place / VAE_FILE]
-        for path in files:
-            if not path.is_file():
-                if not needed:  # an index that was copied along
-                    continue
-                raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
-            found, prefix = locate_weights(path, CheckpointError), "vae." if path.name == VAE_FILE else ""
-            check_layout(path, found)
-            for name, at in found.items():
-                if prefix + name in self.tensors:
-                    raise CheckpointError(
-                        f"{path} and {self.places[prefix + name][0].name} both have tensor {name:.200}"
-                    )
-                self.places[prefix + name], self.tensors[prefix + name] = (path, name), at
+        return [*files, *(path for path in [place / VAE_FILE] if path.is_file())]
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
@@ -197,6 +226,9 @@ class Checkpoint:
         have = {name: place for name, place in self.tensors.items() if name in want or not unused.match(name)}
         for name in COMPUTED - have.keys():
             del want[name]
+        for name, at in have.items():  # groups say how many numbers there are, not their shape
+            if isinstance(self.places[name], Part) and name in want and at.shape == (prod(want[name]),):
+                self.tensors[name] = have[name] = replace(at, shape=want[name])
         compare(self.about, have, want, STORED, CheckpointError)
 
     def load(
@@ -234,7 +266,8 @@ class Checkpoint:
     def _tensor(self, reader: Reader, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.places:  # one of COMPUTED
             return sine_table(*like.shape)
-        tensor = reader.read(*self.places[name])
+        place = self.places[name]
+        tensor = place.read().view(self.tensors[name].shape) if isinstance(place, Part) else reader.read(*place)
         if tensor.dtype == torch.float8_e4m3fn:  # a plain cast, of which bfloat16 holds each number
             tensor = tensor.bfloat16()
         for adapter in self.adapters:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.json_files import read_json
@@ -26,7 +27,6 @@ OTHER_FORMATS = {".gguf": "GGUF", **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt
 OTHER_LAYOUTS = {
     r"\.(qweight|qzeros|g_idx)$": "integers of GPTQ, AWQ or AutoRound",
     r"\.(absmax|quant_map|nested_absmax)$|\.quant_state\.bitsandbytes": "numbers of bitsandbytes",
-    r"\.(encoded_exponent|sign_mantissa|output_positions)$": "numbers of DFloat11",
     r"(\.|^)(scale_weight|weight_scale|weight_scale_inv|input_scale|scaled_fp8)$": "FP8 with scales",
     r"\.lora_[AB](\.|$)|\.lora_magnitude_vector": "a LoRA adapter, which goes over a model as lora=, --lora",
 }
@@ -38,6 +38,8 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     if place.is_file():
         _check_format(place)
         return [place], []
+    if dfloat11_config(place) is not None:  # its package reads all files that are there
+        return sorted(path for path in place.glob("*.safetensors") if path.name != VAE_FILE), []
     index = place / INDEX
     found = [path for name in WEIGHTS if (path := place / name).is_file()]
     shards = _shards(index) if index.is_file() else []
@@ -56,6 +58,13 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     for path in sorted(place.glob("*")):
         _check_format(path)
     raise FileNotFoundError(f"{place} has no weights: {', '.join(WEIGHTS)} or an index of shards")
+
+
+def dfloat11_config(folder: Path) -> Any:
+    """What config.json says of DFloat11 groups, or None. Raises CheckpointError."""
+    path = folder / "config.json"
+    data = read_json(path, CheckpointError) if path.is_file() else None
+    return data.get("dfloat11_config") if isinstance(data, dict) else None
 
 
 def _check_format(path: Path) -> None:
