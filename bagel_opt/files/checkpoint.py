@@ -15,13 +15,13 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.files import veomni
 from bagel_opt.files.adapters import Loras, with_factors
 from bagel_opt.files.checkpoint_config import read_config
-from bagel_opt.files.comfyui import check_tokenizer, read_notes
-from bagel_opt.files.dfloat11 import Part, find_parts, piece_of
-from bagel_opt.files.finding import VAE_FILE, check_layout, dfloat11_config, find_place, transformer_files
+from bagel_opt.files.collecting import beside, collect
+from bagel_opt.files.comfyui import check_tokenizer
+from bagel_opt.files.dfloat11 import Part
+from bagel_opt.files.finding import VAE_FILE, find_place
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.files.weights import Location, read_header
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
@@ -125,34 +125,26 @@ class Checkpoint:
     def __init__(self, source: str | Path, weights: str | Path | None = None, lora: Loras = ()):
         place = find_place(source)
         self.folder = place.parent if place.is_file() else place
-        self.notes: list[str] = []
-        self.places: dict[str, tuple[Path, str] | Part] = {}  # by published name; a file, and the name there
-        self.tensors: dict[str, Location] = {}
-        self.given: dict[str, dict] = {}  # JSON files by name that came with the weights
-        self.comfyui: dict[Path, dict] = {}
         self.about = f"{place}" if weights is None else f"{weights} over {place}"
-        self._find(place, needed=weights is None)
+        found = collect(place, needed=weights is None).over(beside(place))
         if weights is None:
             veomni.check_whole(place)
-        if place.is_file() and place.name != VAE_FILE and (self.folder / VAE_FILE).is_file():
-            self._find(self.folder / VAE_FILE)
-        if weights is not None:
-            before, over = self.tensors, find_place(weights)
-            self.tensors = {}
-            self._find(over)
-            replaced = len(self.tensors)
-            self.tensors = before | self.tensors
-            self.notes.append(f"{replaced} tensors are of {over}, {len(self.tensors) - replaced} of {place}")
+        else:
+            over = collect(above := find_place(weights))
+            found = over.over(found)
+            rest = len(found.tensors) - len(over.tensors)
+            found.notes.append(f"{len(over.tensors)} tensors are of {above}, {rest} of {place}")
+        self.notes, self.places, self.tensors = found.notes, found.places, found.tensors
         if not any(name.startswith("vae.") for name in self.tensors):
             raise FileNotFoundError(
                 f"{self.folder / VAE_FILE} is missing; copy the published one there, or give this as weights over a folder that has it"
             )
         words = self.folder / veomni.TEXT if veomni.modules(self.folder) else self.folder
         self.tokenizer = Tokenizer(words / "tokenizer.json")
-        for path, notes in self.comfyui.items():
-            check_tokenizer(path, notes, self.tokenizer.special)
+        for path, said in found.comfyui.items():
+            check_tokenizer(path, said, self.tokenizer.special)
         shapes = {name: at.shape for name, at in self.tensors.items()}
-        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special, self.given)
+        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special, found.given)
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
@@ -160,52 +152,6 @@ class Checkpoint:
             )
         self._compare(parameter_shapes(self.config))
         self.adapters = [Lora(find_place(path), factor, self.tensors) for path, factor in with_factors(lora)]
-
-    def _find(self, place: Path, needed: bool = True) -> None:
-        """Adds the tensors of a folder or a file. needed: whether there must be those of the transformer."""
-        modules, pieces = veomni.modules(place), {}
-        for path in [path for folder in modules or [place] for path in self._files(folder, needed)]:
-            if not path.is_file():
-                if not needed:  # an index that was copied along
-                    continue
-                raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
-            found, notes = read_header(path, CheckpointError)
-            check_layout(path, found)
-            if (said := read_notes(path, notes)) is not None:
-                self.comfyui[path] = said
-                self.given |= said["model_configs"]
-            for name, at in found.items():
-                if piece_of(name):
-                    if name in pieces:
-                        raise CheckpointError(f"{path} and {pieces[name][0].name} both have tensor {name:.200}")
-                    pieces[name] = path, at
-                else:
-                    prefix = "vae." if path.name == VAE_FILE else ""
-                    self._add(veomni.published_name(name) if modules else prefix + name, (path, name), at)
-        self.given |= veomni.configs(place)
-        folder = place.parent if place.is_file() else place
-        for name, part in find_parts(pieces, dfloat11_config(folder), folder / "config.json").items():
-            self._add(name, part, part.location)
-
-    def _add(self, name: str, place: tuple[Path, str] | Part, at: Location) -> None:
-        if name in self.tensors:
-            one, two = (found.path if isinstance(found, Part) else found[0] for found in (place, self.places[name]))
-            raise CheckpointError(f"{one} and {two.name} both have tensor {name:.200}")
-        self.places[name], self.tensors[name] = place, at
-
-    def _files(self, place: Path, needed: bool) -> list[Path]:
-        try:
-            files, others = transformer_files(place)
-        except FileNotFoundError:
-            if needed:
-                raise
-            files, others = [], []
-        if others:
-            named = ", ".join(path.name for path in others)
-            self.notes.append(
-                f"taking {files[0].name} of {place}; there is {named} too, which weights={others[0]} would take"
-            )
-        return [*files, *(path for path in [place / VAE_FILE] if path.is_file())]
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""

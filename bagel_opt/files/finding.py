@@ -72,13 +72,22 @@ def _check_format(path: Path) -> None:
         raise CheckpointError(f"{path} is {found}; take the same weights as *.safetensors, in 16 bits or plain FP8")
 
 
+def other_layout(names: Iterable[str]) -> tuple[str, str] | None:
+    """Which layout of tensors it is that is not BAGEL's, in words, and the name that shows it."""
+    for name in names:
+        for pattern, what in OTHER_LAYOUTS.items():
+            if re.search(pattern, name):
+                return what, name
+    return None
+
+
 def check_layout(path: Path, names: Iterable[str]) -> None:
     """Raises CheckpointError for tensors of another layout than BAGEL's, naming it."""
-    for name in names:
-        if found := next((what for pattern, what in OTHER_LAYOUTS.items() if re.search(pattern, name)), None):
-            raise CheckpointError(
-                f"{path} holds {found} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"
-            )
+    if found := other_layout(names):
+        what, name = found
+        raise CheckpointError(
+            f"{path} holds {what} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"
+        )
 
 
 def _shards(index: Path) -> list[Path]:

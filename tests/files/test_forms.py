@@ -233,6 +233,24 @@ def test_two_files_with_the_same_tensor(base):
     fails("a.safetensors both have tensor", names[19], source=base)
 
 
+def test_a_truncated_index(base):
+    """Cut off in the middle, without some of its lines, or without one of its files."""
+    every = tensors()
+    names = list(every)
+    save_file({n: every[n] for n in names[:20]}, base / "a.safetensors")
+    save_file({n: every[n] for n in names[20:]}, base / "b.safetensors")
+    without(base, "ema.safetensors")
+    index = {"weight_map": {name: "a.safetensors" if i < 20 else "b.safetensors" for i, name in enumerate(names)}}
+    path = base / "model.safetensors.index.json"
+    path.write_text(json.dumps(index)[:-20])
+    fails(f"{path} is not valid JSON", source=base)
+    path.write_text(json.dumps({"weight_map": dict(list(index["weight_map"].items())[:20])}))
+    fails(f"{len(names) - 20 - len(TABLES)} tensors missing", source=base)
+    path.write_text(json.dumps(index))
+    without(base, "b.safetensors")
+    fails(f"{base / 'b.safetensors'} is missing", kind=FileNotFoundError, source=base)
+
+
 def test_several_files_and_none_of_a_known_name(base):
     renamed(base, "step-1.safetensors")
     shutil.copy(base / "step-1.safetensors", base / "step-2.safetensors")
