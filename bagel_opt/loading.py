@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bagel_opt.api import Model
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
-from bagel_opt.files.adapters import Loras
+from bagel_opt.files.adapters import Loras, Named
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
@@ -33,6 +34,7 @@ def load(
     profile: "Profile | str | Path | None" = None,
     weights: "str | Path | None" = None,
     lora: Loras = (),
+    adapters: Named = MappingProxyType({}),
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -43,8 +45,8 @@ def load(
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
     profile: a Profile, a TOML file or a name; None fits the shapes to each call.
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
-    as peft writes them, each a file or a folder, or (file, factor), merged into the weights. Which files were taken is
-    logged to "bagel_opt", where there was a choice.
+    as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
+    apart, by name, as `Model.set_adapters` takes them. Which files were taken is logged to "bagel_opt", where there was a choice.
     check: compare a bundle's files with
     their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
@@ -53,7 +55,13 @@ def load(
     """
     folder = Path(source) if source is not None else shipped_model()
     if (folder / MANIFEST).is_file():
-        given = {"dtype": dtype, "profile": profile, "weights": weights, "lora": lora or None}
+        given = {
+            "dtype": dtype,
+            "profile": profile,
+            "weights": weights,
+            "lora": lora or None,
+            "adapters": adapters or None,
+        }
         given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
             if value is not None:
@@ -82,6 +90,7 @@ def load(
     model = checkpoint.load(where, kind, progress)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
+    runtime.set_adapters(adapters)
     coarse = backend == "compile" or chosen == "flex"
     examples = read_examples(checkpoint.folder)
     return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=coarse, examples=examples)

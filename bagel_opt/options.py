@@ -6,7 +6,7 @@ Python's arguments are checked here; the command line, the server's bodies and t
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ STEP_CACHES = ("taylorseer", "teacache")
 DEFAULT_TOKENS = 1000  # of a thought or an answer
 # What an option is for. Those of size and inputs are a picture's too: its size where no input picture gives it, and how
 # it keeps to those that go in.
-EVERY, PICTURE, SIZE, INPUTS = "every", "picture", "size", "inputs"
+EVERY, PICTURE, SIZE, INPUTS, ADAPTERS = "every", "picture", "size", "inputs", "adapters"
 
 
 # ---- kinds of values; `allows` leaves out None, which is allowed where it is the default
@@ -92,6 +92,22 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """A number from low to high for each of some names."""
+
+    low: float
+    high: float
+
+    @property
+    def allowed(self) -> str:
+        return f"None or an object from adapters' names to numbers from {self.low} to {self.high}"
+
+    def allows(self, value: object) -> bool:
+        number = Number(self.low, self.high).allows
+        return isinstance(value, Mapping) and all(isinstance(n, str) and number(s) for n, s in value.items())
+
+
+@dataclass(frozen=True)
 class Function:
     allowed = "None or a function"
 
@@ -101,12 +117,12 @@ class Function:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option. group: EVERY, PICTURE, SIZE or INPUTS; None where Python alone has it. help: a phrase.
+    """What is known of an option. group: EVERY, PICTURE, SIZE, INPUTS or ADAPTERS; None where Python alone has it. help: a phrase.
     unset: what None, as the default, stands for."""
 
     name: str
     default: Any
-    kind: Number | Interval | Choice | Flag | Text | Function | None
+    kind: Number | Interval | Choice | Flag | Text | Scales | Function | None
     group: str | None
     help: str
     unset: str
@@ -231,6 +247,13 @@ class Options:
         "fewer evaluations for nearly the same picture: taylorseer predicts most steps, teacache skips those that would "
         "change little",
         unset="none",
+    )
+    adapters: Mapping[str, float] | None = _option(
+        None,
+        Scales(-100, 100),
+        ADAPTERS,
+        "how much of each adapter counts that the model keeps apart; those not named do not",
+        unset="as the adapters were set",
     )
     noise: Any = _option(None, None)
     vae_noise: Any = _option(None, None)

@@ -15,12 +15,12 @@ from starlette.testclient import TestClient
 import bagel_opt
 from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
-from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, described
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Scales, described
 from bagel_opt.request import Options, Request
 from bagel_opt.serve import Limits, Metrics, Service, create_app
 from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT, ChatBody, EditBody, ImageBody
 
-ALL = described(EVERY, PICTURE, SIZE, INPUTS)
+ALL = described(EVERY, PICTURE, SIZE, INPUTS, ADAPTERS)
 PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token"}
 
 
@@ -54,6 +54,8 @@ def pieces(option):
             return list(values), ["", "other", 1]
         case Flag():
             return [True, False], [2, "maybe"]
+        case Scales(low, high):
+            return [{}, {"a": low, "b": high}], [{"a": high + 1}, {"a": "much"}, ["a"], "a", 1]
     return ["", "some text"], [1]
 
 

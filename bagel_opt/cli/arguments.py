@@ -184,6 +184,13 @@ def _adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _kept_apart(text: str) -> tuple[str, tuple[str, float]]:
+    name, sign, place = text.partition("=")
+    if not (name and sign and place):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=FILE")
+    return name, (place, 0.0)  # counts where a request asks for it
+
+
 def _no_check(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
@@ -192,7 +199,8 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "weights", "lora", "check")}
+    names = ("backend", "device", "dtype", "attention", "weights", "lora", "check")
+    return {name: getattr(a, name) for name in names} | {"adapters": dict(vars(a).get("adapters", ()))}
 
 
 def serve_options(sub: argparse.ArgumentParser) -> None:
@@ -201,6 +209,15 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         "checkpoint", nargs="?", help="bundle, checkpoint folder or repo id (default: the model that ships)"
     )
     _load_options(sub, "demo for the model that ships; another checkpoint needs one")
+    sub.add_argument(
+        "--adapter",
+        dest="adapters",
+        metavar="NAME=FILE",
+        action="append",
+        type=_kept_apart,
+        default=[],
+        help="an adapter that is kept apart, for requests that ask for it: adapters={NAME: scale}; may be given several times",
+    )
     group = sub.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
     group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")

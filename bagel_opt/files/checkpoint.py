@@ -112,6 +112,16 @@ def sine_table(rows: int, channels: int) -> torch.Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
+def published_shapes(config: BagelConfig, parameters: Shapes) -> Shapes:
+    """The tensors of a checkpoint under their published names, from parameters of a model of these sizes."""
+    found: Shapes = {}
+    for name, shape in parameters.items():
+        sources = published_names(name)
+        for source, rows in zip(sources, part_rows(config, name, len(sources), shape[0]), strict=True):
+            found[source] = (rows, *shape[1:])
+    return found
+
+
 class Checkpoint:
     """A checkpoint: where each tensor is, its shape and dtype. Nothing is read but headers, JSON and DFloat11's tables.
 
@@ -151,18 +161,15 @@ class Checkpoint:
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
         self._compare(parameter_shapes(self.config))
-        self.adapters = [Lora(find_place(path), factor, self.tensors) for path, factor in with_factors(lora)]
+        shapes = {name: at.shape for name, at in self.tensors.items()}  # now those of DFloat11 too
+        self.adapters = [Lora(find_place(path), factor, shapes) for path, factor in with_factors(lora)]
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
         self._compare({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
     def _compare(self, parameters: Shapes) -> None:
-        want: Shapes = {}
-        for name, shape in parameters.items():
-            sources = published_names(name)
-            for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
-                want[source] = (rows, *shape[1:])
+        want = published_shapes(self.config, parameters)
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
         if patch in self.tensors and len(self.tensors[patch].shape) == 4:

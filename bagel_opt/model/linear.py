@@ -1,18 +1,59 @@
-"""The model's products with weights, and its tables: what a checkpoint fills. C channels in and out, V rows of a table."""
+"""The model's products with weights, and its tables: what a checkpoint fills.
 
+B rows, T tokens, C channels in, N channels out, V rows of a table, K adapters, R ranks of all of them together.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """What adapters kept apart add to a product (LoRA, arXiv 2106.09685): the factors of all of them side by side.
+
+    like: the product's weight. down_RC, up_NR: the factors. of_R: which adapter each rank is of. A rank of no adapter has zeros in both factors.
+    wide: weight and up_NR side by side, for a product that takes both at once; see `widen`.
+    """
+
+    def __init__(self, ranks: int, like: Tensor, dtype: torch.dtype):
+        super().__init__()
+        for name, shape in (("down_RC", (ranks, like.shape[1])), ("up_NR", (like.shape[0], ranks))):
+            self.register_buffer(name, like.new_zeros(shape, dtype=dtype), persistent=False)
+        self.register_buffer("of_R", torch.zeros(ranks, dtype=torch.int64, device=like.device), persistent=False)
+        self.register_buffer("wide", None, persistent=False)
+
+    def reduced(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
+        """x in the adapters' ranks, each as much as its adapter counts in that row: [B, T, R]."""
+        share_B1R = share_BK.index_select(1, self.of_R)[:, None]
+        return F.linear(x_BTC, self.down_RC) * share_B1R.to(x_BTC.dtype)
+
+    def forward(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
+        return F.linear(self.reduced(x_BTC, share_BK), self.up_NR)
 
 
 class Linear(nn.Linear):
     """x @ weight.T + bias, in the dtype of x: the weight may be stored in another one.
 
     Every product of the model is one of these, so that what is stored in its place, such as a quantised or an adapted
-    weight, is a matter of this file alone.
+    weight, is a matter of this file alone. low_rank: of adapters that are kept apart; runtime/adapters.py brings it.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.stored(self.weight, x), None if self.bias is None else self.stored(self.bias, x))
+    low_rank: LowRank | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: str | None = None):
+        super().__init__(in_features, out_features, bias, device)
+        self.register_module("low_rank", None)
+
+    def forward(self, x: Tensor, share_BK: Tensor | None = None) -> Tensor:
+        """share_BK: how much of each adapter counts in each row; None is nothing of any."""
+        out = F.linear(x, self.stored(self.weight, x), None if self.bias is None else self.stored(self.bias, x))
+        return out if share_BK is None or self.low_rank is None else out + self.low_rank(x, share_BK)
+
+    def widen(self) -> None:
+        """Keeps the weight and the adapters' up_NR in one piece of memory, of which both are parts from then on."""
+        wide = torch.cat((self.weight, self.low_rank.up_NR), dim=1)
+        self.weight.data, self.low_rank.up_NR = wide.split((self.in_features, wide.shape[1] - self.in_features), dim=1)
+        self.low_rank.wide = wide
 
     @staticmethod
     def stored(parameter: Tensor, x: Tensor) -> Tensor:

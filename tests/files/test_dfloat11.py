@@ -111,6 +111,12 @@ def test_a_checkpoint(tmp_path):
     assert isinstance(over.places[name], ours.Part)
     assert over.tensors == Checkpoint(folder).tensors
     assert Checkpoint(folder, plain / "ema.safetensors").places[name] == (plain / "ema.safetensors", name)
+    factors = {"A": torch.randn(2, 64), "B": torch.randn(276, 2)}
+    adapter = {f"{name.removesuffix('.weight')}.lora_{half}.weight": factor for half, factor in factors.items()}
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    one, two = (Checkpoint(place, lora=tmp_path).load(torch.device("cpu"), torch.float32) for place in (folder, plain))
+    assert torch.equal(one.llm.lm_head.weight, two.llm.lm_head.weight)
 
 
 # ---- what is refused
