@@ -38,7 +38,8 @@ def load(
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
-    """Loads a checkpoint folder, a Hugging Face repo id or a bundle folder; None is the model that ships.
+    """Loads a checkpoint folder, a file of weights in one, a Hugging Face repo id or a bundle folder; None is the model that
+    ships.
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".

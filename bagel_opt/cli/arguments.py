@@ -94,10 +94,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
     serve_options(serve_)
 
-    show = command("inspect", "Show what a checkpoint or a bundle holds.")
-    show.add_argument(
-        "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
-    )
+    show = command("inspect", "Show what a checkpoint, a bundle or any file of weights holds, and what it would need.")
+    show.add_argument("checkpoint", nargs="?", help="folder, file, repo id or bundle (default: the model that ships)")
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
     _weights(show)
     show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
