@@ -14,6 +14,7 @@ from bagel_opt.files.adapters import Loras, Named
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ def load(
     weights: "str | Path | None" = None,
     lora: Loras = (),
     adapters: Named = MappingProxyType({}),
+    quantization: Quantization | None = None,
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -46,7 +48,8 @@ def load(
     profile: a Profile, a TOML file or a name; None fits the shapes to each call.
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
-    apart, by name, as `Model.set_adapters` takes them. Which files were taken is logged to "bagel_opt", where there was a choice.
+    apart, by name, as `Model.set_adapters` takes them. quantization: "fp8" or "int8" for the layers of both experts, or an
+    object from parts ("und", "gen", "vit") to these; weights are quantised as they are read. Which files were taken is logged to "bagel_opt", where there was a choice.
     check: compare a bundle's files with
     their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
@@ -61,6 +64,7 @@ def load(
             "weights": weights,
             "lora": lora or None,
             "adapters": adapters or None,
+            "quantization": quantization,
         }
         given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
@@ -87,7 +91,12 @@ def load(
     checkpoint = Checkpoint(folder if source is None else source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    model = checkpoint.load(where, kind, progress)
+    kinds = kinds_of_parts(quantization)
+    if where.type == "cuda" and kinds:
+        from bagel_opt.runtime.quantized_products import check_device
+
+        check_device(where, kinds)
+    model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
     runtime.set_adapters(adapters)

@@ -158,6 +158,12 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    group.add_argument(
+        "--quantization",
+        metavar="KIND",
+        type=_quantization,
+        help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
+    )
     _weights(group)
     _no_check(group)
 
@@ -172,6 +178,10 @@ def _weights(group: argparse._ActionsContainer) -> None:
         default=[],
         help="an adapter's file or folder, as peft writes them; may be given several times",
     )
+
+
+def _quantization(text: str) -> str | dict[str, str]:
+    return dict(pair.partition("=")[::2] for pair in text.split(",")) if "=" in text else text
 
 
 def _adapter(text: str) -> tuple[str, float]:
@@ -199,7 +209,7 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    names = ("backend", "device", "dtype", "attention", "weights", "lora", "check")
+    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "check")
     return {name: getattr(a, name) for name in names} | {"adapters": dict(vars(a).get("adapters", ()))}
 
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -189,21 +190,27 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> Bagel:
-        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place.
+        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
+        parts whose weights are quantised as they come, so that no more than one is there as it was.
 
         progress(done, total) is called in parameters read.
         """
         with torch.device("meta"):
-            model = Bagel(self.config)
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        parameters = dict(model.named_parameters())
-        for done, (name, parts) in enumerate(self.read(model)):
-            start = 0
-            for part in parts:
-                parameters[name].data[start : start + len(part)].copy_(part)
-                start += len(part)
-            progress(done + 1, len(parameters))
+            model, plain = Bagel(self.config).to(dtype), Bagel(self.config)
+        model.quantize(kinds)
+        model = model.to_empty(device=device).eval().requires_grad_(False)
+        parameters, total = dict(model.named_parameters()), len([*plain.parameters()])
+        for done, (name, parts) in enumerate(self.read(plain)):
+            if name in parameters:
+                start = 0
+                for part in parts:
+                    parameters[name].data[start : start + len(part)].copy_(part)
+                    start += len(part)
+            else:
+                model.get_submodule(name.removesuffix(".weight")).quantized.store(torch.cat(parts))
+            progress(done + 1, total)
         return model
 
     def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:

@@ -6,6 +6,7 @@ Programs that fill the context take one row; decoding and flow steps take all ro
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ class Bagel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.llm.norm_und.weight.device
+
+    def quantize(self, kinds: Mapping[str, str]) -> None:
+        """Makes room for the products of some parts' layers in 8 bits (quantization.PARTS), in place of their weights."""
+        experts = {part: [getattr(layer, part) for layer in self.llm.layers] for part in ("und", "gen")}
+        layers = experts | {"vit": [*self.vit_encoder.layers]}
+        for part, kind in kinds.items():
+            for product in [m for layer in layers[part] for m in layer.modules() if isinstance(m, Linear)]:
+                product.quantize(kind)
 
     # ---- programs with layers: what enters the first, all of them, and what is made of the last one's output
 

@@ -7,19 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel_opt.model.quantized import Quantized
+
 
 class LowRank(nn.Module):
     """What adapters kept apart add to a product (LoRA, arXiv 2106.09685): the factors of all of them side by side.
 
-    like: the product's weight. down_RC, up_NR: the factors. of_R: which adapter each rank is of. A rank of no adapter has zeros in both factors.
+    channels: in and out. down_RC, up_NR: the factors. of_R: which adapter each rank is of. A rank of no adapter has zeros in both factors.
     wide: weight and up_NR side by side, for a product that takes both at once; see `widen`.
     """
 
-    def __init__(self, ranks: int, like: Tensor, dtype: torch.dtype):
+    def __init__(self, ranks: int, channels: tuple[int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        for name, shape in (("down_RC", (ranks, like.shape[1])), ("up_NR", (like.shape[0], ranks))):
-            self.register_buffer(name, like.new_zeros(shape, dtype=dtype), persistent=False)
-        self.register_buffer("of_R", torch.zeros(ranks, dtype=torch.int64, device=like.device), persistent=False)
+        c_in, c_out = channels
+        for name, shape in (("down_RC", (ranks, c_in)), ("up_NR", (c_out, ranks))):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("of_R", torch.zeros(ranks, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("wide", None, persistent=False)
 
     def reduced(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
@@ -35,18 +38,27 @@ class Linear(nn.Linear):
     """x @ weight.T + bias, in the dtype of x: the weight may be stored in another one.
 
     Every product of the model is one of these, so that what is stored in its place, such as a quantised or an adapted
-    weight, is a matter of this file alone. low_rank: of adapters that are kept apart; runtime/adapters.py brings it.
+    weight, is a matter of this file alone. quantized: holds the weight where there is none, see `quantize`. low_rank: of
+    adapters that are kept apart; runtime/adapters.py brings it.
     """
 
+    quantized: Quantized | None
     low_rank: LowRank | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device: str | None = None):
         super().__init__(in_features, out_features, bias, device)
+        self.register_module("quantized", None)
         self.register_module("low_rank", None)
+
+    def quantize(self, kind: str) -> None:
+        """Makes room for the weight in that kind, in place of the weight."""
+        self.quantized = Quantized(kind, self.out_features, self.in_features, self.weight.device)
+        self.weight = None
 
     def forward(self, x: Tensor, share_BK: Tensor | None = None) -> Tensor:
         """share_BK: how much of each adapter counts in each row; None is nothing of any."""
-        out = F.linear(x, self.stored(self.weight, x), None if self.bias is None else self.stored(self.bias, x))
+        bias = None if self.bias is None else self.stored(self.bias, x)
+        out = F.linear(x, self.stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
         return out if share_BK is None or self.low_rank is None else out + self.low_rank(x, share_BK)
 
     def widen(self) -> None:

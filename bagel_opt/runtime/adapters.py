@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files.checkpoint import part_rows, published_names, published_shapes
@@ -57,7 +55,8 @@ def attach(model: Bagel, adapters: Sequence[Lora], widen: bool) -> bool:
             have = 0 if product.low_rank is None else len(product.low_rank.of_R)
             need = -(-ranks[kind] // ROUND) * ROUND if adapters else 0
             if need > have or (have and not adapters):
-                _make(product, need, model.dtype, widen and kind.endswith(WIDENED))
+                plain = product.quantized is None and product.weight.dtype == model.dtype
+                _make(model, product, need, widen and plain and kind.endswith(WIDENED))
                 moved = True
             if product.low_rank is not None:
                 _fill(product.low_rank, shares[name], readers)
@@ -77,11 +76,12 @@ def _shares(model: Bagel, name: str, product: Linear, adapters: Sequence[Lora]) 
     return found
 
 
-def _make(product: Linear, ranks: int, dtype: torch.dtype, widen: bool) -> None:
+def _make(model: Bagel, product: Linear, ranks: int, widen: bool) -> None:
     if product.low_rank is not None and product.low_rank.wide is not None:
         product.weight.data = product.weight.data.contiguous()
-    product.low_rank = LowRank(ranks, product.weight, dtype) if ranks else None
-    if ranks and widen and product.weight.dtype == dtype:
+    channels = product.in_features, product.out_features
+    product.low_rank = LowRank(ranks, channels, model.dtype, model.device) if ranks else None
+    if ranks and widen:
         product.widen()
 
 
