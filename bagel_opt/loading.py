@@ -88,14 +88,14 @@ def load(
     kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     chosen = backends.choose(attention, where, kind)
     fixed = [load_profile(profile)] if profile is not None else []
-    checkpoint = Checkpoint(folder if source is None else source, weights, lora)
-    for note in checkpoint.notes:
-        log.info(note)
     kinds = kinds_of_parts(quantization)
     if where.type == "cuda" and kinds:
         from bagel_opt.runtime.quantized_products import check_device
 
         check_device(where, kinds)
+    checkpoint = Checkpoint(folder if source is None else source, weights, lora)
+    for note in checkpoint.notes:
+        log.info(note)
     model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
 import bagel_opt
-from bagel_opt import Request
+from bagel_opt import Profile, Request
+from bagel_opt.runtime.torch import TorchRuntime
 
 ROOT = Path(bagel_opt.__file__).parent.parent  # of the checkout
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,6 +135,29 @@ def check_together(alone, together) -> None:
         for got, want in zip(seen, expected, strict=True):
             assert relative(got.x_t, want.x_t) < 1e-5
             assert relative(got.v_t, want.v_t) < 1e-5
+
+
+class Poisoned(TorchRuntime):
+    """Hands out memory full of large finite garbage in place of zeros."""
+
+    def caches(self, rows, slots):
+        return [100 * torch.randn_like(cache) for cache in super().caches(rows, slots)]
+
+    def zeros(self, shape, hidden=False):
+        return 100 * torch.randn_like(super().zeros(shape, hidden))
+
+
+def draw_profile(data: st.DataObject, need: Profile) -> Profile:
+    """With room for requests that need that much, and some more."""
+    extra = st.integers(0, 40)
+    return Profile(
+        "drawn",
+        rows=data.draw(st.integers(1, 5)),
+        text=data.draw(st.integers(7, 80)),
+        patches=need.patches + data.draw(extra),
+        latents=need.latents + data.draw(extra),
+        slots=700 + data.draw(extra),
+    )
 
 
 def random_inputs(rows, queries, slots, heads, kv_heads, channels, seed=0, dtype=torch.float32, device="cpu"):

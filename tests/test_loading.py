@@ -7,7 +7,7 @@ from bagel_opt import BundleError, ProfileError
 
 
 def test_settings_that_a_bundle_fixes_are_refused(bundle):
-    for settings in ({"dtype": "float16"}, {"profile": "tiny"}, {"attention": "flex"}):
+    for settings in ({"dtype": "float16"}, {"profile": "tiny"}, {"attention": "flex"}, {"quantization": "fp8"}):
         with pytest.raises(BundleError, match="fixed when it was exported"):
             bagel_opt.load(bundle, **settings)
     with pytest.raises(ValueError, match="backend='compile'"):

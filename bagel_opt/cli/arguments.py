@@ -161,7 +161,7 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument(
         "--quantization",
         metavar="KIND",
-        type=_quantization,
+        type=quantization,
         help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
     )
     _weights(group)
@@ -180,8 +180,12 @@ def _weights(group: argparse._ActionsContainer) -> None:
     )
 
 
-def _quantization(text: str) -> str | dict[str, str]:
-    return dict(pair.partition("=")[::2] for pair in text.split(",")) if "=" in text else text
+def quantization(text: str) -> str | dict[str, str]:
+    """Of `load`: a kind, or PART=KIND with commas."""
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")] if "=" in text else []
+    if len(found := dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a part twice")
+    return found or text
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import bagel_opt
+from bagel_opt.cli.arguments import quantization
 from bagel_opt.cli.console import guarded
 from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
     parser.add_argument("--profile", help="profile file or name")
+    parser.add_argument("--quantization", type=quantization, help="fp8 or int8, or by part, as gen=fp8,und=int8")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after so long")
     parser.add_argument("--json", type=Path, help="also write the table there")
     a = parser.parse_args()
@@ -140,7 +142,8 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> None:
     """Prints the table, each row as JSON when it is there."""
-    model = bagel_opt.load(a.checkpoint, backend=a.backend, device=a.device, dtype=a.dtype, profile=a.profile)
+    names = ("backend", "device", "dtype", "profile", "quantization")
+    model = bagel_opt.load(a.checkpoint, **{name: getattr(a, name) for name in names})
     steps = TIMESTEPS - 1
     table, found, start = Table("task", "options", "evaluations", "right", "seconds"), [], time.monotonic()
 

@@ -13,9 +13,9 @@ LEAST = 1e-12  # a scale: of a token of zeros
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(codes, scale_M in float32) of rows or of tokens: x is nearly codes * scale. What is not finite gives scales that are
-    not, so that it shows."""
+    not, so that it shows. The same bits on every device: torch divides by a number otherwise on a GPU than on a CPU."""
     wide = x_MC.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / _largest(dtype)).clamp(min=LEAST)
+    scale = (wide.abs().amax(-1, keepdim=True) * (1 / _largest(dtype))).clamp(min=LEAST)
     codes = wide / scale
     return (codes if dtype.is_floating_point else codes.round()).to(dtype), scale.squeeze(-1)
 

@@ -4,10 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CHECKPOINT, cases, check_together, examples, relative
+from support import CHECKPOINT, Poisoned, cases, check_together, draw_profile, examples, relative
 
 import bagel_opt
 from bagel_opt import Profile, ProfileError
@@ -17,16 +16,6 @@ from bagel_opt.sampling.plan import fit_profile
 from bagel_opt.sampling.planning import make_plan
 
 ALL = cases()
-
-
-class Poisoned(TorchRuntime):
-    """Hands out memory full of large finite garbage in place of zeros."""
-
-    def caches(self, rows, slots):
-        return [100 * torch.randn_like(cache) for cache in super().caches(rows, slots)]
-
-    def zeros(self, shape, hidden=False):
-        return 100 * torch.randn_like(super().zeros(shape, hidden))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +35,7 @@ def test_shapes_neighbours_and_garbage_change_nothing(eager, alone, data):
     events = [[] for _ in chosen]
     requests = [ALL[i].request(on_step=seen.append) for i, seen in zip(chosen, events, strict=True)]
     plans = [make_plan(request, eager.config, eager.tokenizer) for request in requests]
-    need = fit_profile(plans, round_up=False)
-    extra = st.integers(0, 40)
-    profile = Profile(
-        "drawn",
-        rows=data.draw(st.integers(1, 5)),
-        text=data.draw(st.integers(7, 80)),
-        patches=need.patches + data.draw(extra),
-        latents=need.latents + data.draw(extra),
-        slots=700 + data.draw(extra),
-    )
+    profile = draw_profile(data, fit_profile(plans, round_up=False))
     runtime = Poisoned(prepare(eager.runtime.model))
     model = bagel_opt.Model(runtime, eager.config, eager.tokenizer, [profile])
     for i, outputs, seen in zip(chosen, model.run_many(requests), events, strict=True):
