@@ -49,9 +49,9 @@ def load(
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
     apart, by name, as `Model.set_adapters` takes them. quantization: "fp8" or "int8" for the layers of both experts, or an
-    object from parts ("und", "gen", "vit") to these; weights are quantised as they are read. Which files were taken is logged to "bagel_opt", where there was a choice.
-    check: compare a bundle's files with
-    their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
+    object from parts ("und", "gen", "vit") to these; weights are quantised as they are read, and a folder of `quantize` has
+    them so already. Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's
+    files with their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.
@@ -89,13 +89,13 @@ def load(
     chosen = backends.choose(attention, where, kind)
     fixed = [load_profile(profile)] if profile is not None else []
     kinds = kinds_of_parts(quantization)
-    if where.type == "cuda" and kinds:
-        from bagel_opt.runtime.quantized_products import check_device
-
-        check_device(where, kinds)
     checkpoint = Checkpoint(folder if source is None else source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
+    if where.type == "cuda" and (kinds or checkpoint.kinds):
+        from bagel_opt.runtime.quantized_products import check_device
+
+        check_device(where, kinds or checkpoint.kinds)
     model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))

@@ -56,6 +56,12 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"
     )
 
+    quantize_ = command("quantize", "Write a checkpoint in 8 bits, which loads as it is.")
+    quantize_.add_argument("checkpoint", nargs="?", help="folder, file or repo id (default: the model that ships)")
+    _quantization(quantize_, required=True)
+    quantize_.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint; absent or empty")
+    _weights(quantize_)
+
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
     time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
@@ -158,12 +164,7 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
-    group.add_argument(
-        "--quantization",
-        metavar="KIND",
-        type=quantization,
-        help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
-    )
+    _quantization(group)
     _weights(group)
     _no_check(group)
 
@@ -177,6 +178,16 @@ def _weights(group: argparse._ActionsContainer) -> None:
         type=_adapter,
         default=[],
         help="an adapter's file or folder, as peft writes them; may be given several times",
+    )
+
+
+def _quantization(group: argparse._ActionsContainer, required: bool = False) -> None:
+    group.add_argument(
+        "--quantization",
+        metavar="KIND",
+        type=quantization,
+        required=required,
+        help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
     )
 
 

@@ -69,6 +69,17 @@ def export(a: argparse.Namespace) -> None:
     print(folder)
 
 
+def quantize(a: argparse.Namespace) -> None:
+    try:
+        from bagel_opt.export.quantize import quantize as write_checkpoint
+    except ImportError as error:
+        raise ImportError(f"quantising needs {error.name}: pip install 'bagel-opt[torch]'") from None
+    with bar("quantising") as update:
+        progress = functools.partial(update, "quantising")
+        given = {"weights": a.weights, "lora": a.lora, "progress": progress}
+        print(write_checkpoint(a.checkpoint, a.out, a.quantization, **given))
+
+
 def _default_profile(checkpoint: str | None, weights: str | None) -> Profile:
     """The profile where none was named, with a line on stderr saying which."""
     from bagel_opt.export.default_profile import default_profile
@@ -228,4 +239,4 @@ def _check_out(path: Path) -> None:
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
 
 
-COMMANDS = {run.__name__: run for run in (generate, edit, understand, chat, export, bench, serve, inspect)}
+COMMANDS = {run.__name__: run for run in (generate, edit, understand, chat, export, quantize, bench, serve, inspect)}

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bagel_opt.cli.memory import needs
 from bagel_opt.config import BagelConfig
+from bagel_opt.dtypes import DTYPES
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.finding import find_place
 from bagel_opt.files.manifest import MANIFEST, WEIGHTS, read_manifest
@@ -110,14 +111,14 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
         size = _size(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
         programs.add_row(name, size, "\n".join(inputs), "\n".join(outputs))
     parameters = sum(math.prod(place.shape) for place in locate_weights(folder / WEIGHTS).values())
-    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, parameters)
+    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, parameters * DTYPES[manifest.dtype].bytes)
     return [about, programs, _config(manifest.config), memory]
 
 
-def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, parameters: int) -> Table:
+def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, weights: int) -> Table:
     table = _table(f"memory in {dtype}", "profile", "weights", "caches", "workspace, about", "together")
     for profile in profiles:
-        needed = needs(config, profile, dtype, parameters)
+        needed = needs(config, profile, dtype, weights)
         table.add_row(profile.name, *map(_size, (*needed.values(), sum(needed.values()))))
     return table
 
@@ -148,7 +149,14 @@ def _checkpoint(
     for note in (*checkpoint.notes, *map(str, checkpoint.adapters)):
         chosen.add_row(note)
     tables = [table, *([chosen] if chosen.row_count else []), _config(checkpoint.config)]
-    return [*tables, _memory(checkpoint.config, profiles, dtype, parameters.total())] if profiles else tables
+    if not profiles:
+        return tables
+    size = DTYPES[dtype].bytes
+    held = sum(
+        math.prod(place.shape) * (1 if checkpoint.kinds and place.dtype.bytes == 1 else size)
+        for place in checkpoint.tensors.values()
+    )
+    return [*tables, _memory(checkpoint.config, profiles, dtype, held)]
 
 
 def _config(c: BagelConfig) -> Table:

@@ -5,8 +5,8 @@ from bagel_opt.dtypes import DTYPES
 from bagel_opt.profile import Profile
 
 
-def needs(config: BagelConfig, profile: Profile, dtype: str, parameters: int) -> dict[str, int]:
-    """Bytes of weights, of the KV caches of all batches, and of the largest program's intermediate values.
+def needs(config: BagelConfig, profile: Profile, dtype: str, weights: int) -> dict[str, int]:
+    """weights: bytes of them. -> bytes of weights, of the KV caches of all batches, and of the largest program's intermediate values.
 
     The last is an estimate: what is alive at the widest place, which is the MLP of a flow step or of a prefill, or the
     VAE's first level at full resolution. Runtimes add some hundred megabytes of their own.
@@ -21,7 +21,7 @@ def needs(config: BagelConfig, profile: Profile, dtype: str, parameters: int) ->
     vae = pixels * config.vae.ch * (max(config.vae.ch_mult[:2]) + 2) * size
     decode = p.rows * c.vocab_size * 4 * 3
     return {
-        "weights": parameters * size,
+        "weights": weights,
         "caches": p.batches * p.rows * p.slots * slot,
         "workspace": max(layer, vit, vae, decode),
     }

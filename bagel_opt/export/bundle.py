@@ -99,6 +99,10 @@ def export(
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
     for note in source.notes:
         log.info(note)
+    if source.kinds:
+        raise ValueError(
+            f"{source.folder} is in 8 bits, of which there are no bundles yet; export what it was made from"
+        )
     profiles = profiles or [default_profile(source.config)]
     size = sum(map(prod, parameter_shapes(source.config).values())) * kind.itemsize
     if onnx:

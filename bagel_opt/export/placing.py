@@ -1,4 +1,4 @@
-"""Putting a bundle in its place: whole or not at all, one export at a time, and nothing lost that others put there."""
+"""Putting a folder in its place: whole or not at all, one export at a time, and nothing lost that others put there."""
 
 import glob
 import itertools
@@ -23,6 +23,34 @@ def put_in_place(out: Path) -> Iterator[Path]:
     Raises FileExistsError where `out` holds anything but a bundle, or another export to it runs. Where the bundle cannot
     be put in place once it is written, as when other files came there meanwhile, the error says where it lies instead.
     """
+    with _alone(out) as partial:
+        check_replaceable(out)
+        with naming(out):
+            partial.mkdir()
+            yield partial
+        _place(partial, out)
+
+
+@contextmanager
+def put_new(out: Path) -> Iterator[Path]:
+    """A folder to write anything to, which becomes `out` in one step; where the block fails or dies, `out` is as it was.
+
+    Raises FileExistsError where `out` is there and not empty, or another export to it runs.
+    """
+    with _alone(out) as partial:
+        check_new(out)
+        with naming(out):
+            partial.mkdir()
+            yield partial
+        check_new(out)  # again: that took a while
+        if out.exists():
+            out.rmdir()  # nothing but an empty folder goes
+        partial.rename(out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[Path]:
+    """The name of a folder to write, while no other export to `out` runs; it is gone in the end."""
     from filelock import FileLock, Timeout  # which comes with torch
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +63,17 @@ def put_in_place(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
     try:
         _clean_up(out)
-        check_replaceable(out)
-        with naming(out):
-            partial.mkdir()
-            yield partial
-        _place(partial, out)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it makes a new one
         lock.release()
+
+
+def check_new(out: Path) -> None:
+    """Raises FileExistsError unless a folder is absent or empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; choose another folder or remove it")
 
 
 def check_replaceable(out: Path) -> None:

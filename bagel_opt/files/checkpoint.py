@@ -19,11 +19,12 @@ from bagel_opt.files.checkpoint_config import read_config
 from bagel_opt.files.collecting import beside, collect
 from bagel_opt.files.comfyui import check_tokenizer
 from bagel_opt.files.dfloat11 import Part
-from bagel_opt.files.finding import VAE_FILE, find_place
+from bagel_opt.files.finding import SCALE, VAE_FILE, find_place
 from bagel_opt.files.lora import Lora
-from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
+from bagel_opt.files.parameters import Shapes, compare, parameter_shapes, quantized_shapes
 from bagel_opt.files.torch_weights import Reader
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.quantized import DTYPES
 from bagel_opt.tokenizer import Tokenizer
 
 # SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along, and buffers that are
@@ -70,18 +71,23 @@ OTHERS = {
 }
 
 
+# Codes take the place of a weight, and their scales lie beside it, as compressed-tensors and others have them.
+QUANTIZED = {"quantized.codes": "weight", "quantized.scale": SCALE.removeprefix(".")}
+ENDINGS = rf"(weight|bias|{'|'.join(map(re.escape, QUANTIZED))})"
 COMPUTED = {"latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"}  # fixed tables, which may be absent
 
 
 def published_names(name: str) -> tuple[str, ...]:
     """The published tensors that one of our parameters is made of, stacked along the first dimension."""
-    if match := re.fullmatch(r"llm\.layers\.(\d+)\.(und|gen)\.(\w+)\.(weight|bias)", name):
+    if match := re.fullmatch(rf"llm\.layers\.(\d+)\.(und|gen)\.(\w+)\.{ENDINGS}", name):
         layer, expert, part, kind = match.groups()
+        kind = QUANTIZED.get(kind, kind)
         gen = "_moe_gen" if expert == "gen" else ""
         prefix = f"language_model.model.layers.{layer}."
         return tuple(f"{prefix}{source.format(gen=gen)}.{kind}" for source in LAYER_PARTS[part])
-    if match := re.fullmatch(r"vit_encoder\.layers\.(\d+)\.(\w+)\.(weight|bias)", name):
+    if match := re.fullmatch(rf"vit_encoder\.layers\.(\d+)\.(\w+)\.{ENDINGS}", name):
         layer, part, kind = match.groups()
+        kind = QUANTIZED.get(kind, kind)
         return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
     # The VAE's file names its tensors without a prefix; the connector's names are the same here and there.
     return (OTHERS.get(name, name),)
@@ -129,6 +135,7 @@ class Checkpoint:
     source: a folder, or a file in one, which then counts alone, with the tokenizer, the VAE and the JSON files that are
     beside it. weights: a file or a folder whose tensors count in place of the source's; what it lacks comes from there.
     lora: adapters that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
+    kinds: of the parts that are in 8 bits there, whose weights can be neither replaced nor adapted.
     Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
     are not those of its sizes.
     """
@@ -142,10 +149,17 @@ class Checkpoint:
             veomni.check_whole(place)
         else:
             over = collect(above := find_place(weights))
+            if over.kinds:
+                raise CheckpointError(
+                    f"{above} is a whole model in 8 bits; give it as the checkpoint, without other weights below it"
+                )
+            self._plain(place, found.kinds, "weights")
             found = over.over(found)
             rest = len(found.tensors) - len(over.tensors)
             found.notes.append(f"{len(over.tensors)} tensors are of {above}, {rest} of {place}")
-        self.notes, self.places, self.tensors = found.notes, found.places, found.tensors
+        if lora:
+            self._plain(place, found.kinds, "lora")
+        self.notes, self.places, self.tensors, self.kinds = found.notes, found.places, found.tensors, found.kinds
         if not any(name.startswith("vae.") for name in self.tensors):
             raise FileNotFoundError(
                 f"{self.folder / VAE_FILE} is missing; copy the published one there, or give this as weights over a folder that has it"
@@ -161,9 +175,17 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
-        self._compare(parameter_shapes(self.config))
+        self._compare(quantized_shapes(parameter_shapes(self.config), self.kinds))
         shapes = {name: at.shape for name, at in self.tensors.items()}  # now those of DFloat11 too
         self.adapters = [Lora(find_place(path), factor, shapes) for path, factor in with_factors(lora)]
+
+    @staticmethod
+    def _plain(place: Path, kinds: Mapping[str, str], argument: str) -> None:
+        if kinds:
+            raise CheckpointError(
+                f"{place} is in 8 bits, and {argument} go into plain weights: load what it was made from with {argument} and "
+                f"quantization, or `bagel-opt quantize` that with --{argument}"
+            )
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
@@ -183,7 +205,17 @@ class Checkpoint:
         for name, at in have.items():  # groups say how many numbers there are, not their shape
             if isinstance(self.places[name], Part) and name in want and at.shape == (prod(want[name]),):
                 self.tensors[name] = have[name] = replace(at, shape=want[name])
-        compare(self.about, have, want, STORED, CheckpointError)
+        compare(self.about, have, want, STORED, CheckpointError, self._fixed(parameters))
+
+    def _fixed(self, parameters: Shapes) -> dict[str, str]:
+        """The dtypes of codes and scales, by their published names."""
+        found = {}
+        for name in parameters:
+            if name.endswith(tuple(QUANTIZED)):
+                part = "vit" if name.startswith("vit_encoder.") else name.split(".")[3]
+                dtype = DTYPES[self.kinds[part]] if name.endswith("codes") else torch.float32
+                found |= dict.fromkeys(published_names(name), str(dtype).removeprefix("torch."))
+        return found
 
     def load(
         self,
@@ -193,16 +225,22 @@ class Checkpoint:
         kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> Bagel:
         """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
-        parts whose weights are quantised as they come, so that no more than one is there as it was.
+        parts whose weights are quantised as they come, so that no more than one is there as it was; where the file is
+        in 8 bits, its own, or none.
 
-        progress(done, total) is called in parameters read.
+        progress(done, total) is called in parameters read. Raises CheckpointError for other kinds than the file's.
         """
+        if self.kinds and kinds and dict(kinds) != self.kinds:
+            raise CheckpointError(
+                f"{self.folder} is in 8 bits, {self.kinds}, which quantization={dict(kinds)} cannot change; leave that out"
+            )
         with torch.device("meta"):
-            model, plain = Bagel(self.config).to(dtype), Bagel(self.config)
-        model.quantize(kinds)
+            model, there = Bagel(self.config).to(dtype), Bagel(self.config)
+        model.quantize(kinds or self.kinds)
+        there.quantize(self.kinds)
         model = model.to_empty(device=device).eval().requires_grad_(False)
-        parameters, total = dict(model.named_parameters()), len([*plain.parameters()])
-        for done, (name, parts) in enumerate(self.read(plain)):
+        parameters, total = dict(model.named_parameters()), len([*there.parameters()])
+        for done, (name, parts) in enumerate(self.read(there)):
             if name in parameters:
                 start = 0
                 for part in parts:
@@ -223,12 +261,19 @@ class Checkpoint:
                     parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
                 yield name, parts
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which `read` gives a published tensor, where it is not in 8 bits."""
+        if name not in self.places or any(name in adapter.pairs for adapter in self.adapters):
+            return torch.float32
+        stored = getattr(torch, self.tensors[name].dtype.name)
+        return torch.bfloat16 if stored == torch.float8_e4m3fn else stored
+
     def _tensor(self, reader: Reader, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.places:  # one of COMPUTED
             return sine_table(*like.shape)
         place = self.places[name]
         tensor = place.read().view(self.tensors[name].shape) if isinstance(place, Part) else reader.read(*place)
-        if tensor.dtype == torch.float8_e4m3fn:  # a plain cast, of which bfloat16 holds each number
+        if tensor.dtype == torch.float8_e4m3fn != like.dtype:  # a plain cast, of which bfloat16 holds each number
             tensor = tensor.bfloat16()
         for adapter in self.adapters:
             if name in adapter.pairs:  # rounded once, at the end, as peft rounds it

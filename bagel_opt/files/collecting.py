@@ -7,7 +7,7 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.files import veomni
 from bagel_opt.files.comfyui import read_notes
 from bagel_opt.files.dfloat11 import Part, find_parts, piece_of
-from bagel_opt.files.finding import VAE_FILE, check_layout, dfloat11_config, transformer_files
+from bagel_opt.files.finding import VAE_FILE, check_layout, dfloat11_config, quantized_parts, transformer_files
 from bagel_opt.files.weights import Location, read_header
 
 
@@ -20,11 +20,12 @@ class Weights:
     given: dict[str, dict] = field(default_factory=dict)  # JSON files by name that came with them
     comfyui: dict[Path, dict] = field(default_factory=dict)  # what files for ComfyUI say
     notes: list[str] = field(default_factory=list)  # which of several files were chosen, for the user
+    kinds: dict[str, str] = field(default_factory=dict)  # of the parts that are in 8 bits
 
     def over(self, other: "Weights") -> "Weights":
         """These, and of the other those that are not here."""
         found = (getattr(other, name) | getattr(self, name) for name in ("tensors", "places", "given", "comfyui"))
-        return Weights(*found, other.notes + self.notes)
+        return Weights(*found, other.notes + self.notes, self.kinds)
 
     def add(self, name: str, place: tuple[Path, str] | Part, at: Location) -> None:
         """Raises CheckpointError where it is there already."""
@@ -37,7 +38,8 @@ class Weights:
 def collect(place: Path, needed: bool = True) -> Weights:
     """Reads headers, JSON and DFloat11's tables. needed: whether there must be tensors of a transformer. Raises
     FileNotFoundError and CheckpointError."""
-    found, pieces = Weights(), Weights()
+    folder = place.parent if place.is_file() else place
+    found, pieces = Weights(kinds=quantized_parts(folder)), Weights()
     modules = veomni.modules(place)
     for path in [path for folder in modules or [place] for path in _files(folder, needed, found.notes)]:
         if not path.is_file():
@@ -45,7 +47,7 @@ def collect(place: Path, needed: bool = True) -> Weights:
                 continue
             raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
         tensors, notes = read_header(path, CheckpointError)
-        check_layout(path, tensors)
+        check_layout(path, tensors, scales=bool(found.kinds))
         if (said := read_notes(path, notes)) is not None:
             found.comfyui[path] = said
             found.given |= said["model_configs"]
@@ -57,7 +59,6 @@ def collect(place: Path, needed: bool = True) -> Weights:
             else:
                 found.add(f"vae.{name}" if path.name == VAE_FILE else name, (path, name), at)
     found.given |= veomni.configs(place)
-    folder = place.parent if place.is_file() else place
     groups = {name: (pieces.places[name][0], at) for name, at in pieces.tensors.items()}
     for name, part in find_parts(groups, dfloat11_config(folder), folder / "config.json").items():
         found.add(name, part, part.location)

@@ -1,12 +1,13 @@
 """Where a checkpoint's files are: its folder, and in it the weights."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.json_files import read_json
+from bagel_opt.quantization import KINDS, PARTS
 
 FILES = ("*.json", "merges.txt", "*.safetensors", "example.png")  # the last: of examples.json
 VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
@@ -20,6 +21,8 @@ WEIGHTS = (
     "ema-FP8.safetensors",
     "ema-fp8.safetensors",
 )
+QUANT_METHOD = "bagel_opt"  # of a quantization_config, as Hugging Face's libraries name theirs
+SCALE = ".weight_scale"  # in the place of ".weight", of which it goes with the codes
 # Other formats by their files' names, and what to take instead.
 PICKLED = "pickled by PyTorch, and may run code when it is read"
 OTHER_FORMATS = {".gguf": "GGUF", **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PICKLED)}
@@ -62,9 +65,35 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
 
 def dfloat11_config(folder: Path) -> Any:
     """What config.json says of DFloat11 groups, or None. Raises CheckpointError."""
+    return _in_config(folder, "dfloat11_config")
+
+
+def quantized_parts(folder: Path) -> dict[str, str]:
+    """The kinds of the parts (quantization.PARTS) that are in 8 bits, as config.json says it where `bagel-opt quantize` wrote
+    it; others' schemes show by their tensors' names. Raises CheckpointError."""
+    said = _in_config(folder, "quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
+        return {}
+    match said:
+        case {"version": 1, "parts": dict(parts)} if parts and all(
+            part in PARTS and kind in KINDS for part, kind in parts.items()
+        ):
+            return parts
+    raise CheckpointError(
+        f"{folder / 'config.json'} has {said!r:.300} as quantization_config, which this bagel_opt does not know; upgrade it, "
+        "or quantise the model again"
+    )
+
+
+def quantization_config(kinds: Mapping[str, str]) -> dict[str, Any]:
+    """What `quantized_parts` reads."""
+    return {"quant_method": QUANT_METHOD, "version": 1, "parts": dict(kinds)}
+
+
+def _in_config(folder: Path, field: str) -> Any:
     path = folder / "config.json"
     data = read_json(path, CheckpointError) if path.is_file() else None
-    return data.get("dfloat11_config") if isinstance(data, dict) else None
+    return data.get(field) if isinstance(data, dict) else None
 
 
 def _check_format(path: Path) -> None:
@@ -72,18 +101,21 @@ def _check_format(path: Path) -> None:
         raise CheckpointError(f"{path} is {found}; take the same weights as *.safetensors, in 16 bits or plain FP8")
 
 
-def other_layout(names: Iterable[str]) -> tuple[str, str] | None:
-    """Which layout of tensors it is that is not BAGEL's, in words, and the name that shows it."""
+def other_layout(names: Iterable[str], scales: bool = False) -> tuple[str, str] | None:
+    """Which layout of tensors it is that is not BAGEL's, in words, and the name that shows it. scales: whether there are to
+    be our own."""
     for name in names:
+        if scales and name.endswith(SCALE):
+            continue
         for pattern, what in OTHER_LAYOUTS.items():
             if re.search(pattern, name):
                 return what, name
     return None
 
 
-def check_layout(path: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError for tensors of another layout than BAGEL's, naming it."""
-    if found := other_layout(names):
+def check_layout(path: Path, names: Iterable[str], scales: bool = False) -> None:
+    """Raises CheckpointError for tensors of another layout than BAGEL's, naming it. scales: as for `other_layout`."""
+    if found := other_layout(names, scales):
         what, name = found
         raise CheckpointError(
             f"{path} holds {what} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"

@@ -11,7 +11,7 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.files import veomni
 from bagel_opt.files.collecting import Weights, beside, collect
 from bagel_opt.files.dfloat11 import Part
-from bagel_opt.files.finding import OTHER_FORMATS, VAE_FILE, other_layout, transformer_files
+from bagel_opt.files.finding import OTHER_FORMATS, VAE_FILE, other_layout, quantized_parts, transformer_files
 from bagel_opt.files.lora import CONFIG, FILE
 from bagel_opt.files.weights import Location, locate_weights
 from bagel_opt.json_files import read_json
@@ -53,7 +53,7 @@ def recognise(place: Path) -> Form:
         return Form(f"{other.name}: {OTHER_FORMATS[other.suffix.lower()]}", [INSTEAD])
     for path in _headers(place):
         tensors = locate_weights(path, CheckpointError)
-        what, name = other_layout(tensors) or ("", "")
+        what, name = other_layout(tensors, scales=bool(quantized_parts(path.parent))) or ("", "")
         if ".lora_" in name:
             return _adapter(path)
         if what:
@@ -93,6 +93,9 @@ def _what(place: Path, found: Weights) -> str:
     kinds = {at.dtype.name for name, at in found.tensors.items() if not name.startswith("vae.")}
     if not kinds:
         return "BAGEL's VAE"
+    if found.kinds:
+        parts = ", ".join(f"{part} in {kind}" for part, kind in found.kinds.items())
+        return f"BAGEL as `bagel-opt quantize` writes it, {parts}"
     return "BAGEL in FP8 without scales" if kinds == {"float8_e4m3fn"} else "BAGEL"
 
 

@@ -1,13 +1,16 @@
 """The names and shapes of a model's weights, from its sizes alone and without torch: what a checkpoint and a bundle have to
 hold, compared before anything is built from either."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_opt.files.weights import Location
 
 Shapes = dict[str, tuple[int, ...]]
+LAYERS = {"und": r"llm\.layers\.\d+\.und\.", "gen": r"llm\.layers\.\d+\.gen\.", "vit": r"vit_encoder\.layers\."}
 
 
 def parameter_shapes(c: BagelConfig) -> Shapes:
@@ -26,6 +29,18 @@ def parameter_shapes(c: BagelConfig) -> Shapes:
         **_linear("latent_out", c.latent_dim, hidden),
         **{f"vae.{name}": shape for name, shape in _vae(c.vae).items()},
     }
+
+
+def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
+    """The parameters after `Bagel.quantize`: codes and scales in place of the weights of those parts' products."""
+    found: Shapes = {}
+    for name, shape in parameters.items():
+        if len(shape) == 2 and any(re.match(LAYERS[part], name) for part in kinds):
+            stem = name.removesuffix("weight")
+            found |= {f"{stem}quantized.codes": shape, f"{stem}quantized.scale": shape[:1]}
+        else:
+            found[name] = shape
+    return found
 
 
 def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
@@ -48,9 +63,15 @@ def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
 
 
 def compare(
-    where: Path | str, have: Mapping[str, Location], want: Shapes, dtypes: Collection[str], error: type[ValueError]
+    where: Path | str,
+    have: Mapping[str, Location],
+    want: Shapes,
+    dtypes: Collection[str],
+    error: type[ValueError],
+    fixed: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raises `error` listing how the tensors in files differ from those that a model has. dtypes: which they may have."""
+    """Raises `error` listing how the tensors in files differ from those that a model has. dtypes: which they may have;
+    fixed: those of some, which may have no others."""
     both = [name for name in want if name in have]
     wrong = {
         "missing": [name for name in want if name not in have],
@@ -61,7 +82,14 @@ def compare(
             if have[name].shape != want[name]
         ],
         f"not of {' or '.join(dtypes)}": [
-            f"{name} is {have[name].dtype.name}" for name in both if have[name].dtype.name not in dtypes
+            f"{name} is {have[name].dtype.name}"
+            for name in both
+            if name not in fixed and have[name].dtype.name not in dtypes
+        ],
+        "not of their kind": [
+            f"{name} is {have[name].dtype.name}, not {fixed[name]}"
+            for name in both
+            if name in fixed and have[name].dtype.name != fixed[name]
         ],
     }
     if any(wrong.values()):

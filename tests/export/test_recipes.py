@@ -84,7 +84,7 @@ def test_bad_recipes_are_named(tmp_path, text, message):
 def test_profiles_of_the_published_model_say_what_they_need(name):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Bagel(PUBLISHED).parameters())
-    needed = needs(PUBLISHED, load_profile(name), "bfloat16", parameters)
+    needed = needs(PUBLISHED, load_profile(name), "bfloat16", 2 * parameters)
     text = "{weights:.1f} GB of weights, {caches:.1f} GB of caches, about {workspace:.1f} GB besides"
     path = ROOT / "profiles" / f"{name}.toml"
     assert text.format(**{part: count / 1e9 for part, count in needed.items()}) in path.read_text()

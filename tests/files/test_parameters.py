@@ -10,7 +10,7 @@ from support import CHECKPOINT, ODD
 from bagel_opt.config import PUBLISHED
 from bagel_opt.export.onnx import Shapes
 from bagel_opt.files.checkpoint import Checkpoint
-from bagel_opt.files.parameters import parameter_shapes, stored_shapes
+from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, stored_shapes
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.bagel import Bagel
 
@@ -31,6 +31,15 @@ def test_a_models_parameters(config):
     assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
     for kind in ("aoti", "export", "compile"):
         assert stored_shapes(config, kind, "cpu") == parameter_shapes(config)
+
+
+@pytest.mark.parametrize("kinds", [{"und": "fp8", "gen": "int8"}, {"vit": "int8"}, {"gen": "fp8"}, {}], ids=str)
+def test_a_quantised_models_parameters(config, kinds):
+    with torch.device("meta"):
+        model = Bagel(config)
+    model.quantize(kinds)
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert quantized_shapes(parameter_shapes(config), kinds) == found
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")])

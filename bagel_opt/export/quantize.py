@@ -1,0 +1,110 @@
+"""Writing a checkpoint in 8 bits: a folder in the published layout, with codes in place of weights and their scales beside
+them."""
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bagel_opt.examples import copy_examples
+from bagel_opt.export.placing import check_new, check_space, put_new
+from bagel_opt.files.adapters import Loras
+from bagel_opt.files.checkpoint import Checkpoint, part_rows, published_names
+from bagel_opt.files.finding import SCALE, VAE_FILE, quantization_config
+from bagel_opt.files.manifest import TOKENIZER
+from bagel_opt.files.torch_weights import Layout, write_weights
+from bagel_opt.files.written_config import write_config
+from bagel_opt.loading import shipped_model
+from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.quantized import to_codes
+from bagel_opt.quantization import Quantization, kinds_of_parts
+
+TRANSFORMER = "model.safetensors"
+log = logging.getLogger("bagel_opt")
+
+
+def quantize(
+    checkpoint: str | Path | None,
+    out: str | Path,
+    quantization: Quantization,
+    *,
+    weights: str | Path | None = None,
+    lora: Loras = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Writes a checkpoint (None: the model that ships) in 8 bits to the folder `out` and returns it. `load` reads it as it
+    is, and answers as with `load(checkpoint, quantization=...)`, to the bit.
+
+    quantization, weights, lora: as for `load`. What is in none of the parts that are quantised is written as it was stored,
+    and in float32 where an adapter changed it. No more than one parameter is in memory. progress(done, total) in parameters.
+
+    `out` may be empty or absent, and is there once it is whole. Raises ValueError for a bad argument, FileExistsError where
+    `out` holds something or another export to it runs, OSError where the disk is full, and what `load` raises for the
+    checkpoint.
+    """
+    kinds, out = kinds_of_parts(quantization), Path(out).resolve()
+    if not kinds:
+        raise ValueError(f"quantization={quantization!r} leaves all as it is; name a kind, or a part and its kind")
+    check_new(out)  # before a repository is downloaded
+    source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
+    for note in source.notes:
+        log.info(note)
+    if source.kinds:
+        raise ValueError(f"{source.folder} is in 8 bits already; quantise the checkpoint that it was made from")
+    with torch.device("meta"):
+        plain, model = Bagel(source.config), Bagel(source.config)
+    model.quantize(kinds)
+    layouts: dict[str, Layout] = {TRANSFORMER: [], VAE_FILE: []}
+    for name, shape, dtype in _layout(source, plain, model):
+        layouts[VAE_FILE if name.startswith("vae.") else TRANSFORMER].append((name.removeprefix("vae."), shape, dtype))
+    size = sum(prod(shape) * dtype.itemsize for layout in layouts.values() for _, shape, dtype in layout)
+    with put_new(out) as partial:
+        check_space(out, size)  # now that what killed runs left is gone
+        source.tokenizer.write(partial / TOKENIZER)
+        write_config(partial, source.config, quantization_config=quantization_config(kinds))
+        copy_examples(source.folder, partial)
+        tensors = _tensors(source, plain, model, progress)
+        for file, layout in layouts.items():  # the VAE is a model's last part
+            write_weights(partial / file, layout, islice(tensors, len(layout)))
+    return out
+
+
+def _codes(model: Bagel, name: str) -> torch.dtype | None:
+    """What a parameter's codes are, or None where it is not quantised. model: quantised."""
+    product, _, kind = name.rpartition(".")
+    held = getattr(model.get_submodule(product), "quantized", None)
+    return held.codes.dtype if held is not None and kind == "weight" else None
+
+
+def _layout(source: Checkpoint, plain: Bagel, model: Bagel) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    for name, parameter in plain.named_parameters():
+        names, codes = published_names(name), _codes(model, name)
+        for part, rows in zip(names, part_rows(source.config, name, len(names), parameter.shape[0]), strict=True):
+            yield part, (rows, *parameter.shape[1:]), codes or source.dtype(part)
+            if codes:
+                yield _scale(part), (rows,), torch.float32
+
+
+def _tensors(
+    source: Checkpoint, plain: Bagel, model: Bagel, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of `_layout`, but for "vae."."""
+    total = len([*plain.parameters()])
+    for done, (name, parts) in enumerate(source.read(plain)):
+        progress(done + 1, total)
+        codes = _codes(model, name)
+        for part, tensor in zip(published_names(name), parts, strict=True):
+            if codes is None:
+                yield part.removeprefix("vae."), tensor
+            else:
+                rounded, scale = to_codes(tensor, codes)
+                yield part, rounded
+                yield _scale(part), scale
+
+
+def _scale(weight: str) -> str:
+    return weight.removesuffix(".weight") + SCALE
