@@ -9,6 +9,7 @@ from PIL import Image
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.examples import Examples
+from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.request import Request
@@ -46,6 +47,11 @@ class Model:
     def examples(self) -> Examples:
         """Prompts, and a picture to edit and to ask about, that the model's folder gives."""
         return self._examples
+
+    @property
+    def defaults(self) -> Options:
+        """The options of a request that gives none: the official ones, but for what the model recommends."""
+        return Options.make(dict(self.config.generation))
 
     @property
     def profile(self) -> Profile | None:

@@ -15,12 +15,13 @@ from starlette.testclient import TestClient
 import bagel_opt
 from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
-from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
+from bagel_opt.options import EVERY, INPUTS, PICTURE, READING, SIZE, described
 from bagel_opt.request import Options, Request
 from bagel_opt.serve import Limits, Metrics, Service, create_app
 from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT, ChatBody, EditBody, ImageBody
 
-ALL = described(EVERY, PICTURE, SIZE, INPUTS)
+ALL = described(EVERY, PICTURE, SIZE, INPUTS, READING)
 PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token"}
 
 
@@ -30,13 +31,14 @@ def flags(command):
     return {action.dest: action for action in commands.choices[command]._actions if action.option_strings}
 
 
-def client(limits):
-    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60), limits)
+def client(limits, **recommended):
+    model = types.SimpleNamespace(defaults=Options(**recommended))
+    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60, model=model), limits)
     return TestClient(create_app(service))
 
 
-def told(limits=Limits()):  # noqa: B008
-    return client(limits).get("/options.json").json()
+def told(limits=Limits(), **recommended):  # noqa: B008
+    return client(limits, **recommended).get("/options.json").json()
 
 
 def pieces(option):
@@ -54,6 +56,14 @@ def pieces(option):
             return list(values), ["", "other", 1]
         case Flag():
             return [True, False], [2, "maybe"]
+        case Texts(most, longest):
+            return ["a" * longest, [], ["a", "b"], ["a"] * most], [
+                "",
+                "a" * (longest + 1),
+                [""],
+                ["a"] * (most + 1),
+                [1],
+            ]
     return ["", "some text"], [1]
 
 
@@ -86,8 +96,8 @@ def test_ranges_are_the_same_everywhere(name):
     ("command", "groups"),
     [
         ("generate", (EVERY, PICTURE, SIZE, INPUTS)),
-        ("edit", (EVERY, PICTURE, INPUTS)),
-        ("understand", (EVERY,)),
+        ("edit", (EVERY, PICTURE, INPUTS, READING)),
+        ("understand", (EVERY, READING)),
         ("chat", (EVERY,)),
     ],
 )
@@ -116,15 +126,22 @@ def test_the_bodies_have_them():
 
 def test_the_page_is_told_them():
     entries = {entry["name"]: entry for entry in told()}
-    assert set(entries) == set(described(EVERY, PICTURE, INPUTS)) - {"seed", "think"}
+    assert set(entries) == set(described(EVERY, PICTURE, INPUTS, READING)) - {"seed", "think"}
     for name, entry in entries.items():
         default = ALL[name].default
         assert entry["default"] == entry["value"] == (list(default) if isinstance(default, tuple) else default)
         assert entry["help"].lower() == f"{ALL[name].help}.".lower()
-        assert entry["modes"][-1] == ("ask" if name in described(EVERY) else "edit")
+        assert entry["modes"][-1] == ("ask" if name in described(EVERY, READING) else "edit")
     assert (entries["timestep_shift"]["min"], entries["timestep_shift"]["max"]) == (0.001, 1000)
     assert (entries["num_timesteps"]["max"], entries["max_think_tokens"]["max"]) == (200, WHOLE_LIMIT)
     assert entries["cfg_img_scale"]["modes"] == ["edit"]
+
+
+def test_the_page_begins_with_what_the_model_recommends():
+    entries = {entry["name"]: entry for entry in told(cfg_renorm_min=1.0, stop=["a", "b"], num_timesteps=300)}
+    assert entries["cfg_renorm_min"]["default"] == entries["cfg_renorm_min"]["value"] == 1.0
+    assert entries["stop"]["default"] == entries["stop"]["value"] == "a"
+    assert (entries["num_timesteps"]["default"], entries["num_timesteps"]["value"]) == (300, 200)
 
 
 @pytest.mark.parametrize(("most", "value"), [(60, 50), (20, 20)])

@@ -24,6 +24,10 @@ GOOD = {
     "num_timesteps": [2, 50, np.int32(9)],
     "height": [None, 16, np.int32(64)],
     "width": [None, 16, 64],
+    "stop": [None, (), ("a",), ("a", "b", "c", "d")],
+    "system_prompt": [None, "", "you are"],
+    "think_prompt": [None, "", "think"],
+    **{f"{kind}_{side}_size": [None, 14, np.int64(512)] for kind in ("vit", "vae") for side in ("min", "max")},
     "seed": [None, 0, np.int64(3), 2**63 - 1],
     "negative_prompt": [None, "", "blurry"],
     "step_cache": [None, "taylorseer", "teacache"],
@@ -48,6 +52,14 @@ BAD = {
     "num_timesteps": ([1, 0, -5, 50.0, "50", None, True], "at least 2"),
     "height": ([0, -16, 64.0, "64", True], "pixels"),
     "width": ([0, -16, 64.0, "64", True], "pixels"),
+    "stop": ([3, "", [""], ["a"] * 5, "a" * 257, [1], b"a", {"a": 1}], "up to 4 texts of 1 to 256 characters"),
+    "system_prompt": ([3, ["a"], b"a"], "a text"),
+    "think_prompt": ([3, ["a"], b"a"], "a text"),
+    **{
+        f"{kind}_{side}_size": ([0, -14, 2**16 + 1, 512.0, "512", True], "pixels")
+        for kind in ("vit", "vae")
+        for side in ("min", "max")
+    },
     "seed": ([-1, 2**63, 1.5, "1", True], "0 to 2**63 - 1"),
     "negative_prompt": ([3, ["blurry"], b"blurry"], "a text"),
     "step_cache": (["taylor", "none", False, 1], "None, 'taylorseer', 'teacache'"),

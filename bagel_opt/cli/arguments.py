@@ -8,7 +8,8 @@ from pathlib import Path
 from bagel_opt import __version__
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
-from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
+from bagel_opt.options import EVERY, INPUTS, PICTURE, READING, SIZE, Option, described
 
 PRESET_BUNDLES = ("onnx", "aoti")
 
@@ -37,6 +38,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     for sub in (draw, edit_, ask, talk):
         _model_options(sub)
         _options(sub, "text and seed", EVERY)
+    for sub in (edit_, ask):
+        _options(sub, "input pictures", READING)
 
     export_ = command("export", "Write a bundle that another runtime loads.")
     export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
@@ -145,6 +148,8 @@ def _settings(option: Option) -> dict:
             return about | {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         case Choice(values):
             return about | {"metavar": "|".join(values)}
+        case Texts():
+            return about | {"action": "append", "metavar": "TEXT"}
     return about | {"metavar": "TEXT"}
 
 

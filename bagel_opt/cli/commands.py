@@ -189,6 +189,7 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
         options["cfg_interval"] = tuple(options["cfg_interval"])
     Options.make(options)  # a typing slip should not cost the loading of 29 GB
     model = _load(a)
+    longest = options.get("max_think_tokens") or model.defaults.max_think_tokens or DEFAULT_TOKENS
     with bar("denoising" if output == "image" else "writing") as update:
 
         def on_step(event: object) -> None:
@@ -198,7 +199,7 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
 
         def on_token(token: int) -> None:
             written.append(token)
-            update("writing", len(written), options.get("max_think_tokens", DEFAULT_TOKENS))
+            update("writing", len(written), longest)
 
         return model.run(inputs, output=output, on_step=on_step, on_token=on_token, **options)
 

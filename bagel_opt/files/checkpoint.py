@@ -1,6 +1,7 @@
 """Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import STORED
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files.adapters import Loras, with_factors
-from bagel_opt.files.checkpoint_config import read_config
+from bagel_opt.files.checkpoint_config import read_config, read_generation
 from bagel_opt.files.finding import VAE_FILE, check_layout, find_place, transformer_files
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
@@ -140,7 +141,9 @@ class Checkpoint:
             )
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
         shapes = {name: place.shape for name, place in self.tensors.items()}
-        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special)
+        config = read_config(self.folder, shapes, self.tokenizer.special)
+        folders = [self.folder, *([place] if weights is not None and place.is_dir() else [])]
+        self.config: BagelConfig = dataclasses.replace(config, generation=read_generation(*folders))
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(

@@ -178,8 +178,10 @@ class Job:
             ids.append(token)
             if self.observer.on_token:
                 self.observer.on_token(token)
+            if ends(self.tokenizer, ids, options.stops):
+                break
         context.kv_len, context.position = before
-        return self.tokenizer.decode(ids)
+        return before_stops(self.tokenizer.decode(ids), options.stops)
 
     def _draw(self) -> Generator:
         """Denoises the picture's latent tokens [tokens, channels]."""
@@ -206,6 +208,22 @@ class Job:
         if not finite.all():
             raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
         return Image.fromarray(picture)
+
+
+def ends(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> bool:
+    """Whether the last of the ids <|im_start|>, ... completes one of the texts."""
+    if not stops:
+        return False
+    last = (
+        max(len(stop.encode()) for stop in stops) + 4
+    )  # a token has a byte at least, but for those of a broken character
+    text = tokenizer.decode([ids[0], *ids[1:][-last:]])
+    return any(stop in text for stop in stops)
+
+
+def before_stops(text: str, stops: tuple[str, ...]) -> str:
+    """What comes before the first of the texts."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _public(array: np.ndarray) -> Any:

@@ -30,7 +30,8 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
 
     Raises ValueError for a picture, a size or a noise that the model cannot take.
     """
-    options = request.options
+    options = request.options_over(config.generation)
+    config = config.reading(options)
     draws = options.output == "image"
     main: list[Block] = []
     cfg_text: list[Block] = []
@@ -42,9 +43,9 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         ids = tokenizer.block(content)
         return Block("text", len(ids), ids)
 
-    if options.think:
-        main.append(text(THINK_IMAGE if draws else THINK_TEXT))
-        cfg_img.append(main[0])
+    for prompt in opening(options):
+        main.append(text(prompt))
+        cfg_img.append(main[-1])
     for index, item in enumerate(request.inputs):
         if isinstance(item, str):
             last_text = text(item)
@@ -82,6 +83,15 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         noise,
         vae_noise,
     )
+
+
+def opening(options: Options) -> list[str]:
+    """What is read before the inputs."""
+    found = [options.system_prompt]
+    if options.think:
+        official = THINK_IMAGE if options.output == "image" else THINK_TEXT
+        found.append(official if options.think_prompt is None else options.think_prompt)
+    return [prompt for prompt in found if prompt]
 
 
 def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImage:

@@ -17,7 +17,7 @@ from PIL import Image
 from bagel_opt.api import Model
 from bagel_opt.errors import ProfileError
 from bagel_opt.images import InputImage, check_image
-from bagel_opt.options import StepEvent
+from bagel_opt.options import Options, StepEvent
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Job, Observer
@@ -118,7 +118,7 @@ class EngineThread:
         An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
         """
         plan = make_plan(request, self.model.config, self.model.tokenizer)
-        asked, side = (request.options.height, request.options.width), self.model.config.token_pixels
+        asked, side = (request.given.get("height"), request.given.get("width")), self.model.config.token_pixels
         if plan.draws and None not in asked and asked != (drawn := tuple(side * tokens for tokens in plan.grid)):
             raise ValueError(
                 "size={1}x{0}; allowed: the size of the last input picture, {3}x{2}".format(*asked, *drawn)
@@ -127,10 +127,12 @@ class EngineThread:
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
         return plan.fitted(beside) if plan.fits(beside) else fitted, self.engines[profile]
 
-    def read(self, image: Image.Image, where: str) -> InputImage:
-        """A picture as small as the model reads it; a ValueError says what is wrong with it. Not for the event loop."""
+    def read(self, image: Image.Image, where: str, options: dict) -> InputImage:
+        """A picture as small as the model reads it with these options; a ValueError says what is wrong with it. Not for the
+        event loop."""
         check_image(image, where)
-        return read_image(image, self.model.config, where)
+        config = self.model.config
+        return read_image(image, config.reading(Options.make({**config.generation, **options})), where)
 
     def check_room(self, requests: int = 1) -> None:
         """Raises QueueFullError."""

@@ -4,18 +4,20 @@ Fields without an effect here are taken where they change nothing that was asked
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, Text, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Text, Texts
+from bagel_opt.options import EVERY, INPUTS, PICTURE, READING, SIZE, Option, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
 WHOLE_LIMIT = 2**31  # of whole numbers that have no other
 
 
-def _type(kind: Number | Interval | Choice | Flag | Text) -> Any:
+def _type(kind: Kind) -> Any:
     """What pydantic checks a value of an option with."""
     match kind:
         case Number(low, None, whole=True):
@@ -32,6 +34,9 @@ def _type(kind: Number | Interval | Choice | Flag | Text) -> Any:
             return bool
         case Text():
             return Annotated[str, Field(max_length=TEXT_LIMIT)]
+        case Texts(most, longest):
+            text = Annotated[str, Field(min_length=1, max_length=longest)]
+            return text | Annotated[list[text], Field(max_length=most)]
 
 
 def _field(option: Option) -> tuple[Any, Any]:
@@ -44,7 +49,7 @@ def _model(name: str, *groups: str) -> type[BaseModel]:
     return create_model(name, **{option.name: _field(option) for option in described(*groups).values()})
 
 
-class Body(_model("RequestOptions", EVERY)):
+class Body(_model("RequestOptions", EVERY, READING)):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
@@ -52,7 +57,13 @@ class Body(_model("RequestOptions", EVERY)):
 
     def text_options(self) -> dict:
         """What was given of the options of every request, but for the seed, which a server draws where none is."""
-        names = described(EVERY).keys() - {"seed"}
+        return self._given(described(EVERY).keys() - {"seed"}) | self.reading_options()
+
+    def reading_options(self) -> dict:
+        """What was given of the options on how pictures go in."""
+        return self._given(described(READING))
+
+    def _given(self, names: Iterable[str]) -> dict:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -154,7 +165,6 @@ class ChatBody(Body, Drawing):
     top_p: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    stop: list[None] | None = Field(None, max_length=0)
     logprobs: Literal[False] | None = None
     tools: list[None] | None = Field(None, max_length=0)
     response_format: TextFormat | None = None
@@ -234,7 +244,7 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
-class Choice(BaseModel):
+class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: None
@@ -248,7 +258,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChatChoice]
     usage: dict[str, int]
 
 

@@ -82,6 +82,15 @@ def test_generate_with_all_options(run, eager):
     assert np.array_equal(Image.open("out.png"), picture)
 
 
+def test_stop_texts_and_sides_and_prompts(run, eager):
+    options = {"vit_min_size": 84, "system_prompt": "Look well.", "stop": ["A", "never"]}
+    flags = ["--vit-min-size", 84, "--system-prompt", "Look well.", "--stop", "A", "--stop", "never"]
+    status, out, _ = run("understand", PICTURE, "what is it?", *TEXT, *flags)
+    want = eager.understand(Image.open(PICTURE), "what is it?", max_think_tokens=6, **options)
+    assert (status, out) == (0, want + "\n")
+    assert run("understand", PICTURE, "what is it?", *TEXT, *flags, "--stop", "")[0] == 1
+
+
 @pytest.mark.parametrize("spelling", ["--num_timesteps", "--num-timesteps"])
 def test_both_spellings(run, spelling):
     status, out, _ = run("generate", "a cat", "--checkpoint", CHECKPOINT, *SIZE, spelling, 2)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import numpy as np
 import openai
@@ -124,6 +125,35 @@ def test_streamed_answer(client):
     assert len(chunks) > 4
 
 
+@pytest.mark.parametrize("stop", ["{0}", ["never", "{0}"], ["never"], []])
+def test_stop(client, model, stop):
+    text = model.chat("hello", max_think_tokens=30)
+    place = next(i for i in range(8, 20) if "\ufffd" not in text[i : i + 2])
+    stop = json.loads(json.dumps(stop).replace("{0}", json.dumps(text[place : place + 2])[1:-1]))
+    options = {"model": "test", "messages": ask(text="hello"), "max_tokens": 29, "stop": stop}
+    answer = client.chat.completions.create(**options)
+    assert answer.choices[0].message.content == model.chat("hello", max_think_tokens=30, stop=stop)
+    stopped = text[place : place + 2] in stop
+    assert (len(answer.choices[0].message.content) < len(text)) == stopped
+    assert answer.choices[0].finish_reason == ("stop" if stopped else "length")
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.choices[0].message.content
+
+
+def test_sides_and_prompts_of_ones_own(client, model):
+    image = Image.open(io.BytesIO(png()))
+    options = {"vit_min_size": 84, "system_prompt": "Look well."}
+    answer = client.chat.completions.create(model="test", messages=ask(png()), max_tokens=7, extra_body=options)
+    plain = client.chat.completions.create(model="test", messages=ask(png()), max_tokens=7)
+    want = model.understand(image, "what is it?", max_think_tokens=8, **options)
+    assert answer.choices[0].message.content == want
+    assert answer.usage.prompt_tokens > plain.usage.prompt_tokens + 10
+    options = {"vae_max_size": 48, "vit_max_size": 42, "seed": 1, **FEW}
+    edited = client.images.edit(image=png(), prompt="a", extra_body=options)
+    assert equal(picture(edited.data[0].b64_json), model.edit(image, "a", **options))
+    assert edited.size == "48x48"
+
+
 def test_picture_in_chat_and_back(client):
     body = {"modalities": ["image"], **FEW}
     options = {"model": "test", "seed": 4, "extra_body": body}
@@ -183,7 +213,8 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"messages": [{"role": "user", "content": []}]}, 400),
         ({"top_p": 0.5}, 400),
         ({"n": 2}, 400),
-        ({"stop": ["a"]}, 400),
+        ({"stop": ["a"] * 5}, 400),
+        ({"stop": ""}, 400),
         ({"modalities": ["audio"]}, 400),
         ({"extra_body": {"cfg_text_scale": 2}}, 400),
         ({"temperature": 1, "extra_body": {"do_sample": True}}, 400),

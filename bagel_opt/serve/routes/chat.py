@@ -11,7 +11,6 @@ from PIL import Image
 from starlette.requests import Request as HttpRequest
 
 from bagel_opt.images import InputImage
-from bagel_opt.options import Options
 from bagel_opt.request import Request
 from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.engine_thread import Ticket
@@ -35,7 +34,7 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
     service.check_model(body.model)
     parts = _parts(body)
     images = sum(isinstance(part, ImagePart) for part, _ in parts)
-    timesteps = (body.num_timesteps or Options.num_timesteps) if body.draws else 0
+    timesteps = (body.num_timesteps or service.engine.model.defaults.num_timesteps) if body.draws else 0
     service.limits.check(1, timesteps, images, image="messages")
     sources = [
         _source(part, service, where, http.state.pictures) for part, where in parts if isinstance(part, ImagePart)
@@ -50,7 +49,8 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
         items = [next(coming) if text is None else text for text in texts]
         return [Request(items, output="image" if body.draws else "text", **options)]
 
-    [ticket] = await service.submit(http, sources, make, 1, "chat_image" if body.draws else "chat_text")
+    kind = "chat_image" if body.draws else "chat_text"
+    [ticket] = await service.submit(http, sources, make, 1, kind, body.reading_options())
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
         return EventStream(service, ticket, _events(service, body, ticket, about))
@@ -69,7 +69,10 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
         return sse({**about, "object": "chat.completion.chunk", "choices": [choice], **extra})
 
     yield chunk({"role": "assistant", "content": ""})
-    text, field = TextStream(service.engine.model.tokenizer), "reasoning_content" if body.draws else "content"
+    text, field = (
+        TextStream(service.engine.model.tokenizer, ticket.plan.options.stops),
+        "reasoning_content" if body.draws else "content",
+    )
     async for event in ticket:
         if isinstance(event, int) and (delta := text.push(event)):
             yield chunk({field: delta})
