@@ -15,7 +15,7 @@ from bagel_opt.programs.interface import Runtime
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Observer
-from bagel_opt.sampling.plan import Plan, fit_profile
+from bagel_opt.sampling.plan import AnyPlan, fit_profile, fits
 from bagel_opt.sampling.planning import make_plan
 from bagel_opt.tokenizer import Tokenizer
 
@@ -59,7 +59,8 @@ class Model:
         return self.profiles[-1] if self.profiles else None
 
     def run(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any) -> list[str | Image.Image]:
-        """Reads texts and PIL images in order and answers with a text, a picture, or a thought and a picture.
+        """Reads texts and PIL images in order and answers with a text, a picture, a thought and a picture, or, with
+        output="interleaved", texts and pictures in turn.
 
         options: see `bagel_opt.request.Options`. Raises ValueError for bad options and for a request beyond the
         model's or the profile's sizes, TypeError for inputs that are neither str nor PIL image.
@@ -101,7 +102,7 @@ class Model:
             raise failures[0]
         return results
 
-    def choose(self, plan: Plan) -> tuple[Profile | None, Plan]:
+    def choose(self, plan: AnyPlan) -> tuple[Profile | None, AnyPlan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the
         plan as that profile runs it. Raises ProfileError where there is none, on what the largest lacks, and RuntimeError
         in a fork of the process that loaded the model, which has none of the threads that its runtime would wait for."""
@@ -112,7 +113,7 @@ class Model:
             )
         if not self.profiles:
             return None, plan
-        fitting = [profile for profile in self.profiles if plan.fits(profile)]
+        fitting = [profile for profile in self.profiles if fits(plan, profile)]
         whole = [profile for profile in fitting if profile.rows >= plan.contexts()]
         chosen = (whole or fitting or self.profiles[-1:])[0]
         return chosen, plan.fitted(chosen)

@@ -13,11 +13,15 @@ from bagel_opt.errors import UnknownOptionError
 from bagel_opt.option_kinds import Choice, Flag, Function, Interval, Kind, Number, Text, Texts
 
 RENORM_TYPES = ("global", "channel", "text_channel")
+OUTPUTS = ("image", "text", "interleaved")
+INTERLEAVED_CONTEXTS = ("rebuilt", "main")
 STEP_CACHES = ("taylorseer", "teacache")
 DEFAULT_TOKENS = 1000  # of a thought or an answer
+DEFAULT_ROUNDS = 3  # of texts and pictures, as in ThinkMorph's code
 # What an option is for. Those of size and inputs are a picture's too: its size where no input picture gives it, and how
-# it keeps to those that go in. Those of reading are how pictures go in, whatever comes out.
-EVERY, PICTURE, SIZE, INPUTS, READING = "every", "picture", "size", "inputs", "reading"
+# it keeps to those that go in. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
+# texts and pictures in turn.
+EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,15 @@ def check_text(text: str, where: str) -> None:
 @dataclass(frozen=True)
 class StepEvent:
     """What `on_step` receives after each flow step: x_t before the step and the guided velocity v_t that it took,
-    float32 [tokens, 64] on the host (torch tensors; NumPy arrays where torch is not installed)."""
+    float32 [tokens, 64] on the host (torch tensors; NumPy arrays where torch is not installed). round: of an interleaved
+    request."""
 
     index: int
     total: int
     t: float
     x_t: Any
     v_t: Any
+    round: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class Options:
     image, or a list of one per image. Either overrides what `seed` would draw.
     """
 
-    output: str = _option("image", Choice(("image", "text"), "'image' or 'text'"))
+    output: str = _option("image", Choice(OUTPUTS, "'image', 'text' or 'interleaved'"))
     think: bool = _option(False, Flag(), EVERY, "think before drawing or answering")
     max_think_tokens: int | None = _option(
         None,  # or what a fixed profile has room for
@@ -86,7 +92,11 @@ class Options:
     do_sample: bool = _option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
     text_temperature: float = _option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
     stop: str | Sequence[str] | None = _option(
-        None, Texts(4, 256), EVERY, "a text before which writing ends, or up to four such", unset="none"
+        None,
+        Texts(4, 256),
+        EVERY,
+        "a text before which writing ends, or up to four such; interleaved, the text that holds one is the last",
+        unset="none",
     )
     system_prompt: str | None = _option(None, Text(), EVERY, "a text that is read before all else", unset="none")
     think_prompt: str | None = _option(
@@ -173,10 +183,32 @@ class Options:
     vae_max_size: int | None = _option(
         None, SIDE, READING, "the longest side to which the VAE's pictures are reduced", unset="the model's own, 1024"
     )
+    interleaved_context: str = _option(
+        "rebuilt",
+        Choice(INTERLEAVED_CONTEXTS),
+        INTERLEAVING,
+        "what rounds read: rebuilt from all that was written and drawn, for guidance too, as in Bagel-Zebra-CoT, or main, "
+        "which alone grows, as in ThinkMorph",
+    )
+    max_rounds: int | None = _option(
+        None,  # or what a fixed profile has room for
+        Number(1, 100, whole=True),
+        INTERLEAVING,
+        "the most rounds of a text and a picture",
+        unset=str(DEFAULT_ROUNDS),
+    )
+    draw_marker: str | None = _option(
+        None,
+        Text(),
+        INTERLEAVING,
+        "what a text must hold for a picture to be drawn after it",
+        unset="nothing, or <image_start> where main alone grows",
+    )
     noise: Any = _option(None, None)
     vae_noise: Any = _option(None, None)
     on_step: Callable[[StepEvent], Any] | None = _option(None, Function())
     on_token: Callable[[int], Any] | None = _option(None, Function())
+    on_output: Callable[[Any], Any] | None = _option(None, Function())
 
     def __post_init__(self):
         for name, option in described().items():
@@ -192,6 +224,12 @@ class Options:
             if isinstance(kind, Text | Texts):
                 for text in (value,) if isinstance(value, str) else value:
                     check_text(text, name)
+        if self.output == "interleaved":
+            for name in ("noise", "vae_noise"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is given; of an interleaved request the seed alone says what noise is drawn"
+                    )
 
     @property
     def counts_evaluations(self) -> bool:
@@ -224,7 +262,7 @@ def check_recommended(table: object) -> None:
     `think`, which are the user's."""
     if not isinstance(table, Mapping):
         raise ValueError(f"holds {type(table).__name__}, not an object of options")
-    known = described(EVERY, PICTURE, SIZE, INPUTS, READING).keys() - {"seed", "think"}
+    known = described(EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING).keys() - {"seed", "think"}
     if unknown := [name for name in table if name not in known]:
         raise ValueError(
             f"{', '.join(f'{name!r:.60}' for name in unknown[:8])} is no option to recommend; there are: {', '.join(sorted(known))}"

@@ -10,7 +10,7 @@ from bagel_opt.options import Options, check_text
 
 
 class Request:
-    """Texts and PIL images in order, with options. An image may have been read already (sampling.planning.read_image), so
+    """Texts and PIL images in order, with options. An image may have been read already (sampling.pictures.read_image), so
     that it need not be held as large as it came.
 
     Raises ValueError for bad options, an empty list and too thin an image, TypeError for other inputs.

@@ -21,8 +21,9 @@ from bagel_opt.options import Options, StepEvent
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Job, Observer
-from bagel_opt.sampling.plan import Plan
-from bagel_opt.sampling.planning import make_plan, read_image
+from bagel_opt.sampling.pictures import read_image
+from bagel_opt.sampling.plan import AnyPlan, fits
+from bagel_opt.sampling.planning import make_plan
 from bagel_opt.serve.arrival import Arrival, CancelledError, DeadlineError, QueueFullError
 from bagel_opt.serve.metrics import Metrics
 
@@ -43,7 +44,7 @@ class Step:
 class Ticket:
     """A request in the engine, as the event loop sees it: an async iterator of Steps and token ids, then `outputs`."""
 
-    plan: Plan
+    plan: AnyPlan
     engine: Engine
     kind: str
     arrival: Arrival
@@ -112,7 +113,7 @@ class EngineThread:
 
     # ---- the event loop's side
 
-    def plan(self, request: Request) -> tuple[Plan, Engine]:
+    def plan(self, request: Request) -> tuple[AnyPlan, Engine]:
         """Checks a request; a ValueError says what is wrong with it. Takes a while: not for the event loop.
 
         An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
@@ -125,7 +126,7 @@ class EngineThread:
             )
         profile, fitted = self.model.choose(plan)
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
-        return plan.fitted(beside) if plan.fits(beside) else fitted, self.engines[profile]
+        return plan.fitted(beside) if fits(plan, beside) else fitted, self.engines[profile]
 
     def read(self, image: Image.Image, where: str, options: dict) -> InputImage:
         """A picture as small as the model reads it with these options; a ValueError says what is wrong with it. Not for the
@@ -153,7 +154,7 @@ class EngineThread:
 
     def submit(
         self,
-        planned: list[tuple[Plan, Engine]],
+        planned: list[tuple[AnyPlan, Engine]],
         kind: str,
         arrival: Arrival,
         progress: bool = False,

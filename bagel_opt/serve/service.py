@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
-from bagel_opt.sampling.plan import Plan
+from bagel_opt.sampling.plan import AnyPlan
 from bagel_opt.serve import errors
 from bagel_opt.serve.arrival import until_gone
 from bagel_opt.serve.budget import Budget
@@ -161,7 +161,7 @@ def _service(http: HttpRequest) -> Service:
 Injected = Annotated[Service, Depends(_service)]
 
 
-def input_tokens(plan: Plan) -> tuple[int, int]:
+def input_tokens(plan: AnyPlan) -> tuple[int, int]:
     """Slots that a request's texts and its pictures take."""
     text = sum(block.length for block in plan.main if block.kind == "text")
     return text, sum(block.length for block in plan.main) - text
