@@ -10,7 +10,7 @@ from support import CHECKPOINT
 from bagel_opt import Options, Request, UnknownOptionError
 
 GOOD = {
-    "output": ["image", "text"],
+    "output": ["image", "text", "interleaved"],
     "think": [True, False],
     "max_think_tokens": [None, 1, 1000, np.int64(7)],
     "do_sample": [True, False],
@@ -31,14 +31,18 @@ GOOD = {
     "seed": [None, 0, np.int64(3), 2**63 - 1],
     "negative_prompt": [None, "", "blurry"],
     "step_cache": [None, "taylorseer", "teacache"],
+    "interleaved_context": ["rebuilt", "main"],
+    "max_rounds": [None, 1, np.int32(3), 100],
+    "draw_marker": [None, "", "<image_start>"],
     "noise": [None],
     "vae_noise": [None],
     "on_step": [None, print],
     "on_token": [None, print],
+    "on_output": [None, print],
 }
 NAN, INF = float("nan"), float("inf")
 BAD = {
-    "output": (["video", "Image", None, 3], "'image' or 'text'"),
+    "output": (["video", "Image", None, 3], "'image', 'text' or 'interleaved'"),
     "think": ([1, None, "yes"], "True or False"),
     "max_think_tokens": ([0, -1, 2.5, "9", True], "at least 1"),
     "do_sample": ([0, None], "True or False"),
@@ -65,6 +69,10 @@ BAD = {
     "step_cache": (["taylor", "none", False, 1], "None, 'taylorseer', 'teacache'"),
     "on_step": ([3, "print"], "function"),
     "on_token": ([3, "print"], "function"),
+    "on_output": ([3, "print"], "function"),
+    "interleaved_context": (["growing", None, 1], "'rebuilt', 'main'"),
+    "max_rounds": ([0, -1, 101, 2.5, "3", True], "from 1 to 100"),
+    "draw_marker": ([3, ["<image_start>"], b"<"], "a text"),
 }
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 

@@ -9,7 +9,7 @@ from bagel_opt import __version__
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
-from bagel_opt.options import EVERY, INPUTS, PICTURE, READING, SIZE, Option, described
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
 
 PRESET_BUNDLES = ("onnx", "aoti")
 
@@ -32,13 +32,17 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     edit_ = command("edit", "Change a picture.", image, ("prompt", "what to change"))
     ask = command("understand", "Answer a question about a picture.", image, ("prompt", "the question"))
     talk = command("chat", "Answer a text.", ("prompt", "the text"))
-    for sub in (draw, edit_):
-        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=out)
-        _options(sub, "picture", *((SIZE,) if sub is draw else ()), PICTURE, INPUTS)
-    for sub in (draw, edit_, ask, talk):
+    think = command("interleave", "Answer in texts and pictures, in turn.")
+    think.add_argument("inputs", nargs="+", help="texts and picture files, in order")
+    for sub in (draw, edit_, think):
+        several = "where to write the pictures, as out-1.png and so on (default: %(default)s)"
+        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=several if sub is think else out)
+        _options(sub, "picture", *((SIZE,) if sub is not edit_ else ()), PICTURE, INPUTS)
+    _options(think, "texts and pictures in turn", INTERLEAVING)
+    for sub in (draw, edit_, ask, talk, think):
         _model_options(sub)
         _options(sub, "text and seed", EVERY)
-    for sub in (edit_, ask):
+    for sub in (edit_, ask, think):
         _options(sub, "input pictures", READING)
 
     export_ = command("export", "Write a bundle that another runtime loads.")

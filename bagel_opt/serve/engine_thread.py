@@ -38,11 +38,19 @@ class Step:
     index: int
     total: int
     picture: Any = None
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text or a picture of an interleaved answer is whole."""
+
+    output: str | Image.Image
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine, as the event loop sees it: an async iterator of Steps and token ids, then `outputs`."""
+    """A request in the engine, as the event loop sees it: an async iterator of Steps, token ids and Parts, then `outputs`."""
 
     plan: AnyPlan
     engine: Engine
@@ -53,6 +61,7 @@ class Ticket:
     previews: frozenset[int]  # the steps after which a partial picture is made
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
+    parted: list[int] = field(default_factory=lambda: [0])  # how many tokens there were as each part ended
     outputs: list | Exception | None = None
     job: Job | None = None
 
@@ -66,7 +75,7 @@ class Ticket:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    async def __aiter__(self) -> AsyncIterator[Step | int]:
+    async def __aiter__(self) -> AsyncIterator[Step | Part | int]:
         while (event := await self.events.get()) is not None:
             yield event
         if isinstance(self.outputs, Exception):
@@ -218,14 +227,19 @@ class EngineThread:
             if event.index in ticket.previews:
                 x_t, v_t = np.asarray(event.x_t), np.asarray(event.v_t)
                 picture = ticket.job.picture(x_t - np.float32(event.t) * v_t)
-            ticket.post(Step(event.index, event.total, picture))
+            ticket.post(Step(event.index, event.total, picture, event.round))
 
         def on_token(token: int) -> None:
             self.metrics.tokens.inc()
             ticket.tokens.append(token)
             ticket.post(token)
 
-        observer = Observer(on_step if ticket.progress else None, on_token)
+        def on_output(output: str | Image.Image) -> None:
+            ticket.parted.append(len(ticket.tokens))
+            ticket.post(Part(output))
+
+        parts = on_output if ticket.plan.options.output == "interleaved" else None
+        observer = Observer(on_step if ticket.progress else None, on_token, parts)
         ticket.job = ticket.engine.submit(ticket.plan, observer)
         self.running[ticket.job] = ticket
 

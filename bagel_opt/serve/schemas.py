@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Text, Texts
-from bagel_opt.options import EVERY, INPUTS, PICTURE, READING, SIZE, Option, described
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
@@ -72,6 +72,13 @@ class Drawing(_model("PictureOptions", PICTURE, SIZE, INPUTS)):
 
     def drawing_options(self) -> dict:
         return {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}
+
+
+class Interleaving(_model("InterleavedOptions", INTERLEAVING)):
+    """BAGEL's options of texts and pictures in turn."""
+
+    def interleaving_options(self) -> dict:
+        return {name: value for name in Interleaving.model_fields if (value := getattr(self, name)) is not None}
 
 
 class ImageBody(Body, Drawing):
@@ -151,10 +158,13 @@ class TextFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatBody(Body, Drawing):
+class ChatBody(Body, Drawing, Interleaving):
     messages: list[Message] = Field(min_length=1, max_length=256)
     modalities: list[Literal["text", "image"]] | None = Field(
         None, min_length=1, max_length=2, description='["image"] draws; its pictures come in message.images.'
+    )
+    output: Literal["interleaved"] | None = Field(
+        None, description="Answers in texts and pictures, in turn, which are parts of message.content."
     )
     n: Literal[1] | None = None
     stream: bool = False
@@ -173,8 +183,9 @@ class ChatBody(Body, Drawing):
     service_tier: str | None = Field(None, description="Ignored.")
 
     @property
-    def draws(self) -> bool:
-        return "image" in (self.modalities or ())
+    def kind(self) -> str:
+        """The output of BAGEL's that is asked for."""
+        return self.output or ("image" if "image" in (self.modalities or ()) else "text")
 
     @model_validator(mode="after")
     def check(self) -> "ChatBody":
@@ -184,8 +195,12 @@ class ChatBody(Body, Drawing):
             raise ValueError(f"give one of {', '.join(lengths)}")
         if self.temperature is not None and (self.do_sample is not None or self.text_temperature is not None):
             raise ValueError("give temperature, or do_sample and text_temperature, not both")
-        if not self.draws and (given := self.drawing_options()):
-            raise ValueError(f'{", ".join(given)}: only with modalities ["image"]')
+        if self.output and self.modalities:
+            raise ValueError("give output or modalities, not both")
+        if self.kind == "text" and (given := self.drawing_options()):
+            raise ValueError(f'{", ".join(given)}: only with modalities ["image"] or output "interleaved"')
+        if not self.output and (given := self.interleaving_options()):
+            raise ValueError(f'{", ".join(given)}: only with output "interleaved"')
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together")
         return self
@@ -238,7 +253,7 @@ class ImagesResponse(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
-    content: str | None
+    content: str | list[Part] | None = Field(description="Parts where output is interleaved.")
     images: list[ImagePart] | None = None
     reasoning_content: str | None = Field(None, description="The thought before a picture.")
     refusal: None = None
