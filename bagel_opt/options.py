@@ -172,16 +172,16 @@ class Options:
         unset="none",
     )
     vit_min_size: int | None = _option(
-        None, SIDE, READING, "the least side to which the ViT's pictures are enlarged", unset="the model's own, 224"
+        None, SIDE, READING, "the least side to which pictures are enlarged for the ViT", unset="the model's"
     )
     vit_max_size: int | None = _option(
-        None, SIDE, READING, "the longest side to which the ViT's pictures are reduced", unset="the model's own, 980"
+        None, SIDE, READING, "the longest side to which pictures are reduced for the ViT", unset="the model's"
     )
     vae_min_size: int | None = _option(
-        None, SIDE, READING, "the least side to which the VAE's pictures are enlarged", unset="the model's own, 512"
+        None, SIDE, READING, "the least side to which pictures are enlarged for the VAE", unset="the model's"
     )
     vae_max_size: int | None = _option(
-        None, SIDE, READING, "the longest side to which the VAE's pictures are reduced", unset="the model's own, 1024"
+        None, SIDE, READING, "the longest side to which pictures are reduced for the VAE", unset="the model's"
     )
     interleaved_context: str = _option(
         "rebuilt",

@@ -245,7 +245,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("max-body", 32, "MiB of a request's body"),
         ("max-pixels", 2**24, "pixels of an input picture"),
         ("max-images", 8, "input pictures of a request"),
-        ("max-n", 8, "pictures that one request may ask for"),
+        ("max-n", 8, "pictures that one request may ask for, as n or max_rounds"),
         ("max-timesteps", 200, "largest num_timesteps of a request"),
     ):
         limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
