@@ -10,23 +10,21 @@ from bagel_opt.sampling.flow import FlowStep
 
 @dataclass(frozen=True)
 class Block:
-    """A text (its ids with start and end), or the VAE or ViT block of image number `image`. round: of a VAE block, the
-    round of an interleaved request whose noise it is read with."""
+    """A text (its ids with start and end), or the VAE or ViT block of image number `image`."""
 
     kind: str  # "text", "vae" or "vit"
     length: int  # slots that it takes, markers included
     ids: tuple[int, ...] = ()
     image: int = -1
-    round: int = 0
 
 
 Item = Block | int  # a text, or an image's number
 
 
-def image_blocks(number: int, image: InputImage, draws: bool, round: int = 0) -> list[Block]:
+def image_blocks(number: int, image: InputImage, draws: bool) -> list[Block]:
     """An image as it is read: for a picture to be drawn with its latents, and always with its ViT tokens."""
     (height, width), (rows, columns) = image.vae_grid, image.vit_grid
-    vae = [Block("vae", height * width + 2, image=number, round=round)] if draws else []
+    vae = [Block("vae", height * width + 2, image=number)] if draws else []
     return [*vae, Block("vit", rows * columns + 2, image=number)]
 
 
@@ -36,7 +34,6 @@ def contexts(
     images: Sequence[InputImage],
     draws: bool,
     negative: Block | None = None,
-    round: int = 0,
 ) -> tuple[list[Block], list[Block], list[Block]]:
     """The contexts main, cfg_text and cfg_img. opening: what comes before the items; negative: what takes the last text's
     place in cfg_text."""
@@ -49,7 +46,7 @@ def contexts(
             main.append(item)
             cfg_img.append(item)
         else:
-            main += image_blocks(item, images[item], draws, round)
+            main += image_blocks(item, images[item], draws)
             cfg_text = list(main)
     if negative is not None:
         place = next((i for i in reversed(range(len(main))) if main[i] is last_text), len(main))

@@ -184,11 +184,11 @@ class Course:
         self.unread = len(self.images)
         self.images.append(picture)
         self.items.append(self.unread)
-        self.main += image_blocks(self.unread, picture, draws=True, round=self.round + 1)
+        self.main += image_blocks(self.unread, picture, draws=True)
 
     def _contexts(self, draws: bool) -> tuple[list[Block], list[Block], list[Block]]:
         plan = self.plan
-        return contexts(plan.opening, self.items, self.images, draws, plan.negative, self.round)
+        return contexts(plan.opening, self.items, self.images, draws, plan.negative)
 
     def _grid(self) -> tuple[int, int]:
         """Of this round's picture: it has the size of the last image, or with "main" of the last input."""

@@ -5,6 +5,7 @@ is shown in test_golden.py.
 """
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -141,6 +142,39 @@ def test_rebuilt_is_a_loop_of_single_requests(eager, inputs, more):
         said += [text, picture]
         want += [text, picture]
     alike(eager.run(inputs, output="interleaved", **options), want)
+
+
+def test_the_size_of_what_is_drawn(eager):
+    """Rebuilt, it is that of the last image as it is read; with main alone, that of the last input or what was asked for."""
+    for inputs, rule, sizes in (
+        (["a"], "rebuilt", [32, 64, 64]),
+        (["a"], "main", [32, 32, 32]),
+        ([INPUT.resize((96, 96)), "a"], "main", [96, 96, 96]),
+        (["a", INPUT.resize((48, 48))], "rebuilt", [64, 64, 64]),
+    ):
+        options = {**BOTH[rule], "max_think_tokens": 3, "height": 32, "width": 32, "vae_min_size": 64}
+        outputs = eager.run(inputs, output="interleaved", **options)
+        assert [picture.size for picture in outputs[1::2]] == [(size, size) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("rule", "images", "texts"),
+    [
+        ("main", 3, 1 + 3 + 1),  # q and each text once in main, q once in cfg_img
+        ("rebuilt", 2 * (1 + 2 + 3), (1 + 2 + 3) + (2 + 3 + 4) + (2 + 1 + 1)),  # all in main; in cfg_img what is new
+    ],
+)
+def test_nothing_is_read_again_that_a_row_holds(eager, rule, images, texts, monkeypatch):
+    """Each image is encoded once. What main reads before a text and before a picture differs from the first image on where
+    it is rebuilt."""
+    profile, counts = PROFILES[CHECKPOINT], Counter()
+    plan = make_plan(Request([INPUT, "a"], output="interleaved", **BOTH[rule]), eager.config, eager.tokenizer)
+    runtime = eager.runtime.for_profile(profile)
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda name, *rest: (counts.update([name]), run(name, *rest))[1])
+    Engine(runtime, eager.config, eager.tokenizer, profile).run([plan.fitted(profile)])
+    assert (counts["vit"], counts["vae_encode"], counts["vae_decode"]) == (3, 3, 3)
+    assert (counts["vit_context"], counts["text"]) == (images, texts)
 
 
 @RULES
