@@ -1,18 +1,23 @@
 """A loaded model and what it can be asked to do: the public API beside `loading.load`."""
 
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from bagel_opt.config import BagelConfig
+from bagel_opt.errors import BundleError
 from bagel_opt.examples import Examples
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.request import Request
+from bagel_opt.sampling.adapters import check_adapters
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Observer
 from bagel_opt.sampling.plan import AnyPlan, fit_profile, fits
@@ -38,10 +43,14 @@ class Model:
     ):
         self.runtime, self.config, self.tokenizer, self.profiles = runtime, config, tokenizer, list(profiles)
         self._round_up, self._examples, self._process = round_up, examples, os.getpid()
+        self._running, self._counting = 0, threading.Lock()
 
     def __setstate__(self, state: dict):
         """A pickled model may go to any process, where it is one of its own."""
-        vars(self).update(state, _process=os.getpid())
+        vars(self).update(state, _process=os.getpid(), _running=0, _counting=threading.Lock())
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_counting"}
 
     @property
     def examples(self) -> Examples:
@@ -57,6 +66,34 @@ class Model:
     def profile(self) -> Profile | None:
         """The largest of the profiles, if there are any."""
         return self.profiles[-1] if self.profiles else None
+
+    def set_adapters(self, adapters: "Mapping[str, str | Path | tuple[str | Path, float]]") -> None:
+        """Keeps LoRA adapters apart from the weights, by name, in place of those that were kept before.
+
+        Each is a file or a folder as peft writes it, or (file, factor). A request has all of them, each as often as its factor
+        says (1 unless given), or those that its option `adapters` names: {name: scale}. Requests with different adapters share
+        batches. Of a compiled model nothing is compiled anew for adapters that need no more ranks than those before.
+
+        Raises FileNotFoundError and CheckpointError for an adapter that is none of this model, ValueError for a bad argument,
+        BundleError for a bundle, whose weights are fixed, and RuntimeError while requests are on their way. Then those before
+        stay.
+        """
+        if self.runtime.adapters is None:
+            raise BundleError("a bundle's weights are fixed; export it with lora=, --lora, or load the checkpoint")
+        with self._counting:
+            if self._running:
+                raise RuntimeError("requests are on their way; set adapters when they have ended")
+            self.runtime.set_adapters(adapters)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        with self._counting:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._running -= 1
 
     def run(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any) -> list[str | Image.Image]:
         """Reads texts and PIL images in order and answers with a text, a picture, a thought and a picture, or, with
@@ -79,7 +116,13 @@ class Model:
         finish first, then the failure is raised, or with `return_exceptions` returned in its place. observers: of each
         request, in place of its options' on_step and on_token.
         """
-        requests, groups = list(requests), defaultdict(list)
+        with self._under_way():
+            return self._run_many(list(requests), return_exceptions, observers)
+
+    def _run_many(
+        self, requests: list[Request], return_exceptions: bool, observers: Sequence[Observer | None] | None
+    ) -> list[list[str | Image.Image]]:
+        groups = defaultdict(list)
         observers = list(observers) if observers is not None else [None] * len(requests)
         for number, request in enumerate(requests):
             if not isinstance(request, Request):
@@ -111,6 +154,7 @@ class Model:
                 f"this model was loaded in process {self._process}, of which this one is a fork; load it in each process, and "
                 "start those that are given it with multiprocessing.get_context('spawn')"
             )
+        check_adapters(self.runtime, plan.options)
         if not self.profiles:
             return None, plan
         fitting = [profile for profile in self.profiles if fits(plan, profile)]

@@ -3,16 +3,18 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bagel_opt.api import Model
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
-from bagel_opt.files.adapters import Loras
+from bagel_opt.files.adapters import Loras, Named
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
 
@@ -33,17 +35,21 @@ def load(
     profile: "Profile | str | Path | None" = None,
     weights: "str | Path | None" = None,
     lora: Loras = (),
+    adapters: Named = MappingProxyType({}),
+    quantization: Quantization | None = None,
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
-    """Loads a checkpoint folder, a Hugging Face repo id or a bundle folder; None is the model that ships.
+    """Loads a checkpoint folder, a file of weights in one, a Hugging Face repo id or a bundle folder; None is the model that
+    ships.
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
     profile: a Profile, a TOML file or a name; None fits the shapes to each call.
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
-    as peft writes them, each a file or a folder, or (file, factor), merged into the weights. Which files were taken is
-    logged to "bagel_opt", where there was a choice.
+    as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
+    apart, by name, as `Model.set_adapters` takes them. quantization: "fp8" or "int8" for the layers of both experts, or an
+    object from parts ("und", "gen", "vit") to these; weights are quantised as they are read. Which files were taken is logged to "bagel_opt", where there was a choice.
     check: compare a bundle's files with
     their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
 
@@ -52,7 +58,14 @@ def load(
     """
     folder = Path(source) if source is not None else shipped_model()
     if (folder / MANIFEST).is_file():
-        given = {"dtype": dtype, "profile": profile, "weights": weights, "lora": lora or None}
+        given = {
+            "dtype": dtype,
+            "profile": profile,
+            "weights": weights,
+            "lora": lora or None,
+            "adapters": adapters or None,
+            "quantization": quantization,
+        }
         given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
             if value is not None:
@@ -78,9 +91,15 @@ def load(
     checkpoint = Checkpoint(folder if source is None else source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    model = checkpoint.load(where, kind, progress)
+    kinds = kinds_of_parts(quantization)
+    if where.type == "cuda" and kinds:
+        from bagel_opt.runtime.quantized_products import check_device
+
+        check_device(where, kinds)
+    model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
+    runtime.set_adapters(adapters)
     coarse = backend == "compile" or chosen == "flex"
     examples = read_examples(checkpoint.folder)
     return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=coarse, examples=examples)

@@ -1,7 +1,7 @@
 """Kinds of values that options have. `allows` leaves out None, which is allowed where it is the default."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -91,6 +91,22 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """A number from low to high for each of some names."""
+
+    low: float
+    high: float
+
+    @property
+    def allowed(self) -> str:
+        return f"None or an object from adapters' names to numbers from {self.low} to {self.high}"
+
+    def allows(self, value: object) -> bool:
+        number = Number(self.low, self.high).allows
+        return isinstance(value, Mapping) and all(isinstance(n, str) and number(s) for n, s in value.items())
+
+
+@dataclass(frozen=True)
 class Function:
     allowed = "None or a function"
 
@@ -98,4 +114,4 @@ class Function:
         return callable(value)
 
 
-Kind = Number | Interval | Choice | Flag | Text | Texts | Function
+Kind = Number | Interval | Choice | Flag | Text | Texts | Scales | Function

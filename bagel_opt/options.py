@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagel_opt.errors import UnknownOptionError
-from bagel_opt.option_kinds import Choice, Flag, Function, Interval, Kind, Number, Text, Texts
+from bagel_opt.option_kinds import Choice, Flag, Function, Interval, Kind, Number, Scales, Text, Texts
 
 RENORM_TYPES = ("global", "channel", "text_channel")
 OUTPUTS = ("image", "text", "interleaved")
@@ -22,11 +22,12 @@ DEFAULT_ROUNDS = 3  # of texts and pictures, as in ThinkMorph's code
 # it keeps to those that go in. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
 # texts and pictures in turn.
 EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
+ADAPTERS = "adapters"
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option. group: EVERY, PICTURE, SIZE or INPUTS; None where Python alone has it. help: a phrase.
+    """What is known of an option. group: EVERY, PICTURE, SIZE, INPUTS or ADAPTERS; None where Python alone has it. help: a phrase.
     unset: what None, as the default, stands for."""
 
     name: str
@@ -203,6 +204,13 @@ class Options:
         INTERLEAVING,
         "what a text must hold for a picture to be drawn after it",
         unset="nothing, or <image_start> where main alone grows",
+    )
+    adapters: Mapping[str, float] | None = _option(
+        None,
+        Scales(-100, 100),
+        ADAPTERS,
+        "how much of each adapter counts that the model keeps apart; those not named do not",
+        unset="as the adapters were set",
     )
     noise: Any = _option(None, None)
     vae_noise: Any = _option(None, None)

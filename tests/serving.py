@@ -107,6 +107,10 @@ def png(side=64, colour=(200, 30, 30)):
     return buffer.getvalue()
 
 
+def picture(b64):
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
 def data_url(data):
     return "data:image/png;base64," + base64.b64encode(data).decode()
 

@@ -16,14 +16,14 @@ from starlette.testclient import TestClient
 import bagel_opt
 from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
-from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
-from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Scales, Texts
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, described
 from bagel_opt.request import Options, Request
 from bagel_opt.serve import Limits, Metrics, Service, create_app
 from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT, ChatBody, EditBody, ImageBody
 
 OF_CHAT = described(INTERLEAVING)
-ALL = described(EVERY, PICTURE, SIZE, INPUTS, READING) | OF_CHAT
+ALL = described(EVERY, PICTURE, SIZE, INPUTS, READING, ADAPTERS) | OF_CHAT
 PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token", "on_output"}
 
 
@@ -66,6 +66,8 @@ def pieces(option):
                 ["a"] * (most + 1),
                 [1],
             ]
+        case Scales(low, high):
+            return [{}, {"a": low, "b": high}], [{"a": high + 1}, {"a": "much"}, ["a"], "a", 1]
     return ["", "some text"], [1]
 
 

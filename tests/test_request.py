@@ -34,6 +34,7 @@ GOOD = {
     "interleaved_context": ["rebuilt", "main"],
     "max_rounds": [None, 1, np.int32(3), 100],
     "draw_marker": [None, "", "<image_start>"],
+    "adapters": [None, {}, {"a": 1, "b": np.float32(-0.5)}],
     "noise": [None],
     "vae_noise": [None],
     "on_step": [None, print],
@@ -72,6 +73,7 @@ BAD = {
     "on_output": ([3, "print"], "function"),
     "interleaved_context": (["growing", None, 1], "'rebuilt', 'main'"),
     "max_rounds": ([0, -1, 101, 2.5, "3", True], "from 1 to 100"),
+    "adapters": ([["a"], "a", {"a": "1"}, {"a": None}, {1: 1.0}, {"a": 101}, {"a": NAN}], "numbers from -100 to 100"),
     "draw_marker": ([3, ["<image_start>"], b"<"], "a text"),
 }
 OPTIONS = [field.name for field in dataclasses.fields(Options)]

@@ -6,7 +6,6 @@ weights: the first two on the same memory.
 
 import dataclasses
 import datetime
-import functools
 import gc
 import statistics
 from collections.abc import Callable
@@ -20,8 +19,9 @@ from torch import Tensor
 
 import bagel_opt
 from bagel_opt.bench.contenders import Ours, in_process
+from bagel_opt.bench.full_size_adapters import adapters
 from bagel_opt.bench.full_size_official import Official
-from bagel_opt.bench.measure import figures, seconds
+from bagel_opt.bench.measure import CONTEXT, evaluation, figures, seconds
 from bagel_opt.config import PUBLISHED, BagelConfig
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import flash_package
@@ -93,6 +93,7 @@ def run_full_size(
     velocities["ours"] = ours.velocity(noise)
     save(results)
     results["scaling"] = scaling(ours, progress)
+    results["adapters"] = adapters(ours, progress)
     results["bytes per token"] = sum(
         p.nbytes
         for name, p in model.named_parameters()
@@ -137,21 +138,15 @@ def fresh_float32(model: Bagel) -> Bagel:
 
 
 def scaling(ours: Ours, progress: Callable[[str], None]) -> list[dict[str, float]]:
-    """Milliseconds of one evaluation of the flow against rows and latent tokens, with 128 slots of context."""
-    runtime, c, found = ours.model.runtime, ours.model.config, []
+    """Milliseconds of one evaluation of the flow against rows and latent tokens, with little context."""
+    runtime, found = ours.model.runtime, []
     for rows, latents in ((2, 256), (2, 1024), (2, 2304), (1, 4096), (2, 4096), (4, 4096), (8, 4096), (12, 4096)):
         progress(f"scaling: {rows} rows of {latents} tokens")
-        caches = runtime.caches(rows, -(-(latents + 130) // 256) * 256)
-        shape = rows, latents, c.latent_dim
-        counts = [torch.full((rows,), n, device=runtime.device) for n in (0, latents, 128)]
-        index = torch.arange(latents, device=runtime.device).expand(rows, -1)
-        inputs = [torch.randn(shape, device=runtime.device), torch.ones(rows, device=runtime.device), index, *counts]
-        once = functools.partial(runtime.run, "generate", inputs, caches)
+        once, caches = evaluation(runtime, rows, latents)
         once()
         times = [1000 * seconds(once) for _ in range(5)]
-        found.append(
-            {"rows": rows, "latents": latents, "ms": statistics.median(times), "tflop": tflop(c, rows, latents, 128)}
-        )
+        work = tflop(ours.model.config, rows, latents, CONTEXT)
+        found.append({"rows": rows, "latents": latents, "ms": statistics.median(times), "tflop": work})
         runtime.give_back(caches)
     return found
 

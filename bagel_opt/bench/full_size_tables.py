@@ -33,3 +33,8 @@ def tables(results: dict) -> Iterator[Table]:
     read = results["bytes per token"] / token / 1e9  # TB/s
     limits.add_row("a token, by its weights", f"{token:.2f}", "", f"{read / bandwidth:.0%}" if bandwidth else "")
     yield limits
+    if "adapters" in results:
+        kept = Table("", "", title="Adapters that stay apart, of rank 64")
+        for name, value in results["adapters"].items():
+            kept.add_row(name, f"{value:.4g}")
+        yield kept

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bagel_opt.bench.contenders import Ours
 from bagel_opt.bench.full_size_official import DEFAULTS, PROMPT, Official
+from bagel_opt.runtime.torch import TorchRuntime
 
 EDIT = {**DEFAULTS, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
 EDIT_POINTS = 9
 PEAK = "peak memory so far, GB"
+CONTEXT = 128  # slots of it before an evaluation of the flow that is timed by itself
 SIZES = {"1024x1024": (1024, 1024), "768x1024": (1024, 768), "512x512": (512, 512)}  # names are width x height
 
 
@@ -26,6 +29,19 @@ def seconds(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - begun
+
+
+def evaluation(runtime: TorchRuntime, rows: int, latents: int) -> tuple[Callable[[], object], list[Tensor]]:
+    """One evaluation of the flow, with the adapters that count by default, and its caches."""
+    device = runtime.device
+    caches = runtime.caches(rows, -(-(latents + CONTEXT + 2) // 256) * 256)
+    counts = [torch.full((rows,), n, device=device) for n in (0, latents, CONTEXT)]
+    index = torch.arange(latents, device=device).expand(rows, -1)
+    x = torch.randn(rows, latents, runtime.config.latent_dim, device=device)
+    inputs = [x, torch.ones(rows, device=device), index, *counts]
+    if runtime.adapters:
+        inputs.append(torch.tensor([[*runtime.adapters.values()]] * rows, device=device))
+    return lambda: runtime.run("generate", inputs, caches), caches
 
 
 def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:

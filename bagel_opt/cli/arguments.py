@@ -101,10 +101,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
     serve_options(serve_)
 
-    show = command("inspect", "Show what a checkpoint or a bundle holds.")
-    show.add_argument(
-        "checkpoint", nargs="?", help="checkpoint folder, repo id or bundle (default: the model that ships)"
-    )
+    show = command("inspect", "Show what a checkpoint, a bundle or any file of weights holds, and what it would need.")
+    show.add_argument("checkpoint", nargs="?", help="folder, file, repo id or bundle (default: the model that ships)")
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
     _weights(show)
     show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
@@ -169,6 +167,12 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    group.add_argument(
+        "--quantization",
+        metavar="KIND",
+        type=_quantization,
+        help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
+    )
     _weights(group)
     _no_check(group)
 
@@ -185,6 +189,10 @@ def _weights(group: argparse._ActionsContainer) -> None:
     )
 
 
+def _quantization(text: str) -> str | dict[str, str]:
+    return dict(pair.partition("=")[::2] for pair in text.split(",")) if "=" in text else text
+
+
 def _adapter(text: str) -> tuple[str, float]:
     place, _, factor = text.rpartition("=")
     if not place or Path(text).exists():
@@ -195,6 +203,13 @@ def _adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _kept_apart(text: str) -> tuple[str, tuple[str, float]]:
+    name, sign, place = text.partition("=")
+    if not (name and sign and place):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=FILE")
+    return name, (place, 0.0)  # counts where a request asks for it
+
+
 def _no_check(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare a huge bundle's files with their sha256"
@@ -203,7 +218,8 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    return {name: getattr(a, name) for name in ("backend", "device", "dtype", "attention", "weights", "lora", "check")}
+    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "check")
+    return {name: getattr(a, name) for name in names} | {"adapters": dict(vars(a).get("adapters", ()))}
 
 
 def serve_options(sub: argparse.ArgumentParser) -> None:
@@ -212,6 +228,15 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         "checkpoint", nargs="?", help="bundle, checkpoint folder or repo id (default: the model that ships)"
     )
     _load_options(sub, "demo for the model that ships; another checkpoint needs one")
+    sub.add_argument(
+        "--adapter",
+        dest="adapters",
+        metavar="NAME=FILE",
+        action="append",
+        type=_kept_apart,
+        default=[],
+        help="an adapter that is kept apart, for requests that ask for it: adapters={NAME: scale}; may be given several times",
+    )
     group = sub.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
     group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")

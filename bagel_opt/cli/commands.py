@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
 from bagel_opt.cli.console import bar, console, guarded, notes, say, tables
-from bagel_opt.cli.inspect import describe
+from bagel_opt.cli.inspect import look
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
@@ -184,7 +184,7 @@ def serve(a: argparse.Namespace) -> None:
 
 def inspect(a: argparse.Namespace) -> None:
     output = tables()
-    for table in describe(a.checkpoint, a.profile, a.dtype, check=a.check, weights=a.weights, lora=a.lora):
+    for table in look(a.checkpoint, a.profile, a.dtype, a.check, a.weights, a.lora):
         output.print(table)
 
 

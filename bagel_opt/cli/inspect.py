@@ -1,6 +1,7 @@
 """Tables of what a checkpoint or a bundle holds."""
 
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.table import Table
 from bagel_opt.cli.memory import needs
 from bagel_opt.config import BagelConfig
 from bagel_opt.files.adapters import Loras
+from bagel_opt.files.finding import find_place
 from bagel_opt.files.manifest import MANIFEST, WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.loading import shipped_model
@@ -23,6 +25,35 @@ PARTS = {
     ".vae.": "VAE",
     "": "connectors, positions, time",
 }
+
+
+def look(
+    source: str | Path | None,
+    profiles: Sequence[str] = (),
+    dtype: str | None = None,
+    check: bool = True,
+    weights: str | Path | None = None,
+    lora: Loras = (),
+) -> list[Table]:
+    """Tables on anything that people have: what it is, and what it lacks to be loaded, or what `describe` says. Raises what
+    `describe` raises for what is none of the known forms, or not whole."""
+    given = (source, profiles, dtype, check, weights, lora)
+    if source is None or weights or lora or (Path(source) / MANIFEST).is_file():
+        return describe(*given)
+    try:
+        from bagel_opt.files.forms import recognise
+    except ImportError:
+        return describe(*given)  # which says what is missing
+    place = find_place(source)
+    form = recognise(place)
+    table = _table(f"{place}", "", "")
+    table.add_row("what it is", form.what)
+    if form.tensors:
+        table.add_row("tensors", form.size)
+    table.add_row("what it lacks", "\n".join(form.lacks) or "nothing")
+    if form.arguments:
+        table.add_row("to use it", f'bagel-opt generate "a red fox" {shlex.join(form.arguments)}')
+    return [table] if form.lacks else [table, *describe(*given)]
 
 
 def describe(

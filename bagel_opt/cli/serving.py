@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+from collections import Counter
 from pathlib import Path
 
 from bagel_opt.cli.arguments import load_settings, serve_options
@@ -40,6 +41,8 @@ def server_settings(a: argparse.Namespace) -> dict:
     keys, hosts = split_keys(a.api_key, os.environ.get("BAGEL_OPT_API_KEYS")), allowed_hosts(a.host, a.allowed_host)
     if a.checkpoint is None and a.profile is None:
         a.profile = "demo"
+    if twice := {name for name, count in Counter(name for name, _ in a.adapters).items() if count > 1}:
+        raise ValueError(f"--adapter has the name {min(twice)!r} twice")
     describe(
         a.checkpoint, check=a.check, weights=a.weights, lora=a.lora
     )  # what cannot be loaded should not cost starting a cluster

@@ -56,7 +56,7 @@ class Apart(nn.Module):
         sides = joint.in_features, joint.out_features // 2
         self.gate, self.up = (Linear(*sides, bias=False, device="meta") for _ in range(2))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, _: None = None) -> tuple[Tensor, Tensor]:
         return self.gate(x), self.up(x)
 
 

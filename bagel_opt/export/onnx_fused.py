@@ -30,7 +30,7 @@ class SplitQKV(nn.Module):
         self.q = Linear(size, joint.heads[0] * head, device="meta")
         self.kv = Linear(size, 2 * joint.heads[1] * head, device="meta")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, _: None = None) -> tuple[Tensor, Tensor, Tensor]:
         q, kv = self.q(x), self.kv(x)
         groups = self.heads[1]
         return q.unflatten(-1, (self.heads[0], -1)), *kv.unflatten(-1, (2 * groups, -1)).split(groups, dim=2)

@@ -1,23 +1,28 @@
 """Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
 
 import contextlib
-import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import STORED
 from bagel_opt.errors import CheckpointError
+from bagel_opt.files import veomni
 from bagel_opt.files.adapters import Loras, with_factors
 from bagel_opt.files.checkpoint_config import read_config, read_generation
-from bagel_opt.files.finding import VAE_FILE, check_layout, find_place, transformer_files
+from bagel_opt.files.collecting import beside, collect
+from bagel_opt.files.comfyui import check_tokenizer
+from bagel_opt.files.dfloat11 import Part
+from bagel_opt.files.finding import VAE_FILE, find_place
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.files.weights import Location, locate_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.tokenizer import Tokenizer
 
@@ -108,89 +113,66 @@ def sine_table(rows: int, channels: int) -> torch.Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
-class Checkpoint:
-    """A checkpoint folder: where each tensor is, its shape and dtype. Nothing is read but headers and JSON.
+def published_shapes(config: BagelConfig, parameters: Shapes) -> Shapes:
+    """The tensors of a checkpoint under their published names, from parameters of a model of these sizes."""
+    found: Shapes = {}
+    for name, shape in parameters.items():
+        sources = published_names(name)
+        for source, rows in zip(sources, part_rows(config, name, len(sources), shape[0]), strict=True):
+            found[source] = (rows, *shape[1:])
+    return found
 
-    weights: a file or a folder whose tensors count in place of the folder's; what it lacks comes from there. lora: adapters
-    that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
+
+class Checkpoint:
+    """A checkpoint: where each tensor is, its shape and dtype. Nothing is read but headers, JSON and DFloat11's tables.
+
+    source: a folder, or a file in one, which then counts alone, with the tokenizer, the VAE and the JSON files that are
+    beside it. weights: a file or a folder whose tensors count in place of the source's; what it lacks comes from there.
+    lora: adapters that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
     Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
     are not those of its sizes.
     """
 
     def __init__(self, source: str | Path, weights: str | Path | None = None, lora: Loras = ()):
-        self.folder = find_place(source)
-        if self.folder.is_file():
-            raise CheckpointError(
-                f"{source} is a file; give a model's folder, and over it, if it is some, this as weights"
-            )
-        self.notes: list[str] = []
-        self.places: dict[str, tuple[Path, str]] = {}  # published name -> file, and name there
-        self.tensors: dict[str, Location] = {}
-        self.about = f"{self.folder}" if weights is None else f"{weights} over {self.folder}"
-        self._find(self.folder, needed=weights is None)
-        if weights is not None:
-            before, place = self.tensors, find_place(weights)
-            self.tensors = {}
-            self._find(place)
-            replaced = len(self.tensors)
-            self.tensors = before | self.tensors
-            self.notes.append(f"{replaced} tensors are of {place}, {len(self.tensors) - replaced} of {self.folder}")
+        place = find_place(source)
+        self.folder = place.parent if place.is_file() else place
+        self.about = f"{place}" if weights is None else f"{weights} over {place}"
+        found = collect(place, needed=weights is None).over(beside(place))
+        if weights is None:
+            veomni.check_whole(place)
+        else:
+            over = collect(above := find_place(weights))
+            found = over.over(found)
+            rest = len(found.tensors) - len(over.tensors)
+            found.notes.append(f"{len(over.tensors)} tensors are of {above}, {rest} of {place}")
+        self.notes, self.places, self.tensors = found.notes, found.places, found.tensors
         if not any(name.startswith("vae.") for name in self.tensors):
             raise FileNotFoundError(
                 f"{self.folder / VAE_FILE} is missing; copy the published one there, or give this as weights over a folder that has it"
             )
-        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
-        shapes = {name: place.shape for name, place in self.tensors.items()}
-        config = read_config(self.folder, shapes, self.tokenizer.special)
-        folders = [self.folder, *([place] if weights is not None and place.is_dir() else [])]
-        self.config: BagelConfig = dataclasses.replace(config, generation=read_generation(*folders))
+        words = self.folder / veomni.TEXT if veomni.modules(self.folder) else self.folder
+        self.tokenizer = Tokenizer(words / "tokenizer.json")
+        for path, said in found.comfyui.items():
+            check_tokenizer(path, said, self.tokenizer.special)
+        shapes = {name: at.shape for name, at in self.tensors.items()}
+        config = read_config(self.folder, shapes, self.tokenizer.special, found.given)
+        folders = [self.folder, *([above] if weights is not None and above.is_dir() else [])]
+        self.config: BagelConfig = replace(config, generation=read_generation(*folders))
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
                 f"{self.folder}: the tokenizer has token {top}, but the embedding table only {rows} rows"
             )
         self._compare(parameter_shapes(self.config))
-        self.adapters = [Lora(find_place(place), factor, self.tensors) for place, factor in with_factors(lora)]
-
-    def _find(self, place: Path, needed: bool = True) -> None:
-        """Adds the tensors of a folder or a file. needed: whether there must be those of the transformer."""
-        try:
-            files, others = transformer_files(place)
-        except FileNotFoundError:
-            if needed:
-                raise
-            files, others = [], []
-        if others:
-            named = ", ".join(path.name for path in others)
-            self.notes.append(
-                f"taking {files[0].name} of {place}; there is {named} too, which weights={others[0]} would take"
-            )
-        if (place / VAE_FILE).is_file():
-            files = [*files, place / VAE_FILE]
-        for path in files:
-            if not path.is_file():
-                if not needed:  # an index that was copied along
-                    continue
-                raise FileNotFoundError(f"{path} is missing; copy the whole checkpoint there")
-            found, prefix = locate_weights(path, CheckpointError), "vae." if path.name == VAE_FILE else ""
-            check_layout(path, found)
-            for name, at in found.items():
-                if prefix + name in self.tensors:
-                    raise CheckpointError(
-                        f"{path} and {self.places[prefix + name][0].name} both have tensor {name:.200}"
-                    )
-                self.places[prefix + name], self.tensors[prefix + name] = (path, name), at
+        shapes = {name: at.shape for name, at in self.tensors.items()}  # now those of DFloat11 too
+        self.adapters = [Lora(find_place(path), factor, shapes) for path, factor in with_factors(lora)]
 
     def check(self, model: Bagel) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
         self._compare({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
     def _compare(self, parameters: Shapes) -> None:
-        want: Shapes = {}
-        for name, shape in parameters.items():
-            sources = published_names(name)
-            for source, rows in zip(sources, part_rows(self.config, name, len(sources), shape[0]), strict=True):
-                want[source] = (rows, *shape[1:])
+        want = published_shapes(self.config, parameters)
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
         if patch in self.tensors and len(self.tensors[patch].shape) == 4:
@@ -200,6 +182,9 @@ class Checkpoint:
         have = {name: place for name, place in self.tensors.items() if name in want or not unused.match(name)}
         for name in COMPUTED - have.keys():
             del want[name]
+        for name, at in have.items():  # groups say how many numbers there are, not their shape
+            if isinstance(self.places[name], Part) and name in want and at.shape == (prod(want[name]),):
+                self.tensors[name] = have[name] = replace(at, shape=want[name])
         compare(self.about, have, want, STORED, CheckpointError)
 
     def load(
@@ -207,21 +192,27 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> Bagel:
-        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place.
+        """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
+        parts whose weights are quantised as they come, so that no more than one is there as it was.
 
         progress(done, total) is called in parameters read.
         """
         with torch.device("meta"):
-            model = Bagel(self.config)
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        parameters = dict(model.named_parameters())
-        for done, (name, parts) in enumerate(self.read(model)):
-            start = 0
-            for part in parts:
-                parameters[name].data[start : start + len(part)].copy_(part)
-                start += len(part)
-            progress(done + 1, len(parameters))
+            model, plain = Bagel(self.config).to(dtype), Bagel(self.config)
+        model.quantize(kinds)
+        model = model.to_empty(device=device).eval().requires_grad_(False)
+        parameters, total = dict(model.named_parameters()), len([*plain.parameters()])
+        for done, (name, parts) in enumerate(self.read(plain)):
+            if name in parameters:
+                start = 0
+                for part in parts:
+                    parameters[name].data[start : start + len(part)].copy_(part)
+                    start += len(part)
+            else:
+                model.get_submodule(name.removesuffix(".weight")).quantized.store(torch.cat(parts))
+            progress(done + 1, total)
         return model
 
     def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -237,7 +228,8 @@ class Checkpoint:
     def _tensor(self, reader: Reader, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self.places:  # one of COMPUTED
             return sine_table(*like.shape)
-        tensor = reader.read(*self.places[name])
+        place = self.places[name]
+        tensor = place.read().view(self.tensors[name].shape) if isinstance(place, Part) else reader.read(*place)
         if tensor.dtype == torch.float8_e4m3fn:  # a plain cast, of which bfloat16 holds each number
             tensor = tensor.bfloat16()
         for adapter in self.adapters:

@@ -1,6 +1,7 @@
 """A checkpoint's sizes, read from its JSON files and its tensor shapes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ COUNT = Range(1, 2**31)
 LATENT_SIDE = 64  # of the published model's table of positions
 
 
-def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens) -> BagelConfig:
+def read_config(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens, given: Mapping[str, dict] = {}
+) -> BagelConfig:
     """Reads the configuration of a checkpoint folder.
 
     shapes: every tensor's shape by its published name. The sides of the position tables come from there, since
-    config.json's `max_latent_size` is stale in the published checkpoint.
+    config.json's `max_latent_size` is stale in the published checkpoint. given: JSON files by name that count in place of
+    those in the folder.
     Raises FileNotFoundError for a missing file and CheckpointError for a missing or impossible field.
     """
     try:
-        return _config(folder, shapes, special)
+        return _config(_Files(folder, given), shapes, special)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -43,14 +47,33 @@ def read_generation(*places: Path) -> dict[str, Any]:
     return found
 
 
-def _config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens) -> BagelConfig:
+@dataclass(frozen=True)
+class _Files:
+    """JSON files by name."""
+
+    folder: Path
+    given: Mapping[str, dict]
+
+    def has(self, name: str) -> bool:
+        return name in self.given or (self.folder / name).exists()
+
+    def read(self, name: str) -> dict:
+        """What is given of a part of the model counts whole; of files on several parts, the fields that it has."""
+        given, path = self.given.get(name), self.folder / name
+        if given is None or (name in ("config.json", "preprocessor_config.json") and path.exists()):
+            return _read_json(path) | (given or {})
+        return given
+
+
+def _config(files: _Files, shapes: Mapping[str, tuple[int, ...]], special: SpecialTokens) -> BagelConfig:
     """Raises ValueError too, which does not name the folder."""
-    ours = folder / "config.json"  # without it the official code's own two files do
-    top = {} if not ours.exists() and (folder / "llm_config.json").exists() else _read_json(ours)
-    llm = _section(folder, top, "llm_config")
-    vit = _section(folder, top, "vit_config")
+    folder = files.folder
+    # Without config.json the official code's own two files do.
+    top = {} if not files.has("config.json") and files.has("llm_config.json") else files.read("config.json")
+    llm = _section(files, top, "llm_config")
+    vit = _section(files, top, "vit_config")
     vae = _read_vae(folder, top.get("vae_config") or {}, shapes)
-    prep = _read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
+    prep = files.read("preprocessor_config.json") if files.has("preprocessor_config.json") else {}
     llm_config = LLMConfig(
         hidden_size=_whole(llm, "hidden_size"),
         intermediate_size=_whole(llm, "intermediate_size"),
@@ -58,7 +81,7 @@ def _config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Specia
         num_attention_heads=_whole(llm, "num_attention_heads"),
         num_key_value_heads=_whole(llm, "num_key_value_heads"),
         vocab_size=_whole(llm, "vocab_size"),
-        rope_theta=llm.get("rope_theta", 10000.0),
+        rope_theta=_rope_theta(folder, llm),
         rms_norm_eps=llm.get("rms_norm_eps", 1e-6),
     )
     patch = _whole(vit, "patch_size")
@@ -75,8 +98,6 @@ def _config(folder: Path, shapes: Mapping[str, tuple[int, ...]], special: Specia
     for name, act, known in (("llm", llm, "silu"), ("vit", vit, "gelu_pytorch_tanh")):
         if act.get("hidden_act", known) != known:
             raise CheckpointError(f"{folder}: {name}_config has hidden_act {act['hidden_act']!r}; BAGEL uses {known!r}")
-    if llm.get("rope_scaling"):
-        raise CheckpointError(f"{folder}: llm_config asks for rope_scaling, which BAGEL does not use")
 
     def limits(kind: str, max_size: int, min_size: int, stride: int) -> ResizeConfig:
         given = prep.get(kind)
@@ -140,11 +161,19 @@ def _read_json(path: Path) -> dict:
     return data
 
 
-def _section(folder: Path, top: dict, name: str) -> dict:
+def _section(files: _Files, top: dict, name: str) -> dict:
     """The official code reads NAME.json; config.json repeats it for those who ship one file."""
-    if (folder / f"{name}.json").exists() or not isinstance(top.get(name), dict):
-        return _read_json(folder / f"{name}.json")
+    if files.has(f"{name}.json") or not isinstance(top.get(name), dict):
+        return files.read(f"{name}.json")
     return top[name]
+
+
+def _rope_theta(folder: Path, llm: dict) -> float:
+    """transformers from 5 on writes it into an object of its own, where version 4 does not find it."""
+    rope = llm.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or llm.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{folder}: llm_config asks for rope_scaling, which BAGEL does not use")
+    return llm.get("rope_theta", rope.get("rope_theta", 10000.0))
 
 
 def _side(shapes: Mapping[str, tuple[int, ...]], name: str, default: int) -> int:

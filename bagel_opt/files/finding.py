@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.json_files import read_json
@@ -26,7 +27,6 @@ OTHER_FORMATS = {".gguf": "GGUF", **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt
 OTHER_LAYOUTS = {
     r"\.(qweight|qzeros|g_idx)$": "integers of GPTQ, AWQ or AutoRound",
     r"\.(absmax|quant_map|nested_absmax)$|\.quant_state\.bitsandbytes": "numbers of bitsandbytes",
-    r"\.(encoded_exponent|sign_mantissa|output_positions)$": "numbers of DFloat11",
     r"(\.|^)(scale_weight|weight_scale|weight_scale_inv|input_scale|scaled_fp8)$": "FP8 with scales",
     r"\.lora_[AB](\.|$)|\.lora_magnitude_vector": "a LoRA adapter, which goes over a model as lora=, --lora",
 }
@@ -38,6 +38,8 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     if place.is_file():
         _check_format(place)
         return [place], []
+    if dfloat11_config(place) is not None:  # its package reads all files that are there
+        return sorted(path for path in place.glob("*.safetensors") if path.name != VAE_FILE), []
     index = place / INDEX
     found = [path for name in WEIGHTS if (path := place / name).is_file()]
     shards = _shards(index) if index.is_file() else []
@@ -58,18 +60,34 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     raise FileNotFoundError(f"{place} has no weights: {', '.join(WEIGHTS)} or an index of shards")
 
 
+def dfloat11_config(folder: Path) -> Any:
+    """What config.json says of DFloat11 groups, or None. Raises CheckpointError."""
+    path = folder / "config.json"
+    data = read_json(path, CheckpointError) if path.is_file() else None
+    return data.get("dfloat11_config") if isinstance(data, dict) else None
+
+
 def _check_format(path: Path) -> None:
     if found := OTHER_FORMATS.get(path.suffix.lower()):
         raise CheckpointError(f"{path} is {found}; take the same weights as *.safetensors, in 16 bits or plain FP8")
 
 
+def other_layout(names: Iterable[str]) -> tuple[str, str] | None:
+    """Which layout of tensors it is that is not BAGEL's, in words, and the name that shows it."""
+    for name in names:
+        for pattern, what in OTHER_LAYOUTS.items():
+            if re.search(pattern, name):
+                return what, name
+    return None
+
+
 def check_layout(path: Path, names: Iterable[str]) -> None:
     """Raises CheckpointError for tensors of another layout than BAGEL's, naming it."""
-    for name in names:
-        if found := next((what for pattern, what in OTHER_LAYOUTS.items() if re.search(pattern, name)), None):
-            raise CheckpointError(
-                f"{path} holds {found} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"
-            )
+    if found := other_layout(names):
+        what, name = found
+        raise CheckpointError(
+            f"{path} holds {what} ({name:.200}); bagel_opt takes the same weights in 16 bits, or in FP8 without scales"
+        )
 
 
 def _shards(index: Path) -> list[Path]:

@@ -1,16 +1,17 @@
-"""LoRA adapters as the peft library writes them (https://huggingface.co/docs/peft), merged into weights while those are read."""
+"""LoRA adapters as the peft library writes them (https://huggingface.co/docs/peft): what each changes, and its factors."""
 
 import contextlib
 import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.files.weights import Location, locate_weights
+from bagel_opt.files.weights import locate_weights
 from bagel_opt.json_files import read_json
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -20,17 +21,27 @@ LANGUAGE = "language_model.model."
 PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
 
 
+class Pair(NamedTuple):
+    """The factors of one weight: their names in the file, their rank, and by what their product is multiplied."""
+
+    down: str
+    up: str
+    rank: int
+    scale: float
+
+
 class Lora:
     """An adapter: of each weight that it changes, by its published name, the two factors and their scale.
 
-    place: a folder, or the file in one. tensors: those that it may change. Raises FileNotFoundError and CheckpointError.
+    place: a folder, or the file in one. shapes: of the weights that it may change. Raises FileNotFoundError and CheckpointError.
     """
 
-    def __init__(self, place: Path, factor: float, tensors: Mapping[str, Location]):
+    def __init__(self, place: Path, factor: float, shapes: Mapping[str, tuple[int, ...]]):
         self.path = place if place.is_file() else place / FILE
         if not self.path.is_file():
             raise FileNotFoundError(f"{place} has no {FILE}; give the folder that peft wrote, or the file in it")
-        self.factor, self.pairs = factor, {}
+        self.factor = factor
+        self.pairs: dict[str, Pair] = {}
         config = self._config()
         halves: dict[str, dict[str, str]] = {}
         found = locate_weights(self.path, CheckpointError)
@@ -41,18 +52,18 @@ class Lora:
                 )
             halves.setdefault(match["module"], {})[match["half"]] = name
         for module, pair in halves.items():
-            weight = self._weight(module, tensors)
+            weight = self._weight(module, shapes)
             if set(pair) != {"A", "B"} or weight in self.pairs:
                 raise CheckpointError(f"{self.path}: {module:.200} has not one lora_A and one lora_B")
             rank, scale = self._scale(config, module)
-            shapes = found[pair["A"]].shape, found[pair["B"]].shape
-            rows, columns = tensors[weight].shape
-            if shapes != ((rank, columns), (rows, rank)):
+            down, up = found[pair["A"]].shape, found[pair["B"]].shape
+            rows, columns = shapes[weight]
+            if (down, up) != ((rank, columns), (rows, rank)):
                 raise CheckpointError(
-                    f"{self.path}: {module:.200} has factors of {shapes[0]} and {shapes[1]}; for {weight} of {rows}x{columns} and "
+                    f"{self.path}: {module:.200} has factors of {down} and {up}; for {weight} of {rows}x{columns} and "
                     f"rank {rank} they must be {(rank, columns)} and {(rows, rank)}: it is for another model, or not whole"
                 )
-            self.pairs[weight] = pair["A"], pair["B"], factor * scale
+            self.pairs[weight] = Pair(pair["A"], pair["B"], rank, factor * scale)
         if not self.pairs:
             raise CheckpointError(f"{self.path} changes no weight")
 
@@ -62,9 +73,14 @@ class Lora:
 
     def delta(self, weight: str) -> torch.Tensor:
         """What is added to a weight, in float32."""
-        first, second, scale = self.pairs[weight]
         with contextlib.closing(Reader(CheckpointError)) as reader:
-            return (reader.read(self.path, second).float() @ reader.read(self.path, first).float()) * scale
+            down, up = self.factors(weight, reader)
+            return (up.float() @ down.float()) * self.pairs[weight].scale
+
+    def factors(self, weight: str, reader: Reader) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lora_A, lora_B) of a weight, in the file's dtype."""
+        pair = self.pairs[weight]
+        return reader.read(self.path, pair.down), reader.read(self.path, pair.up)
 
     def _config(self) -> dict:
         path = self.path.parent / CONFIG
@@ -100,16 +116,16 @@ class Lora:
         rank, alpha = values
         return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    def _weight(self, module: str, tensors: Mapping[str, Location]) -> str:
+    def _weight(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """The published weight of a module. Adapters name it from the model's root, from the language model, or from its
         layers on, after peft's own "base_model.model."."""
         parts = module.split(".")
         for start in range(len(parts)):
             rest = ".".join(parts[start:])
             for name in (f"{rest}.weight", f"language_model.{rest}.weight", f"{LANGUAGE}{rest}.weight"):
-                if name in tensors and len(tensors[name].shape) == 2:
+                if len(shapes.get(name, ())) == 2:
                     return name
-        near = difflib.get_close_matches(f"{module}.weight", tensors, n=2, cutoff=0.5)
+        near = difflib.get_close_matches(f"{module}.weight", shapes, n=2, cutoff=0.5)
         named = f"; nearest: {', '.join(near)}" if near else ""
         raise CheckpointError(
             f"{self.path} is for another model: it changes {module:.200}, which this one has not{named}"

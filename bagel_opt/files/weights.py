@@ -29,8 +29,13 @@ class Location:
 
 
 def locate_weights(path: Path, error: type[ValueError] = BundleError) -> dict[str, Location]:
-    """The places of all tensors, from the file's header. Raises `error` where that is no header, or not that of this file:
-    tensors lie one after the other, from its end to the file's."""
+    """The places of all tensors. Raises what `read_header` raises."""
+    return read_header(path, error)[0]
+
+
+def read_header(path: Path, error: type[ValueError] = BundleError) -> tuple[dict[str, Location], dict[str, str]]:
+    """The places of all tensors and the notes (`__metadata__`), from the file's header. Raises `error` where that is no
+    header, or not that of this file: tensors lie one after the other, from its end to the file's."""
 
     def check(right: bool, what: str) -> None:
         if not right:
@@ -58,7 +63,7 @@ def locate_weights(path: Path, error: type[ValueError] = BundleError) -> dict[st
         check(place.offset == at, f"tensor {name:.200} does not begin where the one before it ends")
         at += place.length
     check(at == total, f"its tensors end at {at} of {total} bytes")
-    return found
+    return found, notes
 
 
 def _is_entry(entry: Any) -> bool:

@@ -1,10 +1,12 @@
 """The whole model, and what its programs do before, between and after their layers.
 
-B rows, T text tokens, P patches, N latent tokens, L latent channels, C hidden channels, V vocabulary, S slots.
+B rows, T text tokens, P patches, N latent tokens, L latent channels, C hidden channels, V vocabulary, S slots,
+K adapters.
 Programs that fill the context take one row; decoding and flow steps take all rows of a batch, or some. Integers are int64.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,13 +37,15 @@ class TimeEmbedder(nn.Module):
 
 
 class Bagel(nn.Module):
-    """ops: how the layers' operations are done; whoever runs the model chooses."""
+    """ops: how the layers' operations are done; whoever runs the model chooses. adapters: how many are kept apart from the
+    weights."""
 
     def __init__(self, c: BagelConfig):
         super().__init__()
         self.config = c
         hidden = c.llm.hidden_size
         self.ops: Ops = TorchOps()
+        self.adapters = 0
         self.llm = Transformer(c.llm)
         self.vit_encoder = ViT(c.vit)
         self.connector = Connector(c.vit.hidden_size, hidden)
@@ -61,14 +65,24 @@ class Bagel(nn.Module):
     def device(self) -> torch.device:
         return self.llm.norm_und.weight.device
 
+    def quantize(self, kinds: Mapping[str, str]) -> None:
+        """Makes room for the products of some parts' layers in 8 bits (quantization.PARTS), in place of their weights."""
+        experts = {part: [getattr(layer, part) for layer in self.llm.layers] for part in ("und", "gen")}
+        layers = experts | {"vit": [*self.vit_encoder.layers]}
+        for part, kind in kinds.items():
+            for product in [m for layer in layers[part] for m in layer.modules() if isinstance(m, Linear)]:
+                product.quantize(kind)
+
     # ---- programs with layers: what enters the first, all of them, and what is made of the last one's output
 
     def through_layers(
         self, program: str, inputs: tuple[Tensor, ...], caches: tuple[Tensor, ...], run: LayerRunner = run_layer
     ) -> tuple:
-        """A whole program. -> its outputs, then the caches"""
+        """A whole program. Where adapters are kept apart, its last input is share_BK, how much of each counts in each row.
+        -> its outputs, then the caches"""
+        *inputs, share_BK = inputs if self.adapters else (*inputs, None)
         started = self.start(program, inputs, caches[0].shape[1])
-        und_BTC, gen_BNC, new = self.llm(started, caches, self.ops, run)
+        und_BTC, gen_BNC, new = self.llm(started, caches, self.ops, run, share_BK)
         return *self.end(program, und_BTC, gen_BNC), *new
 
     def start(self, program: str, inputs: tuple[Tensor, ...], slots: int) -> Started:

@@ -1,18 +1,71 @@
-"""The model's products with weights, and its tables: what a checkpoint fills. C channels in and out, V rows of a table."""
+"""The model's products with weights, and its tables: what a checkpoint fills.
 
+B rows, T tokens, C channels in, N channels out, V rows of a table, K adapters, R ranks of all of them together.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bagel_opt.model.quantized import Quantized
+
+
+class LowRank(nn.Module):
+    """What adapters kept apart add to a product (LoRA, arXiv 2106.09685): the factors of all of them side by side.
+
+    channels: in and out. down_RC, up_NR: the factors. of_R: which adapter each rank is of. A rank of no adapter has zeros in both factors.
+    wide: weight and up_NR side by side, for a product that takes both at once; see `widen`.
+    """
+
+    def __init__(self, ranks: int, channels: tuple[int, int], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        c_in, c_out = channels
+        for name, shape in (("down_RC", (ranks, c_in)), ("up_NR", (c_out, ranks))):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("of_R", torch.zeros(ranks, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("wide", None, persistent=False)
+
+    def reduced(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
+        """x in the adapters' ranks, each as much as its adapter counts in that row: [B, T, R]."""
+        share_B1R = share_BK.index_select(1, self.of_R)[:, None]
+        return F.linear(x_BTC, self.down_RC) * share_B1R.to(x_BTC.dtype)
+
+    def forward(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
+        return F.linear(self.reduced(x_BTC, share_BK), self.up_NR)
 
 
 class Linear(nn.Linear):
     """x @ weight.T + bias, in the dtype of x: the weight may be stored in another one.
 
     Every product of the model is one of these, so that what is stored in its place, such as a quantised or an adapted
-    weight, is a matter of this file alone.
+    weight, is a matter of this file alone. quantized: holds the weight where there is none, see `quantize`. low_rank: of
+    adapters that are kept apart; runtime/adapters.py brings it.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.stored(self.weight, x), None if self.bias is None else self.stored(self.bias, x))
+    quantized: Quantized | None
+    low_rank: LowRank | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: str | None = None):
+        super().__init__(in_features, out_features, bias, device)
+        self.register_module("quantized", None)
+        self.register_module("low_rank", None)
+
+    def quantize(self, kind: str) -> None:
+        """Makes room for the weight in that kind, in place of the weight."""
+        self.quantized = Quantized(kind, self.out_features, self.in_features, self.weight.device)
+        self.weight = None
+
+    def forward(self, x: Tensor, share_BK: Tensor | None = None) -> Tensor:
+        """share_BK: how much of each adapter counts in each row; None is nothing of any."""
+        bias = None if self.bias is None else self.stored(self.bias, x)
+        out = F.linear(x, self.stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
+        return out if share_BK is None or self.low_rank is None else out + self.low_rank(x, share_BK)
+
+    def widen(self) -> None:
+        """Keeps the weight and the adapters' up_NR in one piece of memory, of which both are parts from then on."""
+        wide = torch.cat((self.weight, self.low_rank.up_NR), dim=1)
+        self.weight.data, self.low_rank.up_NR = wide.split((self.in_features, wide.shape[1] - self.in_features), dim=1)
+        self.low_rank.wide = wide
 
     @staticmethod
     def stored(parameter: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The Mixture-of-Transformers (arXiv 2505.14683): two experts per layer, one attention over both.
 
 B rows, T tokens of the understanding expert, N latent tokens, C hidden channels, H query heads, G key-value heads,
-D channels per head, S cache slots.
+D channels per head, S cache slots, K adapters kept apart: share_BK is how much of each counts in each row, None where there
+are none.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ class QKV(Linear):
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         super().__init__(c.hidden_size, sum(self.heads) * c.head_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.split(super().forward(x))
+    def forward(self, x: Tensor, share_BK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.split(super().forward(x, share_BK))
 
     def split(self, qkv_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` does after its product."""
@@ -35,8 +36,8 @@ class QKV(Linear):
 class GateUp(Linear):
     """The MLP's gate and up products in one. -> (gate, up)"""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x).chunk(2, dim=-1)
+    def forward(self, x: Tensor, share_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x, share_BK).chunk(2, dim=-1)
 
 
 class Expert(nn.Module):
@@ -53,9 +54,11 @@ class Expert(nn.Module):
         self.gate_up = GateUp(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def project(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_BTC: Tensor, cos: Tensor, sin: Tensor, ops: Ops, share_BK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], normed and rotated."""
-        return self.rotated(*self.qkv(self.norm1(x_BTC)), cos, sin, ops)
+        return self.rotated(*self.qkv(self.norm1(x_BTC), share_BK), cos, sin, ops)
 
     def rotated(
         self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, cos: Tensor, sin: Tensor, ops: Ops
@@ -63,11 +66,11 @@ class Expert(nn.Module):
         """What `project` does after its product."""
         return ops.rotate(self.q_norm(q_BTHD), cos, sin), ops.rotate(self.k_norm(k_BTGD), cos, sin), v_BTGD
 
-    def finish(self, x_BTC: Tensor, attended_BTHD: Tensor) -> Tensor:
+    def finish(self, x_BTC: Tensor, attended_BTHD: Tensor, share_BK: Tensor | None = None) -> Tensor:
         """Residual of the attention's output, then the MLP."""
-        x_BTC = x_BTC + self.o(attended_BTHD.flatten(2))
-        gate, up = self.gate_up(self.norm2(x_BTC))
-        return x_BTC + self.down(F.silu(gate) * up)
+        x_BTC = x_BTC + self.o(attended_BTHD.flatten(2), share_BK)
+        gate, up = self.gate_up(self.norm2(x_BTC), share_BK)
+        return x_BTC + self.down(F.silu(gate) * up, share_BK)
 
 
 class Layer(nn.Module):
@@ -87,18 +90,19 @@ class Layer(nn.Module):
         start_B: Tensor,
         seen: Any,
         ops: Ops,
+        share_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """New keys and values go to slots start_B onwards: the understanding expert's tokens, then the latents."""
-        q, k, v = self.und.project(und_BTC, cos, sin, ops)
+        q, k, v = self.und.project(und_BTC, cos, sin, ops, share_BK)
         if gen_BNC is not None:
-            parts = zip((q, k, v), self.gen.project(gen_BNC, cos, sin, ops), strict=True)
+            parts = zip((q, k, v), self.gen.project(gen_BNC, cos, sin, ops, share_BK), strict=True)
             q, k, v = (torch.cat(part, dim=1) for part in parts)
         k_BSGD, v_BSGD = (ops.write(old, new, start_B) for old, new in ((k_BSGD, k), (v_BSGD, v)))
         out = ops.attend(q, k_BSGD, v_BSGD, seen)
         n_und = und_BTC.shape[1]
-        und_BTC = self.und.finish(und_BTC, out[:, :n_und])
+        und_BTC = self.und.finish(und_BTC, out[:, :n_und], share_BK)
         if gen_BNC is not None:
-            gen_BNC = self.gen.finish(gen_BNC, out[:, n_und:])
+            gen_BNC = self.gen.finish(gen_BNC, out[:, n_und:], share_BK)
         return und_BTC, gen_BNC, k_BSGD, v_BSGD
 
 
@@ -158,7 +162,12 @@ class Transformer(nn.Module):
         return Started(und_BTC, gen_BNC, cos, sin, start_B, seen)
 
     def forward(
-        self, started: Started, caches: Sequence[Tensor], ops: Ops, run: LayerRunner = run_layer
+        self,
+        started: Started,
+        caches: Sequence[Tensor],
+        ops: Ops,
+        run: LayerRunner = run_layer,
+        share_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Runs all layers over new tokens and the cached context. Returns the hidden states before the final norms, and
         the caches: keys of every layer, then values."""
@@ -166,6 +175,6 @@ class Transformer(nn.Module):
         caches, n = list(caches), len(self.layers)
         for i, layer in enumerate(self.layers):
             und_BTC, gen_BNC, caches[i], caches[n + i] = run(
-                layer, und_BTC, gen_BNC, cos, sin, caches[i], caches[n + i], start_B, seen, ops
+                layer, und_BTC, gen_BNC, cos, sin, caches[i], caches[n + i], start_B, seen, ops, share_BK
             )
         return und_BTC, gen_BNC, caches

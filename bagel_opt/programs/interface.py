@@ -1,5 +1,6 @@
 """What a runtime offers the sampling loop. Tensors are opaque to the loop; NumPy arrays go in anywhere."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +23,18 @@ def as_slice(rows: int | slice | None) -> slice:
 
 class Runtime(Protocol):
     """Executes the programs of programs/signatures.py. The loop may take rows
-    of a tensor, as tensor[row] and tensor[first:last]."""
+    of a tensor, as tensor[row] and tensor[first:last].
 
+    adapters: those kept apart from the weights, with the factor that counts where a request names none; None where weights
+    are fixed. Where there are some, the programs that run the transformer's layers take one more input: how much of each
+    counts, float32 [rows, adapters].
+    """
+
+    adapters: Mapping[str, float] | None
     free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
+
+    def set_adapters(self, adapters: Mapping[str, Any]) -> None:
+        """Keeps these adapters apart in place of those before, where weights are not fixed. Raises as `load` does."""
 
     def for_profile(self, profile: Profile) -> "Runtime":
         """The runtime with the programs of one profile; weights and programs are shared."""

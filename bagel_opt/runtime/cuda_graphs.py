@@ -61,6 +61,10 @@ class Graphs:
             self.captured[key] = Graph(program, tensors, caches, self.pool)
         return self.captured[key](inputs)
 
+    def clear(self) -> None:
+        """Drops all programs, whose weights have moved."""
+        self.captured = {}
+
     def forget(self, memory: Tensor) -> None:
         """Drops the programs captured for caches in memory that is to be no more."""
         inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)

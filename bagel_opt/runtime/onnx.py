@@ -67,6 +67,7 @@ class OnnxRuntime:
     """Runs a bundle's programs. A program is loaded when it is first needed; all share the mapped file of the weights.
     ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx.py, PACKED)."""
 
+    adapters = None
     free_rows = True
 
     def __init__(self, folder: Path, manifest: Manifest):

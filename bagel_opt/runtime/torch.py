@@ -2,16 +2,19 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_opt.files.adapters import Named, named
 from bagel_opt.model.kv_cache import empty_cache
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice, slots_in_use
 from bagel_opt.programs.signatures import ONE_ROW, ROW
+from bagel_opt.runtime.adapters import attach, read_adapters
 from bagel_opt.runtime.cuda_graphs import CacheMemory, Graphs
 from bagel_opt.runtime.torch_setup import Prepared
 
@@ -34,12 +37,23 @@ def _exact() -> Iterator[None]:
 class TorchRuntime:
     """Runs the programs of a prepared model."""
 
+    adapters: Mapping[str, float] | None = MappingProxyType({})
+
     def __init__(self, prepared: Prepared):
         model = self.model = prepared.model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.programs, self.free_rows = prepared.programs, prepared.free_rows
         self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
+        self.widen = prepared.widen
         self._replay(prepared.graphs)
+
+    def set_adapters(self, adapters: Named) -> None:
+        """As `Model.set_adapters`. Bad ones change nothing."""
+        found = named(adapters)
+        read = read_adapters([place for place, _ in found.values()], self.config)
+        if attach(self.model, read, self.widen) and self.graphs:
+            self.graphs.clear()
+        self.adapters = {name: factor for name, (_, factor) in found.items()}
 
     def _replay(self, graphs: bool) -> None:
         """Whether programs are replayed as CUDA graphs; caches then stay in place."""
@@ -82,7 +96,8 @@ class TorchRuntime:
             slots = caches[0].shape[1]
             if not self.fixed_slots:
                 new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
-                slots = slots_in_use(int(inputs[-1].max()), new, slots)
+                kv_len = inputs[-2 if self.adapters else -1]
+                slots = slots_in_use(int(kv_len.max()), new, slots)
             caches = [cache[as_slice(rows), :slots] for cache in caches]
         with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
             if self.graphs and program in GRAPHED:

@@ -34,6 +34,8 @@ def open_package(path: Path | str, device: torch.device) -> Any:
 class PackagedRuntime(TorchRuntime):
     """Runs a bundle's programs. A part is loaded when it is first needed."""
 
+    adapters = None
+
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)

@@ -16,7 +16,7 @@ from bagel_opt.programs.callables import programs
 class Prepared:
     """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
     compiled, or captured. free_rows: they take any number of rows. spare_slots: added to each cache. graphs: whether
-    programs are to be captured on the GPU."""
+    programs are to be captured on the GPU. widen: products take the adapters beside their weights in one, see Linear.widen."""
 
     model: Bagel
     programs: dict[str, Callable]
@@ -24,6 +24,7 @@ class Prepared:
     free_rows: bool
     spare_slots: int = 0
     graphs: bool = False
+    widen: bool = False
 
 
 def prepare(model: Bagel, compiled: bool = False) -> Prepared:
@@ -34,10 +35,11 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if not compiled:
         return Prepared(model, programs(model), fixed_slots=flex, free_rows=not flex)
-    cuda, run, spare = model.device.type == "cuda", run_layer, 0
+    cuda, run, spare, widen = model.device.type == "cuda", run_layer, 0, False
     layers = [*model.vit_encoder.layers]  # one is compiled and serves all of its kind
     if model.ops.backend == "flash":
         run = _two_streams(model)
+        widen = run.way.fused
     else:
         layers += model.llm.layers
         if not flex and not cuda:
@@ -49,7 +51,13 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
     for layer in layers:
         layer.compile(dynamic=False)
     return Prepared(
-        model, programs(model, run), fixed_slots=flex or cuda, free_rows=False, spare_slots=spare, graphs=cuda
+        model,
+        programs(model, run),
+        fixed_slots=flex or cuda,
+        free_rows=False,
+        spare_slots=spare,
+        graphs=cuda,
+        widen=widen,
     )
 
 
@@ -61,7 +69,7 @@ def _two_streams(model: Bagel) -> LayerRunner:
 
 def run_with_free_slots(layer: Layer, *tensors: Any) -> tuple:
     """A LayerRunner: the layer is compiled for any number of slots."""
-    _, _, _, _, k_BSGD, v_BSGD, _, seen, _ = tensors
+    k_BSGD, v_BSGD, seen = tensors[4], tensors[5], tensors[7]
     for tensor, axis in ((k_BSGD, 1), (v_BSGD, 1), (seen.mask, 3)):
         torch._dynamo.maybe_mark_dynamic(tensor, axis)
     return layer(*tensors)

@@ -18,6 +18,7 @@ from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
 from bagel_opt.programs.signatures import ROW
+from bagel_opt.sampling.adapters import as_inputs
 from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
@@ -179,15 +180,17 @@ class Engine:
         kv_len, position = self._lengths()
         ids = np.zeros_like(kv_len)
         temperature, uniform = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
+        share = np.zeros((len(ids), len(jobs[0].share)), np.float32)
         for job in jobs:
             at, want = self.batches.at(job.main), job.want
             ids[at], temperature[at], uniform[at] = want.id, want.temperature, want.uniform
+            share[at] = job.share
         for batch in {job.main.batch for job in jobs}:
             rows, ending, row = slice(None), "", None
             mine = [job.main.row for job in jobs if job.main.batch == batch]
             if len(mine) == 1 < self.profile.rows:
                 rows, ending, row = slice(mine[0], mine[0] + 1), ROW, mine[0]
-            inputs = [self.batches.of(array, batch)[rows] for array in (ids, position, kv_len)]
+            inputs = [self.batches.of(array, batch)[rows] for array in (ids, position, kv_len, *as_inputs(share))]
             logits = self.runtime.run("decode" + ending, inputs, self.batches[batch].caches, row)[0]
             choice = [self.batches.of(array, batch)[rows] for array in (temperature, uniform)]
             chosen = self.runtime.run("choose" + ending, [logits, *choice])[0]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from bagel_opt.options import RENORM_TYPES
+from bagel_opt.sampling.adapters import as_inputs
 from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.job import Job
 
@@ -23,6 +24,7 @@ class FlowRows:
         )
         self.renorm, self.n, self.evaluated = (np.zeros(rows, np.int64) for _ in range(3))
         self.index = np.zeros((rows, batches.profile.latents), np.int64)
+        self.share = np.zeros((rows, len(batches.runtime.adapters or ())), np.float32)
 
     def add(self, job: Job) -> None:
         """A request that takes the step it wants: all its branches are evaluated."""
@@ -33,7 +35,7 @@ class FlowRows:
             self.text_scale[row] = options.cfg_text_scale if step.guided else 0
             self.img_scale[row] = options.cfg_img_scale if step.guided else 0
             self.renorm_min[row], self.renorm[row] = options.cfg_renorm_min, RENORM_TYPES.index(options.cfg_renorm_type)
-            self.dt[row], self.n[row] = step.dt, len(job.places)
+            self.dt[row], self.n[row], self.share[row] = step.dt, len(job.places), job.share
         for c in job.branches():
             row = at(c)
             self.t[row], self.evaluated[row], self.index[row, : len(job.places)] = step.t, len(job.places), job.places
@@ -43,8 +45,9 @@ class FlowRows:
         self.t[row], self.evaluated[row], self.index[row] = 0, 0, 0
 
     def evaluation(self, batch: int) -> list[np.ndarray]:
-        """What "generate" takes after the latents: t, index, position, n, kv_len of one batch."""
-        arrays = self.t, self.index, self.position, self.evaluated, self.kv_len
+        """What "generate" takes after the latents: t, index, position, n, kv_len of one batch, and how much of each adapter
+        counts."""
+        arrays = self.t, self.index, self.position, self.evaluated, self.kv_len, *as_inputs(self.share)
         return [self.batches.of(array, batch) for array in arrays]
 
     def guidance(self) -> list[np.ndarray]:

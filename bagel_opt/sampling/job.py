@@ -12,6 +12,7 @@ from bagel_opt.errors import ProfileError
 from bagel_opt.options import StepEvent
 from bagel_opt.programs.interface import Tensor
 from bagel_opt.programs.signatures import one_row
+from bagel_opt.sampling.adapters import adapter_share, as_inputs
 from bagel_opt.sampling.batches import Batches, Context, padded
 from bagel_opt.sampling.contexts import Block
 from bagel_opt.sampling.flow import FlowStep
@@ -57,6 +58,7 @@ class Job:
         self.plan, self.batches, self.tokenizer, self.observer = plan, batches, tokenizer, observer
         self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
         self.contexts: list[Context] = []
+        self.share = adapter_share(self.runtime, plan.options)
         self.passed = 0  # how many requests that came later went first
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
@@ -166,7 +168,7 @@ class Job:
 
         def run(program: str, inputs: list, lengths: list[int], slots: int, positions: int) -> None:
             numbers = [np.array([value], np.int64) for value in (context.position, *lengths, context.kv_len)]
-            self.runtime.run(program, inputs + numbers, caches, context.row)
+            self.runtime.run(program, inputs + numbers + as_inputs(self.share[None]), caches, context.row)
             context.kv_len += slots
             context.position += positions
 

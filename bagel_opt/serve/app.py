@@ -102,7 +102,10 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 
 def _card(service: Service) -> ModelCard:
     config = service.engine.model.config
-    return ModelCard(id=service.name, default_size=config.default_size, size_multiple=config.token_pixels)
+    adapters = [*(service.engine.model.runtime.adapters or ())]
+    return ModelCard(
+        id=service.name, default_size=config.default_size, size_multiple=config.token_pixels, adapters=adapters
+    )
 
 
 def _serve_file(app: FastAPI, path: str, file: Path) -> None:

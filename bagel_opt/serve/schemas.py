@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+import pydantic_core
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Text, Texts
-from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Scales, Text, Texts
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
 WHOLE_LIMIT = 2**31  # of whole numbers that have no other
+OTHER_NAMES = {"adapters": ("lora",)}  # of fields, as other servers call them
 
 
 def _type(kind: Kind) -> Any:
@@ -37,11 +39,20 @@ def _type(kind: Kind) -> Any:
         case Texts(most, longest):
             text = Annotated[str, Field(min_length=1, max_length=longest)]
             return text | Annotated[list[text], Field(max_length=most)]
+        case Scales(low, high):
+            return Annotated[dict[str, _type(Number(low, high))], Field(max_length=PARTS), BeforeValidator(_from_form)]
+
+
+def _from_form(value: Any) -> Any:
+    """Forms have texts alone, in which objects are JSON."""
+    return pydantic_core.from_json(value) if isinstance(value, str) else value
 
 
 def _field(option: Option) -> tuple[Any, Any]:
     default = option.unset if option.default is None else json.dumps(option.default)
-    return _type(option.kind) | None, Field(None, description=f"{option.sentence} Default: {default}.")
+    names = AliasChoices(option.name, *OTHER_NAMES.get(option.name, ()))
+    about = f"{option.sentence} Default: {default}."
+    return _type(option.kind) | None, Field(None, description=about, validation_alias=names)
 
 
 def _model(name: str, *groups: str) -> type[BaseModel]:
@@ -49,7 +60,7 @@ def _model(name: str, *groups: str) -> type[BaseModel]:
     return create_model(name, **{option.name: _field(option) for option in described(*groups).values()})
 
 
-class Body(_model("RequestOptions", EVERY, READING)):
+class Body(_model("RequestOptions", EVERY, READING, ADAPTERS)):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
@@ -57,7 +68,7 @@ class Body(_model("RequestOptions", EVERY, READING)):
 
     def text_options(self) -> dict:
         """What was given of the options of every request, but for the seed, which a server draws where none is."""
-        return self._given(described(EVERY).keys() - {"seed"}) | self.reading_options()
+        return self._given(described(EVERY, ADAPTERS).keys() - {"seed"}) | self.reading_options()
 
     def reading_options(self) -> dict:
         """What was given of the options on how pictures go in."""
@@ -284,6 +295,7 @@ class ModelCard(BaseModel):
     owned_by: str = "bagel_opt"
     default_size: int = Field(description="Side in pixels of a picture whose size is not asked for.")
     size_multiple: int = Field(description="Sides are multiples of it.")
+    adapters: list[str] = Field(description="Adapters that a request may ask for.")
 
 
 class ModelList(BaseModel):

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from adapters import FILE, PEFT, adapted
 from bundles import few_programs
 from safetensors.torch import load_file, save_file
 from support import CHECKPOINT
-from torch import nn
 
 import bagel_opt
 from bagel_opt import Profile
@@ -17,37 +17,6 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.export import export
 from bagel_opt.files.adapters import with_factors
 from bagel_opt.files.checkpoint import Checkpoint, published_tensors
-
-peft = pytest.importorskip("peft")
-GENERATION = ["q_proj_moe_gen", "k_proj_moe_gen", "v_proj_moe_gen", "o_proj_moe_gen"]
-GENERATION += ["mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj"]
-PEFT, FILE = "base_model.model.", "adapter_model.safetensors"
-
-
-def tree(dtype=torch.float32):
-    """Modules named as the official code's, with the golden weights."""
-    root = nn.Module()
-    for name, tensor in load_file(CHECKPOINT / "ema.safetensors").items():
-        *path, kind = name.split(".")
-        if kind != "weight" or tensor.ndim != 2 or "embed" in name:
-            continue
-        at = root
-        for part in path[:-1]:
-            if part not in dict(at.named_children()):
-                at.add_module(part, nn.Module())
-            at = getattr(at, part)
-        product = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
-        product.weight.data.copy_(tensor)
-        at.add_module(path[-1], product)
-    return root.to(dtype)
-
-
-def adapted(dtype=torch.float32, seed=0, targets=tuple(GENERATION), **settings):
-    """peft's model of that tree, whose adapter does something."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(targets), **settings})
-    config.init_lora_weights = False
-    torch.manual_seed(seed)
-    return peft.get_peft_model(tree(dtype), config)
 
 
 @pytest.fixture

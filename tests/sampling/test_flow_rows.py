@@ -18,7 +18,7 @@ ROWS = SMALL.rows * SMALL.batches
 
 @pytest.fixture(scope="module")
 def batches():
-    return Batches(None, Checkpoint(CHECKPOINT).config, SMALL)
+    return Batches(SimpleNamespace(adapters=None), Checkpoint(CHECKPOINT).config, SMALL)
 
 
 def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
@@ -37,6 +37,7 @@ def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
         cfg_text=cfg_text if contexts[1] != contexts[0] else main,
         cfg_img=cfg_img if contexts[2] != contexts[0] else main,
         places=np.array(places),
+        share=np.zeros(0, np.float32),
         branches=lambda: own if guided else [main],
     )
 

@@ -20,6 +20,8 @@ ROWS = SMALL.rows * SMALL.batches
 class Recorder:
     """A runtime that keeps what it is asked to run."""
 
+    adapters = None
+
     def __init__(self):
         self.ran = []
         self.change = np.zeros(SMALL.rows, np.float32)

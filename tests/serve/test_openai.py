@@ -1,6 +1,5 @@
 """The openai client, unchanged, against the server: pictures, edits, answers, streams, errors."""
 
-import base64
 import io
 import json
 
@@ -8,7 +7,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import FEW, ask, data_url, png, serving
+from serving import FEW, ask, data_url, picture, png, serving
 from support import CHECKPOINT
 
 from bagel_opt.serve import Limits
@@ -28,10 +27,6 @@ def server(model):
 @pytest.fixture(scope="module")
 def client(server):
     return server.client()
-
-
-def picture(b64):
-    return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
 def equal(a, b):

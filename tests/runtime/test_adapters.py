@@ -1,0 +1,219 @@
+"""Adapters that stay apart from the weights: each request's own, in common batches, as if they were merged."""
+
+import numpy as np
+import pytest
+import torch
+from adapters import BOTH, adapted
+from PIL import Image
+from support import CHECKPOINT
+
+import bagel_opt
+from bagel_opt import Profile, Request
+from bagel_opt.errors import BundleError, CheckpointError
+from bagel_opt.files.lora import Lora
+from bagel_opt.model.linear import LowRank
+from bagel_opt.runtime import adapters as attaching
+
+SETTINGS = {"seed": 1, "num_timesteps": 4, "height": 64, "width": 64, "cfg_interval": (0.0, 1.0)}
+PROFILE = Profile("tiny", rows=8, slots=320, text=16, patches=64, latents=64)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Three adapters: of the generation expert, of both, and of other ranks in some of its modules."""
+    home = tmp_path_factory.mktemp("adapters")
+    adapted(seed=1).save_pretrained(home / "a")
+    adapted(seed=2, targets=BOTH, r=6).save_pretrained(home / "b")
+    patterns = {"rank_pattern": {"mlp_moe_gen.down_proj": 2}, "use_rslora": True}
+    adapted(seed=3, targets=["q_proj_moe_gen", "mlp_moe_gen.down_proj", "mlp.up_proj"], **patterns).save_pretrained(
+        home / "c"
+    )
+    return {name: home / name for name in "abc"}
+
+
+@pytest.fixture
+def model(places):
+    found = bagel_opt.load(CHECKPOINT, device="cpu", profile=PROFILE)
+    found.set_adapters({name: (place, 0) for name, place in places.items()})
+    return found
+
+
+def velocities(model, inputs=("a red circle",), **options):
+    seen = []
+    model.run(inputs, on_step=lambda event: seen.append(np.asarray(event.v_t)), **SETTINGS | options)
+    return np.stack(seen)
+
+
+def close(got, want, tolerance=1e-5):
+    return np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("wanted", [{"a": 1.0}, {"b": -0.7}, {"c": 2}, {"a": 0.5, "b": 1, "c": 0.25}], ids=str)
+@pytest.mark.parametrize("inputs", [("a red circle",), (Image.new("RGB", (64, 48), "red"), "make it blue")], ids=len)
+def test_apart_as_merged(model, places, inputs, wanted):
+    merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=[(places[name], factor) for name, factor in wanted.items()])
+    want = velocities(merged, inputs)
+    assert close(velocities(model, inputs, adapters=wanted), want)
+    assert not close(velocities(model, inputs, adapters={}), want, 1e-2)
+
+
+def test_text_is_written_with_them(model, places):
+    merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=[places["b"]])
+    texts = [
+        m.chat("hello", max_think_tokens=12, **given) for m, given in ((merged, {}), (model, {"adapters": {"b": 1}}))
+    ]
+    assert texts[0] == texts[1] != model.chat("hello", max_think_tokens=12)
+
+
+def test_none_named_is_none(model):
+    plain = bagel_opt.load(CHECKPOINT, device="cpu", profile=PROFILE)
+    for given in ({}, {"adapters": {}}, {"adapters": {"a": 0}}):
+        assert close(velocities(model, **given), velocities(plain), 1e-6)
+
+
+def test_factors_count_where_a_request_names_none(model, places):
+    want = velocities(model, adapters={"a": 0.5, "b": 1})
+    model.set_adapters({"b": places["b"], "a": (places["a"], 0.5), "c": (places["c"], 0)})
+    assert close(velocities(model), want)
+    assert close(velocities(model, adapters={"c": 1}), velocities(model, adapters={"c": 1, "a": 0, "b": 0}), 1e-6)
+
+
+def test_a_batch_of_different_adapters(model):
+    """Each request as alone, whoever shares its batch."""
+    wanted = [{}, {"a": 1}, {"b": 1}, {"c": 1}, {"a": 0.5, "b": 0.5}, {"b": -1}, {}, {"c": 0.3}]
+    texts = ["a red circle", "a blue star", "a tree", "x", "a red circle", "a blue star", "a tree", "x"]
+
+    def requests(seen):
+        for number, (text, adapters) in enumerate(zip(texts, wanted, strict=True)):
+            mine = seen.setdefault(number, [])
+            settings = SETTINGS | {"seed": number, "think": number == 4, "max_think_tokens": 9}
+            yield Request([text], adapters=adapters, on_step=lambda e, m=mine: m.append(np.asarray(e.v_t)), **settings)
+
+    together, alone = {}, {}
+    model.run_many(requests(together))
+    for request in requests(alone):
+        model.run_many([request])
+    for number in range(8):
+        assert len(alone[number]) == 3
+        assert close(np.stack(together[number]), np.stack(alone[number]))
+
+
+@pytest.mark.second
+def test_step_caches_and_compiled_code(places):
+    eager, compiled = (bagel_opt.load(CHECKPOINT, device="cpu", backend=b) for b in ("eager", "compile"))
+    for m in (eager, compiled):
+        m.set_adapters({"a": places["a"]})
+    for given in ({"adapters": {"a": 1}}, {"adapters": {}}):
+        assert close(velocities(compiled, **given), velocities(eager, **given))
+    options = {"step_cache": "taylorseer", "num_timesteps": 12}
+    merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=places["a"])
+    assert close(velocities(eager, **options), velocities(merged, **options), 1e-4)
+
+
+@pytest.mark.second
+def test_switching_compiles_nothing(places):
+    model = bagel_opt.load(CHECKPOINT, device="cpu", backend="compile")
+    model.set_adapters({"b": places["b"]})
+    velocities(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        velocities(model, adapters={"b": 0.5})
+        model.set_adapters({"a": places["a"]})  # fewer ranks, in fewer products
+        got = velocities(model)
+    assert close(got, velocities(bagel_opt.load(CHECKPOINT, device="cpu", lora=places["a"])))
+
+
+def test_more_ranks_than_before(model, places, tmp_path):
+    adapted(seed=4, r=20).save_pretrained(tmp_path / "d")
+    model.set_adapters({"a": places["a"]})
+    before = [m for m in model.runtime.model.modules() if isinstance(m, LowRank)]
+    model.set_adapters({"d": tmp_path / "d", "a": (places["a"], 0)})
+    after = [m for m in model.runtime.model.modules() if isinstance(m, LowRank)]
+    assert any(m not in before for m in after)
+    assert close(velocities(model), velocities(bagel_opt.load(CHECKPOINT, device="cpu", lora=tmp_path / "d")))
+
+
+def test_no_adapters_any_more(model):
+    model.set_adapters({})
+    assert not [m for m in model.runtime.model.modules() if isinstance(m, LowRank)]
+    plain = bagel_opt.load(CHECKPOINT, device="cpu", profile=PROFILE)
+    assert np.array_equal(velocities(model), velocities(plain))
+    with pytest.raises(ValueError, match="adapters has 'a'; this model keeps none apart"):
+        model.chat("hello", adapters={"a": 1})
+
+
+def test_weights_beside_their_adapters(places, monkeypatch):
+    """As products on Hopper take them: one piece of memory for both."""
+    real = attaching.attach
+    monkeypatch.setattr("bagel_opt.runtime.torch.attach", lambda model, adapters, _: real(model, adapters, True))
+    model = bagel_opt.load(CHECKPOINT, device="cpu")
+    plain = {name: p.clone() for name, p in model.runtime.model.named_parameters()}
+    for chosen in ({"b": places["b"]}, {"a": places["a"]}):
+        model.set_adapters(chosen)
+        product = model.runtime.model.llm.layers[1].gen.gate_up
+        x, share = torch.randn(2, 3, product.in_features), torch.tensor([[1.0], [0.5]])
+        wide = torch.cat((x, product.low_rank.reduced(x, share)), dim=-1) @ product.low_rank.wide.T
+        assert torch.allclose(wide, torch.cat(product(x, share), dim=-1), atol=1e-4)
+        assert not torch.allclose(wide, torch.cat(product(x), dim=-1), atol=1e-2)
+        want = velocities(bagel_opt.load(CHECKPOINT, device="cpu", lora=list(chosen.values())))
+        assert close(velocities(model), want)
+    model.set_adapters({})
+    for name, p in model.runtime.model.named_parameters():
+        assert p.is_contiguous()
+        assert torch.equal(p, plain[name]), name
+
+
+# ---- what is refused
+
+
+def refused(model, adapters, kind, *words):
+    with pytest.raises(kind) as error:
+        model.set_adapters(adapters)
+    for word in words:
+        assert word in str(error.value)
+    assert list(model.runtime.adapters) == ["a", "b", "c"]  # those before stay
+
+
+def test_what_is_refused(model, places, tmp_path):
+    refused(model, {"a": tmp_path / "nowhere"}, FileNotFoundError, "nowhere")
+    refused(model, {"": places["a"]}, ValueError, "adapters is")
+    refused(model, {"a": (places["a"], "much")}, ValueError, "much")
+    refused(model, [places["a"]], ValueError, "adapters is")
+    refused(model, {str(number): places["a"] for number in range(65)}, ValueError, "at most 64")
+    adapted(targets=["vae2llm", "q_proj_moe_gen"]).save_pretrained(tmp_path / "wide")
+    refused(model, {"a": tmp_path / "wide"}, CheckpointError, "vae2llm", "merge it")
+    for adapters, word in (
+        ({"x": 1}, "adapters has 'x'; there are 'a', 'b', 'c'"),
+        ({"a": "1"}, "adapters={"),
+        (["a"], "adapters="),
+    ):
+        with pytest.raises(ValueError, match=word):
+            model.chat("hello", adapters=adapters)
+
+
+def test_not_while_requests_are_on_their_way(model, places):
+    failures = []
+
+    def on_step(event):
+        with pytest.raises(RuntimeError, match="on their way"):
+            model.set_adapters({"a": places["a"]})
+        failures.append(event.index)
+
+    model.run(["a"], on_step=on_step, **SETTINGS)
+    assert len(failures) == 3
+    model.set_adapters({"a": places["a"]})
+
+
+def test_not_of_a_bundle(model, places):
+    model.runtime.adapters = None
+    with pytest.raises(BundleError, match="weights are fixed"):
+        model.set_adapters({"a": places["a"]})
+
+
+def test_a_lone_number_of_ranks(places):
+    """All layers have the same, so one compiled layer serves them."""
+    model = bagel_opt.load(CHECKPOINT, device="cpu")
+    model.set_adapters({"a": places["a"]})
+    ranks = {len(layer.gen.qkv.low_rank.of_R) for layer in model.runtime.model.llm.layers}
+    assert ranks == {attaching.ROUND}
+    assert all(layer.und.qkv.low_rank is None for layer in model.runtime.model.llm.layers)
+    assert isinstance(attaching.read_adapters([places["a"]], model.config)[0], Lora)
