@@ -73,6 +73,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
             type=Path,
             help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
         )
+    time_.add_argument(
+        "--quantization", metavar="KINDS", help="with --preset: also with weights in 8 bits, with commas: fp8,int8"
+    )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",

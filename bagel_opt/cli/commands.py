@@ -116,6 +116,8 @@ def bench(a: argparse.Namespace) -> None:
     bundles = {kind: folder for kind in PRESET_BUNDLES if (folder := getattr(a, kind))}
     if bundles and not a.preset:
         raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")
+    if a.quantization and not a.preset:
+        raise ValueError("--quantization is for --preset; quantize a checkpoint, and time that")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
@@ -150,7 +152,8 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
             _write_json(a.json, results)
 
     with bar("timing") as update:
-        results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
+        kinds = a.quantization.split(",") if a.quantization else []
+        results = run_full_size(a.official, bundles, kinds, a.repeats, lambda what: update(what, 0, 0), save)
     for table in full_size_tables(results):
         tables().print(table)
 
