@@ -13,13 +13,14 @@ from PIL import Image
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import Examples
+from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.request import Request
 from bagel_opt.sampling.adapters import check_adapters
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Observer
-from bagel_opt.sampling.plan import Plan, fit_profile
+from bagel_opt.sampling.plan import AnyPlan, fit_profile, fits
 from bagel_opt.sampling.planning import make_plan
 from bagel_opt.tokenizer import Tokenizer
 
@@ -57,6 +58,11 @@ class Model:
         return self._examples
 
     @property
+    def defaults(self) -> Options:
+        """The options of a request that gives none: the official ones, but for what the model recommends."""
+        return Options.make(dict(self.config.generation))
+
+    @property
     def profile(self) -> Profile | None:
         """The largest of the profiles, if there are any."""
         return self.profiles[-1] if self.profiles else None
@@ -90,7 +96,8 @@ class Model:
                 self._running -= 1
 
     def run(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any) -> list[str | Image.Image]:
-        """Reads texts and PIL images in order and answers with a text, a picture, or a thought and a picture.
+        """Reads texts and PIL images in order and answers with a text, a picture, a thought and a picture, or, with
+        output="interleaved", texts and pictures in turn.
 
         options: see `bagel_opt.request.Options`. Raises ValueError for bad options and for a request beyond the
         model's or the profile's sizes, TypeError for inputs that are neither str nor PIL image.
@@ -138,7 +145,7 @@ class Model:
             raise failures[0]
         return results
 
-    def choose(self, plan: Plan) -> tuple[Profile | None, Plan]:
+    def choose(self, plan: AnyPlan) -> tuple[Profile | None, AnyPlan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the
         plan as that profile runs it. Raises ProfileError where there is none, on what the largest lacks, and RuntimeError
         in a fork of the process that loaded the model, which has none of the threads that its runtime would wait for."""
@@ -150,7 +157,7 @@ class Model:
         check_adapters(self.runtime, plan.options)
         if not self.profiles:
             return None, plan
-        fitting = [profile for profile in self.profiles if plan.fits(profile)]
+        fitting = [profile for profile in self.profiles if fits(plan, profile)]
         whole = [profile for profile in fitting if profile.rows >= plan.contexts()]
         chosen = (whole or fitting or self.profiles[-1:])[0]
         return chosen, plan.fitted(chosen)

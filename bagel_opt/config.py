@@ -1,9 +1,11 @@
 """What a BAGEL model is made of: its sizes, and the numbers that its host side needs. What cannot be raises ValueError."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from bagel_opt.limits import Range, check_number, check_numbers, real, whole
+from bagel_opt.options import Options, check_recommended
 
 # The most that any model has of something, so that a lie in a file costs no minutes and no gigabytes.
 WIDEST, DEEPEST, LONGEST = 2**20, 1024, 2**24  # channels, layers, entries of a table
@@ -117,7 +119,10 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """Everything about a model that its programs and its host side need, besides the weights."""
+    """Everything about a model that its programs and its host side need, besides the weights.
+
+    generation: options that the model recommends, which count where a request gives none.
+    """
 
     llm: LLMConfig
     vit: ViTConfig
@@ -128,9 +133,14 @@ class BagelConfig:
     latent_side: int = whole(1, 4096)  # side of the square table of latent positions
     vit_side: int = whole(1, 4096)  # side of the square table of ViT positions
     latent_patch_size: int = whole(1, 64, 2)
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         check_numbers(self)
+        try:
+            check_recommended(self.generation)
+        except ValueError as error:
+            raise ValueError(f"generation: {error}") from None
         if (top := max(asdict(self.special).values())) >= self.llm.vocab_size:
             raise ValueError(f"special token {top} is none of a vocabulary of {self.llm.vocab_size}")
 
@@ -148,6 +158,15 @@ class BagelConfig:
     def default_size(self) -> int:
         """Side of a picture when none is asked for: 1024, or as far as the position table reaches."""
         return min(1024, self.latent_side * self.token_pixels)
+
+    def reading(self, options: Options) -> "BagelConfig":
+        """This, with the sides of input images that a request asks for."""
+
+        def limits(kind: str, own: ResizeConfig) -> ResizeConfig:
+            sides = {side: getattr(options, f"{kind}_{side}") for side in ("max_size", "min_size")}
+            return replace(own, **{side: value for side, value in sides.items() if value is not None})
+
+        return replace(self, vae_resize=limits("vae", self.vae_resize), vit_resize=limits("vit", self.vit_resize))
 
     def to_dict(self) -> dict:
         return asdict(self)

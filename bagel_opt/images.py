@@ -15,13 +15,14 @@ class InputImage:
     """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
 
     The rule changes very long images again when it is applied twice; the picture to draw has the size of the first.
+    vae, vit: None while the image itself is still to be drawn.
     """
 
     size: tuple[int, int]  # (height, width) after the first
-    vae: Image.Image
-    vit: Image.Image
     vae_grid: tuple[int, int]
     vit_grid: tuple[int, int]
+    vae: Image.Image | None = None
+    vit: Image.Image | None = None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

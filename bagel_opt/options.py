@@ -5,114 +5,24 @@ Python's arguments are checked here; the command line, the server's bodies and t
 # ruff: noqa: RUF009  _option makes fields
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bagel_opt.errors import UnknownOptionError
+from bagel_opt.option_kinds import Choice, Flag, Function, Interval, Kind, Number, Scales, Text, Texts
 
 RENORM_TYPES = ("global", "channel", "text_channel")
+OUTPUTS = ("image", "text", "interleaved")
+INTERLEAVED_CONTEXTS = ("rebuilt", "main")
 STEP_CACHES = ("taylorseer", "teacache")
 DEFAULT_TOKENS = 1000  # of a thought or an answer
+DEFAULT_ROUNDS = 3  # of texts and pictures, as in ThinkMorph's code
 # What an option is for. Those of size and inputs are a picture's too: its size where no input picture gives it, and how
-# it keeps to those that go in.
-EVERY, PICTURE, SIZE, INPUTS, ADAPTERS = "every", "picture", "size", "inputs", "adapters"
-
-
-# ---- kinds of values; `allows` leaves out None, which is allowed where it is the default
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number from low to high, whole or not; high None: as large as may be. wording: what an error says is allowed."""
-
-    low: float
-    high: float | None = None
-    whole: bool = False
-    wording: str = ""
-
-    def allows(self, value: object) -> bool:
-        kind = numbers.Integral if self.whole else numbers.Real
-        right = isinstance(value, kind) and not isinstance(value, bool)
-        return right and self.low <= value and (self.high is None or value <= self.high)  # NaN is in no range
-
-    @property
-    def allowed(self) -> str:
-        a_number = f"a{' whole' * self.whole} number"
-        reach = f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
-        return self.wording or f"{a_number} {reach}"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Two numbers from low to high, in order."""
-
-    low: float
-    high: float
-
-    def allows(self, value: object) -> bool:
-        pair = isinstance(value, Sequence) and len(value) == 2
-        return pair and all(map(Number(self.low, self.high).allows, value)) and value[0] <= value[1]
-
-    @property
-    def allowed(self) -> str:
-        return f"(low, high) with {self.low} <= low <= high <= {self.high}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of some names. wording: what an error says is allowed."""
-
-    values: tuple[str, ...]
-    wording: str = ""
-
-    def allows(self, value: object) -> bool:
-        return value in self.values
-
-    @property
-    def allowed(self) -> str:
-        return self.wording or ", ".join(map(repr, self.values))
-
-
-@dataclass(frozen=True)
-class Flag:
-    allowed = "True or False"
-
-    def allows(self, value: object) -> bool:
-        return isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Text:
-    allowed = "None or a text"
-
-    def allows(self, value: object) -> bool:
-        return isinstance(value, str)
-
-
-@dataclass(frozen=True)
-class Scales:
-    """A number from low to high for each of some names."""
-
-    low: float
-    high: float
-
-    @property
-    def allowed(self) -> str:
-        return f"None or an object from adapters' names to numbers from {self.low} to {self.high}"
-
-    def allows(self, value: object) -> bool:
-        number = Number(self.low, self.high).allows
-        return isinstance(value, Mapping) and all(isinstance(n, str) and number(s) for n, s in value.items())
-
-
-@dataclass(frozen=True)
-class Function:
-    allowed = "None or a function"
-
-    def allows(self, value: object) -> bool:
-        return callable(value)
+# it keeps to those that go in. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
+# texts and pictures in turn.
+EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
+ADAPTERS = "adapters"
 
 
 @dataclass(frozen=True)
@@ -122,7 +32,7 @@ class Option:
 
     name: str
     default: Any
-    kind: Number | Interval | Choice | Flag | Text | Scales | Function | None
+    kind: Kind | None
     group: str | None
     help: str
     unset: str
@@ -134,6 +44,7 @@ class Option:
 
 SCALE = Number(0, 1000, wording="a number from 0 to 1000; up to 1 is no guidance")
 PIXELS = Number(1, whole=True, wording="a whole number of pixels")
+SIDE = Number(1, 2**16, whole=True, wording=f"a whole number of pixels, at most {2**16}")
 
 
 def _option(default: Any, kind: Any, group: str | None = None, help: str = "", unset: str = "") -> Any:
@@ -151,13 +62,15 @@ def check_text(text: str, where: str) -> None:
 @dataclass(frozen=True)
 class StepEvent:
     """What `on_step` receives after each flow step: x_t before the step and the guided velocity v_t that it took,
-    float32 [tokens, 64] on the host (torch tensors; NumPy arrays where torch is not installed)."""
+    float32 [tokens, 64] on the host (torch tensors; NumPy arrays where torch is not installed). round: of an interleaved
+    request."""
 
     index: int
     total: int
     t: float
     x_t: Any
     v_t: Any
+    round: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +81,7 @@ class Options:
     image, or a list of one per image. Either overrides what `seed` would draw.
     """
 
-    output: str = _option("image", Choice(("image", "text"), "'image' or 'text'"))
+    output: str = _option("image", Choice(OUTPUTS, "'image', 'text' or 'interleaved'"))
     think: bool = _option(False, Flag(), EVERY, "think before drawing or answering")
     max_think_tokens: int | None = _option(
         None,  # or what a fixed profile has room for
@@ -179,6 +92,17 @@ class Options:
     )
     do_sample: bool = _option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
     text_temperature: float = _option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
+    stop: str | Sequence[str] | None = _option(
+        None,
+        Texts(4, 256),
+        EVERY,
+        "a text before which writing ends, or up to four such; interleaved, the text that holds one is the last",
+        unset="none",
+    )
+    system_prompt: str | None = _option(None, Text(), EVERY, "a text that is read before all else", unset="none")
+    think_prompt: str | None = _option(
+        None, Text(), EVERY, "what is read first in order to think", unset="what BAGEL was trained with"
+    )
     seed: int | None = _option(
         None,
         Number(0, 2**63 - 1, whole=True, wording="None or a number from 0 to 2**63 - 1"),
@@ -248,6 +172,39 @@ class Options:
         "change little",
         unset="none",
     )
+    vit_min_size: int | None = _option(
+        None, SIDE, READING, "the least side to which pictures are enlarged for the ViT", unset="the model's"
+    )
+    vit_max_size: int | None = _option(
+        None, SIDE, READING, "the longest side to which pictures are reduced for the ViT", unset="the model's"
+    )
+    vae_min_size: int | None = _option(
+        None, SIDE, READING, "the least side to which pictures are enlarged for the VAE", unset="the model's"
+    )
+    vae_max_size: int | None = _option(
+        None, SIDE, READING, "the longest side to which pictures are reduced for the VAE", unset="the model's"
+    )
+    interleaved_context: str = _option(
+        "rebuilt",
+        Choice(INTERLEAVED_CONTEXTS),
+        INTERLEAVING,
+        "what rounds read: rebuilt from all that was written and drawn, for guidance too, as in Bagel-Zebra-CoT, or main, "
+        "which alone grows, as in ThinkMorph",
+    )
+    max_rounds: int | None = _option(
+        None,  # or what a fixed profile has room for
+        Number(1, 100, whole=True),
+        INTERLEAVING,
+        "the most rounds of a text and a picture",
+        unset=str(DEFAULT_ROUNDS),
+    )
+    draw_marker: str | None = _option(
+        None,
+        Text(),
+        INTERLEAVING,
+        "what a text must hold for a picture to be drawn after it",
+        unset="nothing, or <image_start> where main alone grows",
+    )
     adapters: Mapping[str, float] | None = _option(
         None,
         Scales(-100, 100),
@@ -259,6 +216,7 @@ class Options:
     vae_noise: Any = _option(None, None)
     on_step: Callable[[StepEvent], Any] | None = _option(None, Function())
     on_token: Callable[[int], Any] | None = _option(None, Function())
+    on_output: Callable[[Any], Any] | None = _option(None, Function())
 
     def __post_init__(self):
         for name, option in described().items():
@@ -269,13 +227,27 @@ class Options:
                 raise ValueError(f"{name}={value!r}; allowed: {kind.allowed}")
             if isinstance(kind, Number) and kind.whole:
                 object.__setattr__(self, name, int(value))  # NumPy's integers would overflow
-            if isinstance(kind, Text):
-                check_text(value, name)
+            if isinstance(kind, Texts):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(kind, Text | Texts):
+                for text in (value,) if isinstance(value, str) else value:
+                    check_text(text, name)
+        if self.output == "interleaved":
+            for name in ("noise", "vae_noise"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is given; of an interleaved request the seed alone says what noise is drawn"
+                    )
 
     @property
     def counts_evaluations(self) -> bool:
         """Whether the step cache counts each guidance branch's evaluations by itself."""
         return self.step_cache == "taylorseer"
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which writing ends."""
+        return self.stop or ()
 
     @classmethod
     def make(cls, options: dict) -> "Options":
@@ -291,3 +263,16 @@ def described(*groups: str) -> dict[str, Option]:
     fields = dataclasses.fields(Options)
     options = (Option(field.name, field.default, **field.metadata) for field in fields)
     return {option.name: option for option in options if not groups or option.group in groups}
+
+
+def check_recommended(table: object) -> None:
+    """Raises ValueError for what is no table of options that a model may recommend: all that JSON can hold but `seed` and
+    `think`, which are the user's."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"holds {type(table).__name__}, not an object of options")
+    known = described(EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING).keys() - {"seed", "think"}
+    if unknown := [name for name in table if name not in known]:
+        raise ValueError(
+            f"{', '.join(f'{name!r:.60}' for name in unknown[:8])} is no option to recommend; there are: {', '.join(sorted(known))}"
+        )
+    Options(**table)

@@ -1,6 +1,6 @@
 """What a user asks for: inputs and options, checked before anything runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -10,7 +10,7 @@ from bagel_opt.options import Options, check_text
 
 
 class Request:
-    """Texts and PIL images in order, with options. An image may have been read already (sampling.planning.read_image), so
+    """Texts and PIL images in order, with options. An image may have been read already (sampling.pictures.read_image), so
     that it need not be held as large as it came.
 
     Raises ValueError for bad options, an empty list and too thin an image, TypeError for other inputs.
@@ -31,4 +31,9 @@ class Request:
                 raise TypeError(f"inputs[{index}] is {type(item).__name__}; allowed are str and PIL.Image.Image")
             else:
                 check_text(item, f"inputs[{index}]")
+        self.given = options
         self.options = Options.make(options)
+
+    def options_over(self, recommended: Mapping[str, Any]) -> Options:
+        """The options, where none was given those that a model recommends."""
+        return Options.make({**recommended, **self.given}) if recommended else self.options

@@ -6,8 +6,9 @@ from bundles import BACKENDS
 from support import CHECKPOINT, ODD, cases, check_together, relative
 
 from bagel_opt.sampling.batches import Batches, Context
+from bagel_opt.sampling.contexts import Block
 from bagel_opt.sampling.job import Job
-from bagel_opt.sampling.plan import Block, fit_profile
+from bagel_opt.sampling.plan import fit_profile
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
 SLOW = ("compile", "aoti")  # compiling takes a minute, and two

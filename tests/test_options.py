@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,13 +16,15 @@ from starlette.testclient import TestClient
 import bagel_opt
 from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
-from bagel_opt.options import ADAPTERS, EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Scales, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Scales, Texts
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, described
 from bagel_opt.request import Options, Request
 from bagel_opt.serve import Limits, Metrics, Service, create_app
 from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT, ChatBody, EditBody, ImageBody
 
-ALL = described(EVERY, PICTURE, SIZE, INPUTS, ADAPTERS)
-PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token"}
+OF_CHAT = described(INTERLEAVING)
+ALL = described(EVERY, PICTURE, SIZE, INPUTS, READING, ADAPTERS) | OF_CHAT
+PYTHON_ALONE = {"output", "noise", "vae_noise", "on_step", "on_token", "on_output"}
 
 
 def flags(command):
@@ -30,13 +33,14 @@ def flags(command):
     return {action.dest: action for action in commands.choices[command]._actions if action.option_strings}
 
 
-def client(limits):
-    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60), limits)
+def client(limits, **recommended):
+    model = types.SimpleNamespace(defaults=Options(**recommended))
+    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60, model=model), limits)
     return TestClient(create_app(service))
 
 
-def told(limits=Limits()):  # noqa: B008
-    return client(limits).get("/options.json").json()
+def told(limits=Limits(), **recommended):  # noqa: B008
+    return client(limits, **recommended).get("/options.json").json()
 
 
 def pieces(option):
@@ -54,6 +58,14 @@ def pieces(option):
             return list(values), ["", "other", 1]
         case Flag():
             return [True, False], [2, "maybe"]
+        case Texts(most, longest):
+            return ["a" * longest, [], ["a", "b"], ["a"] * most], [
+                "",
+                "a" * (longest + 1),
+                [""],
+                ["a"] * (most + 1),
+                [1],
+            ]
         case Scales(low, high):
             return [{}, {"a": low, "b": high}], [{"a": high + 1}, {"a": "much"}, ["a"], "a", 1]
     return ["", "some text"], [1]
@@ -70,13 +82,15 @@ def test_ranges_are_the_same_everywhere(name):
     option = ALL[name]
     good, bad = pieces(option)
     beside = {"height": "width", "width": "height"}.get(name)  # a body wants both or neither
-    for body in (ImageBody, EditBody):
+    chat = functools.partial(ChatBody, messages=[{"role": "user", "content": "a"}], output="interleaved")
+    bodies = [chat] if name in OF_CHAT else [functools.partial(body, prompt="a") for body in (ImageBody, EditBody)]
+    for body in bodies:
         for value in good:
             both = {name: value} | ({beside: 16} if beside else {})
-            assert getattr(body(prompt="a", **both), name) in (value, tuple(value) if isinstance(value, list) else 0)
+            assert getattr(body(**both), name) in (value, tuple(value) if isinstance(value, list) else 0)
         for value in bad:
             with pytest.raises(ValidationError):
-                body(prompt="a", **{name: value}, **({beside: 16} if beside else {}))
+                body(**{name: value}, **({beside: 16} if beside else {}))
     for value in good:
         Request("a", **{name: value})
     for value in bad:
@@ -88,9 +102,10 @@ def test_ranges_are_the_same_everywhere(name):
     ("command", "groups"),
     [
         ("generate", (EVERY, PICTURE, SIZE, INPUTS)),
-        ("edit", (EVERY, PICTURE, INPUTS)),
-        ("understand", (EVERY,)),
+        ("edit", (EVERY, PICTURE, INPUTS, READING)),
+        ("understand", (EVERY, READING)),
         ("chat", (EVERY,)),
+        ("interleave", (EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING)),
     ],
 )
 def test_the_command_line_has_them(command, groups):
@@ -108,8 +123,12 @@ def test_the_command_line_has_them(command, groups):
 
 
 def test_the_bodies_have_them():
-    for body in (ImageBody, EditBody, ChatBody):
-        assert set(described()) & set(body.model_fields) == set(ALL)
+    for body, wanted in (
+        (ImageBody, set(ALL) - set(OF_CHAT)),
+        (EditBody, set(ALL) - set(OF_CHAT)),
+        (ChatBody, set(ALL)),
+    ):
+        assert set(described()) & set(body.model_fields) - {"output"} == wanted
         properties = body.model_json_schema()["properties"]
         assert properties["cfg_text_scale"]["description"].endswith("; up to 1 is off. Default: 4.0.")
         assert {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63} in properties["seed"]["anyOf"]
@@ -118,15 +137,25 @@ def test_the_bodies_have_them():
 
 def test_the_page_is_told_them():
     entries = {entry["name"]: entry for entry in told()}
-    assert set(entries) == set(described(EVERY, PICTURE, INPUTS)) - {"seed", "think"}
+    assert set(entries) == set(described(EVERY, PICTURE, INPUTS, READING, INTERLEAVING)) - {"seed", "think"}
     for name, entry in entries.items():
         default = ALL[name].default
         assert entry["default"] == entry["value"] == (list(default) if isinstance(default, tuple) else default)
         assert entry["help"].lower() == f"{ALL[name].help}.".lower()
-        assert entry["modes"][-1] == ("ask" if name in described(EVERY) else "edit")
+        assert entry["modes"][-1] == "interleave"
+        assert ("ask" in entry["modes"]) == (name in described(EVERY, READING))
+        assert ("edit" in entry["modes"]) == (name not in OF_CHAT)
     assert (entries["timestep_shift"]["min"], entries["timestep_shift"]["max"]) == (0.001, 1000)
     assert (entries["num_timesteps"]["max"], entries["max_think_tokens"]["max"]) == (200, WHOLE_LIMIT)
-    assert entries["cfg_img_scale"]["modes"] == ["edit"]
+    assert entries["cfg_img_scale"]["modes"] == ["edit", "interleave"]
+    assert (entries["max_rounds"]["max"], entries["max_rounds"]["modes"]) == (Limits().pictures, ["interleave"])
+
+
+def test_the_page_begins_with_what_the_model_recommends():
+    entries = {entry["name"]: entry for entry in told(cfg_renorm_min=1.0, stop=["a", "b"], num_timesteps=300)}
+    assert entries["cfg_renorm_min"]["default"] == entries["cfg_renorm_min"]["value"] == 1.0
+    assert entries["stop"]["default"] == entries["stop"]["value"] == "a"
+    assert (entries["num_timesteps"]["default"], entries["num_timesteps"]["value"]) == (300, 200)
 
 
 @pytest.mark.parametrize(("most", "value"), [(60, 50), (20, 20)])

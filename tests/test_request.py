@@ -10,7 +10,7 @@ from support import CHECKPOINT
 from bagel_opt import Options, Request, UnknownOptionError
 
 GOOD = {
-    "output": ["image", "text"],
+    "output": ["image", "text", "interleaved"],
     "think": [True, False],
     "max_think_tokens": [None, 1, 1000, np.int64(7)],
     "do_sample": [True, False],
@@ -24,17 +24,26 @@ GOOD = {
     "num_timesteps": [2, 50, np.int32(9)],
     "height": [None, 16, np.int32(64)],
     "width": [None, 16, 64],
+    "stop": [None, (), ("a",), ("a", "b", "c", "d")],
+    "system_prompt": [None, "", "you are"],
+    "think_prompt": [None, "", "think"],
+    **{f"{kind}_{side}_size": [None, 14, np.int64(512)] for kind in ("vit", "vae") for side in ("min", "max")},
     "seed": [None, 0, np.int64(3), 2**63 - 1],
     "negative_prompt": [None, "", "blurry"],
     "step_cache": [None, "taylorseer", "teacache"],
+    "interleaved_context": ["rebuilt", "main"],
+    "max_rounds": [None, 1, np.int32(3), 100],
+    "draw_marker": [None, "", "<image_start>"],
+    "adapters": [None, {}, {"a": 1, "b": np.float32(-0.5)}],
     "noise": [None],
     "vae_noise": [None],
     "on_step": [None, print],
     "on_token": [None, print],
+    "on_output": [None, print],
 }
 NAN, INF = float("nan"), float("inf")
 BAD = {
-    "output": (["video", "Image", None, 3], "'image' or 'text'"),
+    "output": (["video", "Image", None, 3], "'image', 'text' or 'interleaved'"),
     "think": ([1, None, "yes"], "True or False"),
     "max_think_tokens": ([0, -1, 2.5, "9", True], "at least 1"),
     "do_sample": ([0, None], "True or False"),
@@ -48,11 +57,24 @@ BAD = {
     "num_timesteps": ([1, 0, -5, 50.0, "50", None, True], "at least 2"),
     "height": ([0, -16, 64.0, "64", True], "pixels"),
     "width": ([0, -16, 64.0, "64", True], "pixels"),
+    "stop": ([3, "", [""], ["a"] * 5, "a" * 257, [1], b"a", {"a": 1}], "up to 4 texts of 1 to 256 characters"),
+    "system_prompt": ([3, ["a"], b"a"], "a text"),
+    "think_prompt": ([3, ["a"], b"a"], "a text"),
+    **{
+        f"{kind}_{side}_size": ([0, -14, 2**16 + 1, 512.0, "512", True], "pixels")
+        for kind in ("vit", "vae")
+        for side in ("min", "max")
+    },
     "seed": ([-1, 2**63, 1.5, "1", True], "0 to 2**63 - 1"),
     "negative_prompt": ([3, ["blurry"], b"blurry"], "a text"),
     "step_cache": (["taylor", "none", False, 1], "None, 'taylorseer', 'teacache'"),
     "on_step": ([3, "print"], "function"),
     "on_token": ([3, "print"], "function"),
+    "on_output": ([3, "print"], "function"),
+    "interleaved_context": (["growing", None, 1], "'rebuilt', 'main'"),
+    "max_rounds": ([0, -1, 101, 2.5, "3", True], "from 1 to 100"),
+    "adapters": ([["a"], "a", {"a": "1"}, {"a": None}, {1: 1.0}, {"a": 101}, {"a": NAN}], "numbers from -100 to 100"),
+    "draw_marker": ([3, ["<image_start>"], b"<"], "a text"),
 }
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 

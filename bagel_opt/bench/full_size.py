@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,8 @@ from bagel_opt.config import PUBLISHED, BagelConfig
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import flash_package
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.linear import Linear
+from bagel_opt.quantization import kinds_of_parts
 from bagel_opt.tokenizer import Tokenizer
 
 
@@ -55,13 +57,16 @@ def versions() -> dict[str, str | None]:
 def run_full_size(
     checkout: str | None,
     bundles: dict[str, Path],
+    quantization: Sequence[str],
     repeats: int,
     progress: Callable[[str], None],
     save: Callable[[dict], None],
 ) -> dict:
     """All figures, with the card and the versions. save(results) is called when there are more. bundles: by "onnx" or
-    "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. Raises ValueError
-    without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
+    "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. quantization: kinds in
+    which ours is timed too. Raises ValueError for another and without a CUDA device, and FileNotFoundError where `checkout`
+    is none of the official code."""
+    kinds = {kind: kinds_of_parts(kind) for kind in quantization}
     if bundles:
         from bagel_opt.bench.full_size_bundles import measured, written
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
@@ -119,7 +124,25 @@ def run_full_size(
         save(results)
         gc.collect()
         torch.cuda.empty_cache()
+    for kind, parts in kinds.items():
+        ours = in_process(quantized(random_model(config, device), parts), tokenizer)
+        results["figures"][kind] = figures(ours, repeats, lambda what, kind=kind: progress(f"{kind}: {what}"))
+        results["velocity errors"][kind] = relative(ours.velocity(noise), exact)
+        save(results)
+        del ours
+        gc.collect()
+        torch.cuda.empty_cache()
     return results
+
+
+def quantized(model: Bagel, kinds: Mapping[str, str]) -> Bagel:
+    """The model with some parts' weights in other kinds, one after another."""
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    model.quantize(kinds)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.quantized is not None:
+            module.quantized.store(weights.pop(f"{name}.weight"))
+    return model
 
 
 def relative(v: Tensor, exact: Tensor) -> float:

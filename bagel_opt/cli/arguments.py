@@ -8,7 +8,8 @@ from pathlib import Path
 from bagel_opt import __version__
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
-from bagel_opt.options import EVERY, INPUTS, PICTURE, SIZE, Choice, Flag, Interval, Number, Option, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
 
 PRESET_BUNDLES = ("onnx", "aoti")
 
@@ -31,12 +32,18 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     edit_ = command("edit", "Change a picture.", image, ("prompt", "what to change"))
     ask = command("understand", "Answer a question about a picture.", image, ("prompt", "the question"))
     talk = command("chat", "Answer a text.", ("prompt", "the text"))
-    for sub in (draw, edit_):
-        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=out)
-        _options(sub, "picture", *((SIZE,) if sub is draw else ()), PICTURE, INPUTS)
-    for sub in (draw, edit_, ask, talk):
+    think = command("interleave", "Answer in texts and pictures, in turn.")
+    think.add_argument("inputs", nargs="+", help="texts and picture files, in order")
+    for sub in (draw, edit_, think):
+        several = "where to write the pictures, as out-1.png and so on (default: %(default)s)"
+        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=several if sub is think else out)
+        _options(sub, "picture", *((SIZE,) if sub is not edit_ else ()), PICTURE, INPUTS)
+    _options(think, "texts and pictures in turn", INTERLEAVING)
+    for sub in (draw, edit_, ask, talk, think):
         _model_options(sub)
         _options(sub, "text and seed", EVERY)
+    for sub in (edit_, ask, think):
+        _options(sub, "input pictures", READING)
 
     export_ = command("export", "Write a bundle that another runtime loads.")
     export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
@@ -72,6 +79,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
             type=Path,
             help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
         )
+    time_.add_argument(
+        "--quantization", metavar="KINDS", help="with --preset: also with weights in 8 bits, with commas: fp8,int8"
+    )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",
@@ -149,6 +159,8 @@ def _settings(option: Option) -> dict:
             return about | {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         case Choice(values):
             return about | {"metavar": "|".join(values)}
+        case Texts():
+            return about | {"action": "append", "metavar": "TEXT"}
     return about | {"metavar": "TEXT"}
 
 
@@ -276,7 +288,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("max-body", 32, "MiB of a request's body"),
         ("max-pixels", 2**24, "pixels of an input picture"),
         ("max-images", 8, "input pictures of a request"),
-        ("max-n", 8, "pictures that one request may ask for"),
+        ("max-n", 8, "pictures that one request may ask for, as n or max_rounds"),
         ("max-timesteps", 200, "largest num_timesteps of a request"),
     ):
         limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")

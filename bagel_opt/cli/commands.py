@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable
@@ -50,6 +51,25 @@ def understand(a: argparse.Namespace) -> None:
 
 def chat(a: argparse.Namespace) -> None:
     say(_run(a, [a.prompt], "text")[0])
+
+
+def interleave(a: argparse.Namespace) -> None:
+    """Texts go to stdout as they are written, and the paths of pictures as they are drawn."""
+    _check_out(a.out)
+    inputs, paths = [_open(item) if _is_picture(item) else item for item in a.inputs], []
+
+    def tell(output: str | Image.Image) -> None:
+        if isinstance(output, str):
+            return say(output)
+        paths.append(a.out.with_stem(f"{a.out.stem}-{len(paths) + 1}"))
+        save_picture(output, paths[-1])
+        show(output)
+        print(paths[-1])
+
+    _with_seed(a)
+    _run(a, inputs, "interleaved", tell)
+    sys.stdout.flush()  # before what follows on stderr
+    print(f"again: {again(a)}", file=sys.stderr)
 
 
 def export(a: argparse.Namespace) -> None:
@@ -107,6 +127,8 @@ def bench(a: argparse.Namespace) -> None:
     bundles = {kind: folder for kind in PRESET_BUNDLES if (folder := getattr(a, kind))}
     if bundles and not a.preset:
         raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")
+    if a.quantization and not a.preset:
+        raise ValueError("--quantization is for --preset; quantize a checkpoint, and time that")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
@@ -141,7 +163,8 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
             _write_json(a.json, results)
 
     with bar("timing") as update:
-        results = run_full_size(a.official, bundles, a.repeats, lambda what: update(what, 0, 0), save)
+        kinds = a.quantization.split(",") if a.quantization else []
+        results = run_full_size(a.official, bundles, kinds, a.repeats, lambda what: update(what, 0, 0), save)
     for table in full_size_tables(results):
         tables().print(table)
 
@@ -182,9 +205,7 @@ def inspect(a: argparse.Namespace) -> None:
 def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
     """Draws and shows a picture. On stdout are the thoughts and the picture's path alone."""
     _check_out(a.out)
-    a.seed_drawn = not hasattr(a, "seed")
-    if a.seed_drawn:
-        a.seed = secrets.randbits(32)  # so that it can be named
+    _with_seed(a)
     *thoughts, picture = _run(a, inputs(), "image")
     for thought in thoughts:
         say(thought)
@@ -194,12 +215,24 @@ def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
     print(f"again: {again(a)}", file=sys.stderr)
 
 
-def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
+def _with_seed(a: argparse.Namespace) -> None:
+    """Draws one where none was given, so that it can be named."""
+    a.seed_drawn = not hasattr(a, "seed")
+    if a.seed_drawn:
+        a.seed = secrets.randbits(32)
+
+
+def _run(
+    a: argparse.Namespace, inputs: list, output: str, tell: Callable[[object], None] = lambda output: None
+) -> list:
+    """The outputs; tell(output) is called as each is there, with no progress bar in its way."""
     options = {name: getattr(a, name) for name in Options.__dataclass_fields__ if hasattr(a, name)}
     if "cfg_interval" in options:
         options["cfg_interval"] = tuple(options["cfg_interval"])
+    options["output"] = output
     Options.make(options)  # a typing slip should not cost the loading of 29 GB
     model = _load(a)
+    longest = options.get("max_think_tokens") or model.defaults.max_think_tokens or DEFAULT_TOKENS
     with bar("denoising" if output == "image" else "writing") as update:
 
         def on_step(event: object) -> None:
@@ -209,9 +242,14 @@ def _run(a: argparse.Namespace, inputs: list, output: str) -> list:
 
         def on_token(token: int) -> None:
             written.append(token)
-            update("writing", len(written), options.get("max_think_tokens", DEFAULT_TOKENS))
+            update("writing", len(written), longest)
 
-        return model.run(inputs, output=output, on_step=on_step, on_token=on_token, **options)
+        def on_output(output: object) -> None:
+            written.clear()
+            with update.aside():
+                tell(output)
+
+        return model.run(inputs, on_step=on_step, on_token=on_token, on_output=on_output, **options)
 
 
 def _load(a: argparse.Namespace) -> Model:
@@ -231,6 +269,12 @@ def _open(path: str) -> Image.Image:
         raise ValueError(f"{path} is a damaged picture: {error}") from None
 
 
+def _is_picture(item: str) -> bool:
+    """Whether it names a picture, there or not, and is no text."""
+    named = Path(item).suffix.lower() in Image.registered_extensions() and not any(map(str.isspace, item))
+    return named or os.path.isfile(item)  # which, of a long text, is no error
+
+
 def _check_out(path: Path) -> None:
     """A typing slip should not cost the drawing of a picture."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
@@ -239,4 +283,6 @@ def _check_out(path: Path) -> None:
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
 
 
-COMMANDS = {run.__name__: run for run in (generate, edit, understand, chat, export, quantize, bench, serve, inspect)}
+COMMANDS = {
+    run.__name__: run for run in (generate, edit, understand, chat, interleave, export, quantize, bench, serve, inspect)
+}

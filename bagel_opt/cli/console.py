@@ -93,10 +93,28 @@ def tables() -> Console:
     return PlainConsole(width=None if fixed else 250)
 
 
+class Bar:
+    """A progress bar on stderr where that is a terminal."""
+
+    def __init__(self, progress: Progress, what: str):
+        self.progress, self.task = progress, progress.add_task(what, total=None)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.progress.update(self.task, description=what, completed=done, total=total)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Takes it away while something else is printed."""
+        self.progress.live.stop()
+        try:
+            yield
+        finally:
+            self.progress.start()
+
+
 @contextlib.contextmanager
-def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr where that is a terminal; yields update(what, done, total)."""
+def bar(what: str) -> Iterator[Bar]:
+    """A bar, which is gone afterwards."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+        yield Bar(progress, what)

@@ -170,6 +170,7 @@ def _config(c: BagelConfig) -> Table:
         "largest picture": f"{c.latent_side * c.token_pixels} x {c.latent_side * c.token_pixels} pixels",
         "cache per slot": f"{2 * c.llm.num_hidden_layers * c.llm.num_key_value_heads * c.llm.head_dim:,} numbers",
     }
+    rows |= {f"recommended {name}": str(value) for name, value in c.generation.items()}
     for row in rows.items():
         table.add_row(*row)
     return table

@@ -15,7 +15,7 @@ from bagel_opt.dtypes import STORED
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files import veomni
 from bagel_opt.files.adapters import Loras, with_factors
-from bagel_opt.files.checkpoint_config import read_config
+from bagel_opt.files.checkpoint_config import read_config, read_generation
 from bagel_opt.files.collecting import beside, collect
 from bagel_opt.files.comfyui import check_tokenizer
 from bagel_opt.files.dfloat11 import Part
@@ -169,7 +169,9 @@ class Checkpoint:
         for path, said in found.comfyui.items():
             check_tokenizer(path, said, self.tokenizer.special)
         shapes = {name: at.shape for name, at in self.tensors.items()}
-        self.config: BagelConfig = read_config(self.folder, shapes, self.tokenizer.special, found.given)
+        config = read_config(self.folder, shapes, self.tokenizer.special, found.given)
+        folders = [self.folder, *([above] if weights is not None and above.is_dir() else [])]
+        self.config: BagelConfig = replace(config, generation=read_generation(*folders))
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(

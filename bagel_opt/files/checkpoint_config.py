@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bagel_opt.config import BagelConfig, LLMConfig, ResizeConfig, SpecialTokens, VAEConfig, ViTConfig
 from bagel_opt.errors import CheckpointError
 from bagel_opt.json_files import read_json
 from bagel_opt.limits import Range, check_number
+from bagel_opt.options import check_recommended
 
 COUNT = Range(1, 2**31)
 LATENT_SIDE = 64  # of the published model's table of positions
@@ -29,6 +31,20 @@ def read_config(
         raise
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def read_generation(*places: Path) -> dict[str, Any]:
+    """The options that models recommend: `generation` in their config.json; of several folders, the later ones' count.
+    Raises CheckpointError naming the file where there is anything else."""
+    found: dict[str, Any] = {}
+    for path in (place / "config.json" for place in places):
+        table = _read_json(path).get("generation", {}) if path.is_file() else {}
+        try:
+            check_recommended(table)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: generation: {error!s:.600}") from None
+        found |= table
+    return found
 
 
 @dataclass(frozen=True)

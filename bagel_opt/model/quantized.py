@@ -57,5 +57,9 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
         codes_MC, scale_M = to_codes(x.flatten(0, -2), self.codes.dtype)
+        if torch.compiler.is_compiling() and x.is_cuda and codes_MC.shape[0] == 1:
+            # A sum that a compiler fuses with what is around it; a kernel of its own reads the weights more slowly.
+            out_MN = (codes_MC.float() * self.codes.float()).sum(-1)[None] * scale_M * self.scale
+            return (out_MN if bias_N is None else out_MN + bias_N.float()).to(x.dtype).view(*x.shape[:-1], -1)
         out_MN = quantized_product(codes_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
         return out_MN.view(*x.shape[:-1], -1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.quantized import Quantized
 from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
 from bagel_opt.model.vae import ResnetBlock
 from bagel_opt.programs.callables import programs
@@ -29,6 +30,8 @@ class Prepared:
 
 def prepare(model: Bagel, compiled: bool = False) -> Prepared:
     """The model with its programs, eager or with the layers of the transformer and the ViT compiled, which changes it."""
+    if model.device.type == "cuda" and any(isinstance(module, Quantized) for module in model.modules()):
+        import bagel_opt.runtime.quantized_products  # noqa: F401  which registers its kernels
     flex = model.ops.backend == "flex"
     if compiled or flex:
         # Each shape of each program compiles once, which is more than torch takes for normal.
@@ -64,7 +67,8 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
 def _two_streams(model: Bagel) -> LayerRunner:
     from bagel_opt.runtime.two_streams import TwoStreams  # which compiles as it is made
 
-    return TwoStreams(model.device, model.dtype)
+    codes = any(isinstance(m, Quantized) and m.codes.dtype == torch.float8_e4m3fn for m in model.modules())
+    return TwoStreams(model.device, model.dtype, codes)
 
 
 def run_with_free_slots(layer: Layer, *tensors: Any) -> tuple:

@@ -5,6 +5,7 @@ B rows, S cache slots, G key-value heads, D channels per head, K adapters; see m
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -49,27 +50,28 @@ def leave(expert: Expert, x: Tensor, attended: Tensor, share_BK: Tensor | None) 
     return expert.finish(x, attended, share_BK)
 
 
-def norm(part: nn.RMSNorm, x: Tensor, product: Linear, share_BK: Tensor | None) -> Tensor:
-    """What a fused product takes: the normed x, and where adapters are, their ranks beside it."""
-    normed = part(x)
-    if share_BK is None or product.low_rank is None:
-        return normed
-    return torch.cat((normed, product.low_rank.reduced(normed, share_BK)), dim=-1)
+def norm(part: nn.RMSNorm, x: Tensor) -> Tensor:
+    return part(x)
 
 
-def with_adapters(residual: Tensor, x: Tensor, product: Linear, share_BK: Tensor) -> Tensor:
-    """What a fused product adds, with what adapters add."""
-    return residual + product.low_rank(x, share_BK)
+def norm_into(part: nn.RMSNorm, x: Tensor, out: Tensor) -> None:
+    out.copy_(part(x))
+
+
+def reduced(product: Linear, x: Tensor, share_BK: Tensor) -> Tensor:
+    return product.low_rank.reduced(x, share_BK)
 
 
 class Way:
-    """An expert's way through a layer: compiled, or for many tokens on Hopper in products that others are fused into."""
+    """An expert's way through a layer: compiled, or for many tokens on Hopper in products that others are fused into.
 
-    def __init__(self, compiled: Callable[..., Callable], fused: bool):
-        self.fused = fused
-        self._enter, self._leave, self._to_heads, self._norm, self._with_adapters = map(
-            compiled, (enter, leave, to_heads, norm, with_adapters)
-        )
+    fused: whether there are such products in 16 bits. fp8: those of 8-bit floats (runtime/fused_fp8.py), or None.
+    """
+
+    def __init__(self, compiled: Callable[..., Callable], fused: bool, fp8: ModuleType | None = None):
+        self.fused, self.fp8 = fused, fp8
+        self._enter, self._leave, self._to_heads = map(compiled, (enter, leave, to_heads))
+        self._norm, self._norm_into, self._reduced = map(compiled, (norm, norm_into, reduced))
         # Products with a single vector become reductions, which read the weights faster than a library's kernels do.
         tuned = {"coordinate_descent_tuning": True}
         self._enter_one, self._leave_one = (compiled(part, options=tuned) for part in (enter, leave))
@@ -77,36 +79,53 @@ class Way:
     def enter(
         self, expert: Expert, x: Tensor, cos: Tensor, sin: Tensor, into: Caches, share_BK: Tensor | None
     ) -> Tensor:
+        if self._fuses_codes(expert, x, share_BK):
+            return self._to_heads(expert, self.fp8.entered(expert, x), cos, sin, into)
         if not self._fuses(expert, x):
             return (self._enter_one if x.shape[:2] == (1, 1) else self._enter)(expert, x, cos, sin, into, share_BK)
-        normed = self._norm(expert.norm1, x, expert.qkv, share_BK).flatten(0, 1)
-        qkv = fused_products.product(normed, _weight(expert.qkv, share_BK), expert.qkv.bias)
+        normed, weight = self._taken(expert.norm1, x, expert.qkv, share_BK)
+        qkv = fused_products.product(normed, weight, expert.qkv.bias)
         return self._to_heads(expert, qkv.view(*x.shape[:2], -1), cos, sin, into)
 
     def leave(self, expert: Expert, x: Tensor, attended: Tensor, share_BK: Tensor | None) -> Tensor:
+        if self._fuses_codes(expert, x, share_BK):
+            return self.fp8.left(expert, x, attended)
         if not self._fuses(expert, x):
             return (self._leave_one if x.shape[:2] == (1, 1) else self._leave)(expert, x, attended, share_BK)
         x = self._add(expert.o, x, attended.flatten(2), share_BK)
-        hidden = self._norm(expert.norm2, x, expert.gate_up, share_BK).flatten(0, 1)
-        hidden = fused_products.gated_product(hidden, _weight(expert.gate_up, share_BK)).view(*x.shape[:2], -1)
+        normed, weight = self._taken(expert.norm2, x, expert.gate_up, share_BK)
+        hidden = fused_products.gated_product(normed, weight).view(*x.shape[:2], -1)
         return self._add(expert.down, x, hidden, share_BK)
+
+    def _taken(self, part: nn.RMSNorm, x: Tensor, product: Linear, share_BK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a fused product takes: the normed x and the weight, and where adapters are, theirs beside them."""
+        adapters = product.low_rank
+        if share_BK is None or adapters is None:
+            return self._norm(part, x).flatten(0, 1), product.weight
+        wide = x.new_empty(*x.shape[:2], adapters.wide.shape[1])
+        normed, ranks = wide.split((x.shape[2], wide.shape[2] - x.shape[2]), dim=-1)
+        self._norm_into(part, x, normed)
+        ranks.copy_(self._reduced(product, normed, share_BK))
+        return wide.flatten(0, 1), adapters.wide
 
     def _add(self, product: Linear, residual: Tensor, x: Tensor, share_BK: Tensor | None) -> Tensor:
         """The residual, and the product with x."""
+        sum_MN = residual.flatten(0, 1)
         if share_BK is not None and product.low_rank is not None:
-            residual = self._with_adapters(residual, x, product, share_BK)
-        out = fused_products.product(x.flatten(0, 1), product.weight, residual_MN=residual.flatten(0, 1))
-        return out.view(residual.shape)
+            ranks = self._reduced(product, x, share_BK).flatten(0, 1)
+            sum_MN = fused_products.product(ranks, product.low_rank.up_NR, residual_MN=sum_MN)
+        return fused_products.product(x.flatten(0, 1), product.weight, residual_MN=sum_MN).view(residual.shape)
 
     def _fuses(self, expert: Expert, x: Tensor) -> bool:
         """Those kernels take weights as they are stored."""
-        plain = expert.qkv.weight.dtype == x.dtype
+        plain = expert.qkv.quantized is None and expert.qkv.weight.dtype == x.dtype
         return self.fused and plain and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
 
-
-def _weight(product: Linear, share_BK: Tensor | None) -> Tensor:
-    """As long as what `norm` gives."""
-    return product.weight if share_BK is None or product.low_rank is None else product.low_rank.wide
+    def _fuses_codes(self, expert: Expert, x: Tensor, share_BK: Tensor | None) -> bool:
+        """Those kernels have no room for adapters."""
+        weight = expert.qkv.quantized
+        mine = weight is not None and weight.codes.dtype == torch.float8_e4m3fn
+        return bool(self.fp8) and mine and share_BK is None and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
 
 
 class TwoStreams:
@@ -117,11 +136,15 @@ class TwoStreams:
     copy them all.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
+    def __init__(self, device: torch.device, dtype: torch.dtype, codes: bool = False):
+        """codes: whether there are weights in 8-bit floats."""
         self.side = torch.cuda.Stream(device, priority=-1)
-        self.way = Way(
-            functools.partial(torch.compile, dynamic=False, fullgraph=True), fused_products.usable(device, dtype)
-        )
+        fused, fp8 = fused_products.usable(device, dtype), None
+        if fused and codes and dtype == torch.bfloat16:
+            from bagel_opt.runtime import fused_fp8
+
+            fp8 = fused_fp8 if fused_fp8.usable(device) else None
+        self.way = Way(functools.partial(torch.compile, dynamic=False, fullgraph=True), fused, fp8)
 
     def __call__(
         self,

@@ -7,17 +7,25 @@ import numpy as np
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
+from bagel_opt.sampling.contexts import Block
 
 
 @dataclass
 class Context:
-    """One row: what it has read so far, as lengths. `marks[k]` is (kv_len, position) after the first k blocks."""
+    """One row: what it has read so far, and as lengths. `marks[k]` is (kv_len, position) after the first k of `blocks`."""
 
     batch: int
     row: int
     kv_len: int = 0
     position: int = 0
+    blocks: list[Block] = field(default_factory=list)
     marks: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+
+    def keep(self, count: int, source: "Context | None" = None) -> None:
+        """Takes the first blocks, its own or another's, for all that it has read."""
+        source = source or self
+        self.blocks, self.marks = source.blocks[:count], source.marks[: count + 1]
+        self.kv_len, self.position = self.marks[-1]
 
 
 @dataclass

@@ -23,7 +23,7 @@ from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
 from bagel_opt.sampling.job import Job, Observer, Token
-from bagel_opt.sampling.plan import Plan, slots_together
+from bagel_opt.sampling.plan import AnyPlan, slots_together
 from bagel_opt.sampling.step_caches import STEP_CACHES, StepCache
 from bagel_opt.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ class Engine:
         self._start()
         return ended
 
-    def run(self, plans: list[Plan], observers: Sequence[Observer | None] = ()) -> list[list | Exception]:
+    def run(self, plans: list[AnyPlan], observers: Sequence[Observer | None] = ()) -> list[list | Exception]:
         """The outputs of each request, in order; the exception in place of a request that failed by itself. The engine
         is used up."""
         jobs = [self.submit(*one) for one in itertools.zip_longest(plans, observers)]
@@ -75,9 +75,10 @@ class Engine:
             self.batches.close()
         return [job.result for job in jobs]
 
-    def submit(self, plan: Plan, observer: Observer | None = None) -> Job:
+    def submit(self, plan: AnyPlan, observer: Observer | None = None) -> Job:
         """Puts a request in line; it joins in the first step with room for it. observer: by default what its options name."""
-        observer = observer or Observer(plan.options.on_step, plan.options.on_token)
+        own = plan.options
+        observer = observer or Observer(own.on_step, own.on_token, own.on_output)
         job = Job(plan, self.batches, self.tokenizer, observer)
         self.waiting.append(job)
         return job
@@ -128,7 +129,7 @@ class Engine:
                 if job.passed >= PATIENCE:
                     return
 
-    def _admits(self, plan: Plan) -> bool:
+    def _admits(self, plan: AnyPlan) -> bool:
         if not self.active:
             return True
         slots = slots_together([plan, *(job.plan for job in self.active)], self.profile)
@@ -248,7 +249,7 @@ class Engine:
     def _watched(self, job: Job, x: list[Tensor], v: list[Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
         if not job.observer.on_step:
             return None
-        c, n = job.main, len(job.plan.noise)
+        c, n = job.main, len(job.phase.noise)
         return tuple(self.runtime.host(tensor[c.batch], c.row)[:n] for tensor in (x, v))
 
 

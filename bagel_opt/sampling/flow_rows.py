@@ -29,7 +29,7 @@ class FlowRows:
     def add(self, job: Job) -> None:
         """A request that takes the step it wants: all its branches are evaluated."""
         options, step, at = job.plan.options, job.want, self.batches.at
-        for c in job.contexts:
+        for c in job.drawn_from:
             row = at(c)
             self.cond[row], self.text[row], self.img[row] = (at(b) for b in (job.main, job.cfg_text, job.cfg_img))
             self.text_scale[row] = options.cfg_text_scale if step.guided else 0

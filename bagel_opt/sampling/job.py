@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,11 @@ from bagel_opt.programs.interface import Tensor
 from bagel_opt.programs.signatures import one_row
 from bagel_opt.sampling.adapters import adapter_share, as_inputs
 from bagel_opt.sampling.batches import Batches, Context, padded
+from bagel_opt.sampling.contexts import Block
 from bagel_opt.sampling.flow import FlowStep
-from bagel_opt.sampling.plan import Block, Plan
+from bagel_opt.sampling.interleaved import Course, Interleaved
+from bagel_opt.sampling.pictures import read_image
+from bagel_opt.sampling.plan import Plan
 from bagel_opt.tokenizer import Tokenizer
 
 NOT_FINITE = "are NaN or infinite: weights are damaged, or numbers overflow; use dtype float32 or bfloat16"
@@ -33,21 +35,26 @@ class Token:
 
 @dataclass(frozen=True)
 class Observer:
-    """Who watches a request on its way. on_step, on_token: as in Options; on_denoising(begins): as the flow begins, from
-    filled contexts, and as its latents are on the host."""
+    """Who watches a request on its way. on_step, on_token, on_output: as in Options; on_denoising(begins): as the flow
+    begins, from filled contexts, and as its latents are on the host."""
 
     on_step: Callable[[StepEvent], Any] | None = None
     on_token: Callable[[int], Any] | None = None
+    on_output: Callable[[str | Image.Image], Any] | None = None
     on_denoising: Callable[[bool], Any] | None = None
 
 
 class Job:
     """A request on its way. `work` yields what it wants, a Token or a FlowStep, or None to let others go on.
 
-    cfg_text and cfg_img may be main itself, or each other, where they hold the same.
+    contexts: all rows that it has. phase: the plan of the text or picture in progress, which is the request's own where
+    that is not interleaved. drawn_from: the rows that take part in it; cfg_text and cfg_img may be main itself, or each
+    other, where they hold the same.
     """
 
-    def __init__(self, plan: Plan, batches: Batches, tokenizer: Tokenizer, observer: Observer = Observer()):
+    def __init__(
+        self, plan: Plan | Interleaved, batches: Batches, tokenizer: Tokenizer, observer: Observer = Observer()
+    ):
         self.plan, self.batches, self.tokenizer, self.observer = plan, batches, tokenizer, observer
         self.runtime, self.config, self.profile = batches.runtime, batches.config, batches.profile
         self.contexts: list[Context] = []
@@ -57,28 +64,44 @@ class Job:
         self.want: Token | FlowStep | None = None
         self.remembered: Any = None  # by its step cache
         self.encoded: dict[tuple[str, int], Any] = {}
+        self.phase, self.round = plan, 0
         self.work = self._work()
 
     def take_rows(self) -> None:
         self.contexts = [self.batches.take() for _ in range(self.plan.contexts())]
-        self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in self.plan.roles())
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Where the latent tokens of the picture to draw are in the position table."""
-        return images.positions(*self.plan.grid, self.config.latent_side)
 
     def branches(self) -> list[Context]:
         """The contexts that the wanted flow step evaluates."""
-        return self.contexts if self.want.guided else [self.main]
+        return self.drawn_from if self.want.guided else [self.main]
 
     def _work(self) -> Generator:
-        plan, outputs = self.plan, []
         for context in self.contexts:
             self.batches.open(context)
-        yield from self._prefill(self.main, plan.main)
+        run = self._interleave if isinstance(self.plan, Interleaved) else self._answer
+        return (yield from run(self.plan))
+
+    def _interleave(self, plan: Interleaved) -> Generator:
+        outputs, course = [], Course(plan)
+        for self.round in range(plan.rounds):
+            course.begin(self.round)
+            course.draw_noise()
+            outputs += yield from self._answer(course.writing())
+            if plan.ends(outputs[-1]):
+                break
+            ids = self.tokenizer.block(outputs[-1])
+            outputs += yield from self._answer(course.drawing(Block("text", len(ids), ids)))
+            if self.round + 1 < plan.rounds:
+                course.read(read_image(outputs[-1], plan.config, "the picture that was drawn"))
+        return outputs
+
+    def _answer(self, plan: Plan) -> Generator:
+        """The outputs of a plan: a text, a picture, or a thought and a picture."""
+        outputs = []
+        self._check_room(plan)
+        self._enter(plan)
+        yield from self._fill(self.main, plan.main)
         if plan.writes:
-            outputs.append((yield from self._write()))
+            outputs.append(self._told((yield from self._write())))
         if not plan.draws:
             return outputs
         if plan.thinks:
@@ -86,24 +109,48 @@ class Job:
             self._check_thought(len(ids))
             yield from self._prefill(self.main, [Block("text", len(ids), ids)])
         for role, blocks in zip(plan.roles(), (plan.main, plan.cfg_text, plan.cfg_img), strict=True):
-            if role and len(self.contexts[role].marks) == 1:
-                shared = self._share(self.contexts[role], blocks)
-                yield from self._prefill(self.contexts[role], blocks[shared:])
-        self.encoded.clear()
+            if role:
+                yield from self._fill(self.contexts[role], blocks)
+        if plan is self.plan:
+            self.encoded.clear()
         tokens = yield from self._draw()
-        outputs.append(self.picture(tokens))
+        outputs.append(self._told(self.picture(tokens)))
         return outputs
 
-    def _share(self, context: Context, blocks: list[Block]) -> int:
-        """Copies from the main row what both contexts begin with; how many blocks that is."""
-        main, shared = self.plan.main, 0
-        while shared < min(len(blocks), len(main)) and blocks[shared] == main[shared]:
-            shared += 1
-        context.marks = self.main.marks[: shared + 1]
-        context.kv_len, context.position = context.marks[-1]
-        if shared:
+    def _enter(self, plan: Plan) -> None:
+        """Begins a plan, in rows of which some may hold what they read for the one before."""
+        self.phase, self.remembered = plan, None
+        self.drawn_from = self.contexts[: plan.contexts()]
+        self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
+        # where the latent tokens of the picture to draw are in the position table
+        self.places = images.positions(*plan.grid, self.config.latent_side)
+
+    def _told(self, output: str | Image.Image) -> str | Image.Image:
+        if self.observer.on_output:
+            self.observer.on_output(output)
+        return output
+
+    def _fill(self, context: Context, blocks: list[Block]) -> Generator:
+        """Makes a row read these blocks and no others. What it or the main row begins with already is not read again."""
+        own, mains = (_alike(c.blocks, blocks) for c in (context, self.main))
+        if mains > own:
+            context.keep(mains, self.main)
             self.batches.copy_start(self.main, context)
-        return shared
+        else:
+            context.keep(own)
+        yield from self._prefill(context, blocks[len(context.blocks) :])
+
+    def _check_room(self, plan: Plan) -> None:
+        """Written texts may be longer when they are read again than the request was planned for."""
+        p = self.profile
+        sizes = p.text, p.patches, p.latents
+        filled, touched = plan.peak(*sizes)
+        need = max(touched, filled + p.latents + 2)  # others that draw write after what this row holds
+        if plan is not self.plan and filled > self.plan.peak(*sizes)[0] and need > p.slots:
+            raise ProfileError(
+                f"round {self.round} needs slots of at least {need}, but profile {p.name!r} has slots = {p.slots}; "
+                "use a larger profile, fewer max_think_tokens or fewer max_rounds"
+            )
 
     def _check_thought(self, length: int) -> None:
         p, c = self.profile, self.main
@@ -135,18 +182,19 @@ class Job:
                 run("vit_context", [self._embeddings(block.image)], [block.length - 2], block.length, 1)
                 yield None
             else:  # clean latents, at time 0
-                grid = self.plan.images[block.image].vae_grid
+                grid = self.phase.images[block.image].vae_grid
                 index = padded(images.positions(*grid, self.config.latent_side), p.latents)
                 latents = padded(self._latents(block.image), p.latents)
                 inputs = [latents[None], np.zeros(1, np.float32), index[None]]
                 run(one_row("generate", p), inputs, [block.length - 2], block.length, 1)
                 yield None
+            context.blocks.append(block)
             context.marks.append((context.kv_len, context.position))
 
     def _embeddings(self, image: int) -> Tensor:
         """ViT embeddings of an input image, computed once per request."""
         if ("vit", image) not in self.encoded:
-            picture, p, side = self.plan.images[image], self.profile, self.config.vit_side
+            picture, p, side = self.phase.images[image], self.profile, self.config.vit_side
             patches = images.tokens(images.pixels(picture.vit), self.config.vit.patch_size)
             index = padded(images.positions(*picture.vit_grid, side), p.patches)
             inputs = [padded(patches, p.patches)[None], index[None], np.array([len(patches)], np.int64)]
@@ -154,22 +202,22 @@ class Job:
         return self.encoded["vit", image]
 
     def _latents(self, image: int) -> np.ndarray:
-        """Latent tokens [tokens, channels] of an input image, drawn once per request from the VAE's posterior."""
+        """Latent tokens [tokens, channels] of an input image, drawn from the VAE's posterior, which is computed once per
+        request."""
         if ("vae", image) not in self.encoded:
-            pixels = images.pixels(self.plan.images[image].vae)
-            moments = self.runtime.host(self.runtime.run("vae_encode", [pixels[None]])[0])
-            mean, log_variance = np.split(moments, 2, axis=1)
-            z = mean + np.exp(np.float32(0.5) * log_variance) * self.plan.vae_noise[image]
-            scaled = np.float32(self.config.vae.scale_factor) * (z - np.float32(self.config.vae.shift_factor))
-            self.encoded["vae", image] = images.tokens(scaled[0], self.config.latent_patch_size)
-        return self.encoded["vae", image]
+            pixels = images.pixels(self.phase.images[image].vae)
+            self.encoded["vae", image] = self.runtime.host(self.runtime.run("vae_encode", [pixels[None]])[0])
+        mean, log_variance = np.split(self.encoded["vae", image], 2, axis=1)
+        z = mean + np.exp(np.float32(0.5) * log_variance) * self.phase.vae_noise[image]
+        scaled = np.float32(self.config.vae.scale_factor) * (z - np.float32(self.config.vae.shift_factor))
+        return images.tokens(scaled[0], self.config.latent_patch_size)
 
     def _write(self) -> Generator:
         """Generates text after the main context and takes its slots back: a thought is encoded anew."""
-        options, context, ids = self.plan.options, self.main, [self.config.special.bos_token_id]
+        options, context, ids = self.phase.options, self.main, [self.config.special.bos_token_id]
         uniform = np.random.default_rng(options.seed)
         before = context.kv_len, context.position
-        while len(ids) < self.plan.max_tokens:  # the official count includes the start token
+        while len(ids) < self.phase.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
             token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
             if token < 0:
@@ -180,20 +228,22 @@ class Job:
             ids.append(token)
             if self.observer.on_token:
                 self.observer.on_token(token)
+            if ends(self.tokenizer, ids, options.stops):
+                break
         context.kv_len, context.position = before
-        return self.tokenizer.decode(ids)
+        return before_stops(self.tokenizer.decode(ids), options.stops)
 
     def _draw(self) -> Generator:
         """Denoises the picture's latent tokens [tokens, channels]."""
-        noise, steps, observer = self.plan.noise, self.plan.steps, self.observer
+        noise, steps, observer = self.phase.noise, self.phase.steps, self.observer
         if observer.on_denoising:
             observer.on_denoising(True)
-        for context in self.contexts:
+        for context in self.drawn_from:
             self.batches.set_latents(context, noise)
         for index, step in enumerate(steps):
             seen = yield step
             if observer.on_step:
-                observer.on_step(StepEvent(index, len(steps), step.t, *map(_public, seen)))
+                observer.on_step(StepEvent(index, len(steps), step.t, *map(_public, seen), self.round))
         tokens = self.batches.latents(self.main, len(noise))
         if observer.on_denoising:
             observer.on_denoising(False)
@@ -203,11 +253,33 @@ class Job:
 
     def picture(self, tokens: np.ndarray) -> Image.Image:
         """Latent tokens [tokens, channels] through the VAE."""
-        latent = images.untokens(tokens, *self.plan.grid, self.config.latent_patch_size)
+        latent = images.untokens(tokens, *self.phase.grid, self.config.latent_patch_size)
         picture, finite = map(self.runtime.host, self.runtime.run("vae_decode", [latent[None]]))
         if not finite.all():
             raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
         return Image.fromarray(picture)
+
+
+def _alike(one: list[Block], other: list[Block]) -> int:
+    """How many blocks both begin with."""
+    different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))
+
+
+def ends(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> bool:
+    """Whether the last of the ids <|im_start|>, ... completes one of the texts."""
+    if not stops:
+        return False
+    last = (
+        max(len(stop.encode()) for stop in stops) + 4
+    )  # a token has a byte at least, but for those of a broken character
+    text = tokenizer.decode([ids[0], *ids[1:][-last:]])
+    return any(stop in text for stop in stops)
+
+
+def before_stops(text: str, stops: tuple[str, ...]) -> str:
+    """What comes before the first of the texts."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _public(array: np.ndarray) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -9,19 +10,33 @@ from bagel_opt.errors import ProfileError
 from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
+from bagel_opt.sampling.contexts import Block
 from bagel_opt.sampling.flow import FlowStep
 
 LEAST_TOKENS = 16  # a profile with less room for it is too small for the request
 
 
-@dataclass(frozen=True)
-class Block:
-    """A text (its ids with start and end), or the VAE or ViT block of input image number `image`."""
+class AnyPlan(Protocol):
+    """What engines and profiles ask of a plan: a `Plan`, or an `Interleaved` of many."""
 
-    kind: str  # "text", "vae" or "vit"
-    length: int  # slots that it takes, markers included
-    ids: tuple[int, ...] = ()
-    image: int = -1
+    options: Options
+    max_tokens: int
+
+    @property
+    def draws(self) -> bool: ...
+
+    @property
+    def spare(self) -> int: ...
+
+    def contexts(self) -> int: ...
+
+    def tokens(self, kind: str) -> int: ...
+
+    def latents(self) -> int: ...
+
+    def peak(self, text: int, patches: int, latents: int) -> tuple[int, int]: ...
+
+    def fitted(self, profile: Profile) -> "AnyPlan": ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +70,11 @@ class Plan:
     def thinks(self) -> bool:
         """Whether a thought joins the main context before the picture is drawn."""
         return self.draws and self.options.think
+
+    @property
+    def spare(self) -> int:
+        """Slots for a thought that is longer when it is read again."""
+        return 2 * self.max_tokens if self.thinks else 0
 
     def roles(self) -> tuple[int, int, int]:
         """Which of the request's rows main, cfg_text and cfg_img have. Contexts of equal content share one.
@@ -117,13 +137,6 @@ class Plan:
                 touched = max(touched, length + padded["vae"])
         return filled, max(filled, touched)
 
-    def fits(self, profile: Profile) -> bool:
-        try:
-            self.fitted(profile)
-        except ProfileError:
-            return False
-        return True
-
     def fitted(self, profile: Profile) -> "Plan":
         """The request as this profile runs it: where no longest text was asked for, with the longest that the profile has
         room for, down to LEAST_TOKENS. Raises ProfileError, naming the field, its value and the need, where it does not fit.
@@ -135,21 +148,40 @@ class Plan:
             and plan.peak(*sizes)[1] > profile.slots
         ):
             plan = dataclasses.replace(plan, max_tokens=plan.max_tokens - 1)
-        needs = {
-            "patches": (plan.tokens("vit"), "a smaller input image"),
-            "latents": (plan.latents(), "a smaller height and width, or a smaller input image"),
-            "slots": (plan.peak(*sizes)[1], "a smaller size, shorter text or fewer images"),
-        }
-        for name, (need, smaller) in needs.items():
-            if need > getattr(profile, name):
-                raise ProfileError(
-                    f"the request needs {name} of at least {need}, but profile {profile.name!r} has "
-                    f"{name} = {getattr(profile, name)}; use a larger profile, or {smaller}"
-                )
+        if lacking := lack(plan, profile):
+            raise ProfileError(lacking)
         return plan
 
 
-def fit_profile(plans: list[Plan], round_up: bool) -> Profile:
+def lack(plan: AnyPlan, profile: Profile, fewer: str = "fewer images") -> str | None:
+    """What a profile lacks for a plan: the field, its value and the need. fewer: of what there might be."""
+    needs = {
+        "patches": (plan.tokens("vit"), "a smaller input image"),
+        "latents": (plan.latents(), "a smaller height and width, or a smaller input image"),
+        "slots": (
+            plan.peak(profile.text, profile.patches, profile.latents)[1],
+            f"a smaller size, shorter text or {fewer}",
+        ),
+    }
+    for name, (need, smaller) in needs.items():
+        if need > getattr(profile, name):
+            return (
+                f"the request needs {name} of at least {need}, but profile {profile.name!r} has "
+                f"{name} = {getattr(profile, name)}; use a larger profile, or {smaller}"
+            )
+    return None
+
+
+def fits(plan: AnyPlan, profile: Profile) -> bool:
+    """Whether a plan fits a profile, shortened where it may be."""
+    try:
+        plan.fitted(profile)
+    except ProfileError:
+        return False
+    return True
+
+
+def fit_profile(plans: list[AnyPlan], round_up: bool) -> Profile:
     """The smallest profile for these requests, for runtimes that take any shape.
 
     round_up: to coarser sizes, so that a compiled program is reused by the next requests.
@@ -165,11 +197,11 @@ def fit_profile(plans: list[Plan], round_up: bool) -> Profile:
     slots = max(slots_together(plans, base), max(plan.peak(text, patches, latents)[1] for plan in plans))
     # Ids of broken characters can come back from text as three each, and these shapes can still be chosen. The
     # price is attention over more masked slots.
-    slots += 2 * max((plan.max_tokens for plan in plans if plan.thinks), default=0)
+    slots += max(plan.spare for plan in plans)
     return dataclasses.replace(base, slots=up(slots, 256))
 
 
-def slots_together(plans: list[Plan], profile: Profile) -> int:
+def slots_together(plans: list[AnyPlan], profile: Profile) -> int:
     """Slots with which these requests can share batches: while one is drawn, a program writes a padded image after
     what every other row holds; while one is written, a token."""
     filled = max(plan.peak(profile.text, profile.patches, profile.latents)[0] for plan in plans)

@@ -77,7 +77,7 @@ class TaylorSeer:
         self.predicted = np.zeros(count, np.float32)
         for job in jobs:
             if job.remembered is None:
-                job.remembered = {id(c): BranchSeer() for c in job.contexts}
+                job.remembered = {id(c): BranchSeer() for c in job.drawn_from}
             for c in job.branches():
                 at, seer = self.batches.at(c), job.remembered[id(c)]
                 if seer.next():
@@ -140,7 +140,7 @@ class TeaCache:
 
     def before(self, rows: FlowRows, jobs: list[Job]) -> None:
         self.what = np.zeros(len(rows.kv_len), np.int64)
-        changes = {batch: self._change(batch, jobs) for batch in {c.batch for job in jobs for c in job.contexts}}
+        changes = {batch: self._change(batch, jobs) for batch in {c.batch for job in jobs for c in job.drawn_from}}
         for job in jobs:
             if job.remembered is None:
                 job.remembered = Drift(len(job.plan.steps))
@@ -157,7 +157,7 @@ class TeaCache:
         t, n = np.zeros(p.rows, np.float32), np.zeros(p.rows, np.int64)
         index = np.zeros((p.rows, p.latents), np.int64)
         for job in jobs:
-            for c in (c for c in job.contexts if c.batch == batch):
+            for c in (c for c in job.drawn_from if c.batch == batch):
                 t[c.row], n[c.row], index[c.row, : len(job.places)] = job.want.t, len(job.places), job.places
         if self.embedded[batch] is None:
             self.embedded[batch], self.added[batch] = b.hidden(), b.hidden()

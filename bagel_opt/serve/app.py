@@ -79,7 +79,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 
     @app.get("/options.json", include_in_schema=False)
     async def options(service: Injected) -> JSONResponse:
-        return JSONResponse(page_options(service.limits), headers=PAGE_HEADERS)
+        return JSONResponse(page_options(service.limits, service.engine.model.defaults), headers=PAGE_HEADERS)
 
     @app.get("/examples.json", include_in_schema=False)
     async def examples(service: Injected) -> JSONResponse:

@@ -17,12 +17,13 @@ from PIL import Image
 from bagel_opt.api import Model
 from bagel_opt.errors import ProfileError
 from bagel_opt.images import InputImage, check_image
-from bagel_opt.options import StepEvent
+from bagel_opt.options import Options, StepEvent
 from bagel_opt.request import Request
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Job, Observer
-from bagel_opt.sampling.plan import Plan
-from bagel_opt.sampling.planning import make_plan, read_image
+from bagel_opt.sampling.pictures import read_image
+from bagel_opt.sampling.plan import AnyPlan, fits
+from bagel_opt.sampling.planning import make_plan
 from bagel_opt.serve.arrival import Arrival, CancelledError, DeadlineError, QueueFullError
 from bagel_opt.serve.metrics import Metrics
 
@@ -37,13 +38,21 @@ class Step:
     index: int
     total: int
     picture: Any = None
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text or a picture of an interleaved answer is whole."""
+
+    output: str | Image.Image
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine, as the event loop sees it: an async iterator of Steps and token ids, then `outputs`."""
+    """A request in the engine, as the event loop sees it: an async iterator of Steps, token ids and Parts, then `outputs`."""
 
-    plan: Plan
+    plan: AnyPlan
     engine: Engine
     kind: str
     arrival: Arrival
@@ -52,6 +61,7 @@ class Ticket:
     previews: frozenset[int]  # the steps after which a partial picture is made
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
+    parted: list[int] = field(default_factory=lambda: [0])  # how many tokens there were as each part ended
     outputs: list | Exception | None = None
     job: Job | None = None
 
@@ -65,7 +75,7 @@ class Ticket:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    async def __aiter__(self) -> AsyncIterator[Step | int]:
+    async def __aiter__(self) -> AsyncIterator[Step | Part | int]:
         while (event := await self.events.get()) is not None:
             yield event
         if isinstance(self.outputs, Exception):
@@ -112,25 +122,27 @@ class EngineThread:
 
     # ---- the event loop's side
 
-    def plan(self, request: Request) -> tuple[Plan, Engine]:
+    def plan(self, request: Request) -> tuple[AnyPlan, Engine]:
         """Checks a request; a ValueError says what is wrong with it. Takes a while: not for the event loop.
 
         An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
         """
         plan = make_plan(request, self.model.config, self.model.tokenizer)
-        asked, side = (request.options.height, request.options.width), self.model.config.token_pixels
+        asked, side = (request.given.get("height"), request.given.get("width")), self.model.config.token_pixels
         if plan.draws and None not in asked and asked != (drawn := tuple(side * tokens for tokens in plan.grid)):
             raise ValueError(
                 "size={1}x{0}; allowed: the size of the last input picture, {3}x{2}".format(*asked, *drawn)
             )
         profile, fitted = self.model.choose(plan)
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
-        return plan.fitted(beside) if plan.fits(beside) else fitted, self.engines[profile]
+        return plan.fitted(beside) if fits(plan, beside) else fitted, self.engines[profile]
 
-    def read(self, image: Image.Image, where: str) -> InputImage:
-        """A picture as small as the model reads it; a ValueError says what is wrong with it. Not for the event loop."""
+    def read(self, image: Image.Image, where: str, options: dict) -> InputImage:
+        """A picture as small as the model reads it with these options; a ValueError says what is wrong with it. Not for the
+        event loop."""
         check_image(image, where)
-        return read_image(image, self.model.config, where)
+        config = self.model.config
+        return read_image(image, config.reading(Options.make({**config.generation, **options})), where)
 
     def check_room(self, requests: int = 1) -> None:
         """Raises QueueFullError."""
@@ -151,7 +163,7 @@ class EngineThread:
 
     def submit(
         self,
-        planned: list[tuple[Plan, Engine]],
+        planned: list[tuple[AnyPlan, Engine]],
         kind: str,
         arrival: Arrival,
         progress: bool = False,
@@ -215,14 +227,19 @@ class EngineThread:
             if event.index in ticket.previews:
                 x_t, v_t = np.asarray(event.x_t), np.asarray(event.v_t)
                 picture = ticket.job.picture(x_t - np.float32(event.t) * v_t)
-            ticket.post(Step(event.index, event.total, picture))
+            ticket.post(Step(event.index, event.total, picture, event.round))
 
         def on_token(token: int) -> None:
             self.metrics.tokens.inc()
             ticket.tokens.append(token)
             ticket.post(token)
 
-        observer = Observer(on_step if ticket.progress else None, on_token)
+        def on_output(output: str | Image.Image) -> None:
+            ticket.parted.append(len(ticket.tokens))
+            ticket.post(Part(output))
+
+        parts = on_output if ticket.plan.options.output == "interleaved" else None
+        observer = Observer(on_step if ticket.progress else None, on_token, parts)
         ticket.job = ticket.engine.submit(ticket.plan, observer)
         self.running[ticket.job] = ticket
 

@@ -55,13 +55,16 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """The role, then what is added to the content, then the reason of the end. After the last one comes [DONE]."""
+    """The role, then what is added to the content, then the reason of the end. After the last one comes [DONE].
+
+    progress: of an interleaved answer, a flow step that was made."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChunkChoice]
+    progress: dict[Literal["round", "index", "total"], int] | None = None
     usage: dict[str, int] | None = None
 
 

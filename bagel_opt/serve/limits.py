@@ -29,9 +29,9 @@ class Limits:
         """Of all bodies that are being read or planned at a time; others wait before they are read."""
         return 4 * self.body_bytes
 
-    def check(self, pictures: int, timesteps: int, images: int, image: str = "image") -> None:
-        """Raises ApiError naming the field; `image`: the one that has the pictures."""
-        values = {"n": (pictures, self.pictures), "num_timesteps": (timesteps, self.timesteps)}
+    def check(self, pictures: int, timesteps: int, images: int, image: str = "image", drawn: str = "n") -> None:
+        """Raises ApiError naming the field; `image`: the one that has the pictures; `drawn`: that says how many to draw."""
+        values = {drawn: (pictures, self.pictures), "num_timesteps": (timesteps, self.timesteps)}
         for name, (value, most) in (values | {image: (images, self.images)}).items():
             if value > most:
                 raise ApiError(400, f"{name}: {value} is more than the {most} that this server allows", name)

@@ -2,28 +2,36 @@
 
 from typing import Any
 
-from bagel_opt.options import EVERY, INPUTS, PICTURE, Choice, Flag, Interval, Number, Option, Text, described
+from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Text, Texts
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, Option, Options, described
 from bagel_opt.serve.limits import Limits
 from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT
 
-MODES = {PICTURE: ["draw", "edit"], INPUTS: ["edit"], EVERY: ["draw", "edit", "ask"]}
+MODES = {
+    PICTURE: ["draw", "edit", "interleave"],
+    INPUTS: ["edit", "interleave"],
+    READING: ["edit", "ask", "interleave"],
+    INTERLEAVING: ["interleave"],
+    EVERY: ["draw", "edit", "ask", "interleave"],
+}
 OWN = ("seed", "think")  # beside the prompt, as the size is, whose choices depend on the model
 
 
-def page_options(limits: Limits) -> list[dict[str, Any]]:
+def page_options(limits: Limits, defaults: Options) -> list[dict[str, Any]]:
     """Of each option its name, help and modes; type, and what of that type is allowed; default, what counts where none is
-    sent; value, what the page begins with, which a server's limit may keep below the default."""
-    found = [option for option in (described(PICTURE, INPUTS) | described(EVERY)).values() if option.name not in OWN]
-    return [_entry(option, limits) for option in found]
+    sent; value, what the page begins with, which a server's limit may keep below the default. defaults: the model's."""
+    found = described(INTERLEAVING) | described(PICTURE, INPUTS) | described(EVERY) | described(READING)
+    return [_entry(option, limits, getattr(defaults, name)) for name, option in found.items() if name not in OWN]
 
 
-def _entry(option: Option, limits: Limits) -> dict[str, Any]:
+def _entry(option: Option, limits: Limits, default: Any) -> dict[str, Any]:
     about = {"name": option.name, "help": option.sentence, "modes": MODES[option.group]}
-    about |= {"default": option.default, "value": option.default, "unset": option.unset}
+    about |= {"default": default, "value": default, "unset": option.unset}
     match option.kind:
         case Number(low, high, whole):
-            most = limits.timesteps if option.name == "num_timesteps" else WHOLE_LIMIT if high is None else high
-            value = None if option.default is None else min(option.default, most)
+            own = {"num_timesteps": limits.timesteps, "max_rounds": min(high or WHOLE_LIMIT, limits.pictures)}
+            most = own.get(option.name, WHOLE_LIMIT if high is None else high)
+            value = None if default is None else min(default, most)
             return about | {"type": "number", "min": low, "max": most, "step": 1 if whole else "any", "value": value}
         case Interval(low, high):
             return about | {"type": "interval", "min": low, "max": high, "step": "any"}
@@ -33,4 +41,7 @@ def _entry(option: Option, limits: Limits) -> dict[str, Any]:
             return about | {"type": "flag"}
         case Text():
             return about | {"type": "text", "max": TEXT_LIMIT}
+        case Texts(longest=longest):  # the page has room for one
+            one = default[0] if default else None
+            return about | {"type": "text", "max": longest, "default": one, "value": one}
     raise TypeError(f"the page cannot show {option.name}")

@@ -4,26 +4,14 @@ Fields without an effect here are taken where they change nothing that was asked
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic_core
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from bagel_opt.options import (
-    ADAPTERS,
-    EVERY,
-    INPUTS,
-    PICTURE,
-    SIZE,
-    Choice,
-    Flag,
-    Interval,
-    Number,
-    Option,
-    Scales,
-    Text,
-    described,
-)
+from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Scales, Text, Texts
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
@@ -31,7 +19,7 @@ WHOLE_LIMIT = 2**31  # of whole numbers that have no other
 OTHER_NAMES = {"adapters": ("lora",)}  # of fields, as other servers call them
 
 
-def _type(kind: Number | Interval | Choice | Flag | Text | Scales) -> Any:
+def _type(kind: Kind) -> Any:
     """What pydantic checks a value of an option with."""
     match kind:
         case Number(low, None, whole=True):
@@ -48,6 +36,9 @@ def _type(kind: Number | Interval | Choice | Flag | Text | Scales) -> Any:
             return bool
         case Text():
             return Annotated[str, Field(max_length=TEXT_LIMIT)]
+        case Texts(most, longest):
+            text = Annotated[str, Field(min_length=1, max_length=longest)]
+            return text | Annotated[list[text], Field(max_length=most)]
         case Scales(low, high):
             return Annotated[dict[str, _type(Number(low, high))], Field(max_length=PARTS), BeforeValidator(_from_form)]
 
@@ -69,7 +60,7 @@ def _model(name: str, *groups: str) -> type[BaseModel]:
     return create_model(name, **{option.name: _field(option) for option in described(*groups).values()})
 
 
-class Body(_model("RequestOptions", EVERY, ADAPTERS)):
+class Body(_model("RequestOptions", EVERY, READING, ADAPTERS)):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
@@ -77,7 +68,13 @@ class Body(_model("RequestOptions", EVERY, ADAPTERS)):
 
     def text_options(self) -> dict:
         """What was given of the options of every request, but for the seed, which a server draws where none is."""
-        names = described(EVERY, ADAPTERS).keys() - {"seed"}
+        return self._given(described(EVERY, ADAPTERS).keys() - {"seed"}) | self.reading_options()
+
+    def reading_options(self) -> dict:
+        """What was given of the options on how pictures go in."""
+        return self._given(described(READING))
+
+    def _given(self, names: Iterable[str]) -> dict:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -86,6 +83,13 @@ class Drawing(_model("PictureOptions", PICTURE, SIZE, INPUTS)):
 
     def drawing_options(self) -> dict:
         return {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}
+
+
+class Interleaving(_model("InterleavedOptions", INTERLEAVING)):
+    """BAGEL's options of texts and pictures in turn."""
+
+    def interleaving_options(self) -> dict:
+        return {name: value for name in Interleaving.model_fields if (value := getattr(self, name)) is not None}
 
 
 class ImageBody(Body, Drawing):
@@ -165,10 +169,13 @@ class TextFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatBody(Body, Drawing):
+class ChatBody(Body, Drawing, Interleaving):
     messages: list[Message] = Field(min_length=1, max_length=256)
     modalities: list[Literal["text", "image"]] | None = Field(
         None, min_length=1, max_length=2, description='["image"] draws; its pictures come in message.images.'
+    )
+    output: Literal["interleaved"] | None = Field(
+        None, description="Answers in texts and pictures, in turn, which are parts of message.content."
     )
     n: Literal[1] | None = None
     stream: bool = False
@@ -179,7 +186,6 @@ class ChatBody(Body, Drawing):
     top_p: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    stop: list[None] | None = Field(None, max_length=0)
     logprobs: Literal[False] | None = None
     tools: list[None] | None = Field(None, max_length=0)
     response_format: TextFormat | None = None
@@ -188,8 +194,9 @@ class ChatBody(Body, Drawing):
     service_tier: str | None = Field(None, description="Ignored.")
 
     @property
-    def draws(self) -> bool:
-        return "image" in (self.modalities or ())
+    def kind(self) -> str:
+        """The output of BAGEL's that is asked for."""
+        return self.output or ("image" if "image" in (self.modalities or ()) else "text")
 
     @model_validator(mode="after")
     def check(self) -> "ChatBody":
@@ -199,8 +206,12 @@ class ChatBody(Body, Drawing):
             raise ValueError(f"give one of {', '.join(lengths)}")
         if self.temperature is not None and (self.do_sample is not None or self.text_temperature is not None):
             raise ValueError("give temperature, or do_sample and text_temperature, not both")
-        if not self.draws and (given := self.drawing_options()):
-            raise ValueError(f'{", ".join(given)}: only with modalities ["image"]')
+        if self.output and self.modalities:
+            raise ValueError("give output or modalities, not both")
+        if self.kind == "text" and (given := self.drawing_options()):
+            raise ValueError(f'{", ".join(given)}: only with modalities ["image"] or output "interleaved"')
+        if not self.output and (given := self.interleaving_options()):
+            raise ValueError(f'{", ".join(given)}: only with output "interleaved"')
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together")
         return self
@@ -253,13 +264,13 @@ class ImagesResponse(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
-    content: str | None
+    content: str | list[Part] | None = Field(description="Parts where output is interleaved.")
     images: list[ImagePart] | None = None
     reasoning_content: str | None = Field(None, description="The thought before a picture.")
     refusal: None = None
 
 
-class Choice(BaseModel):
+class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: None
@@ -273,7 +284,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChatChoice]
     usage: dict[str, int]
 
 

@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
-from bagel_opt.sampling.plan import Plan
+from bagel_opt.sampling.plan import AnyPlan
 from bagel_opt.serve import errors
 from bagel_opt.serve.arrival import until_gone
 from bagel_opt.serve.budget import Budget
@@ -78,18 +78,21 @@ class Service:
         make: Callable[[list[InputImage]], list[Request]],
         count: int,
         kind: str,
+        reading: dict,
         progress: bool = False,
         partial_images: int = 0,
     ) -> list[Ticket]:
-        """Reads pictures, makes `count` requests of them, plans those in a thread and puts them in line; the sources are
-        gone then. Raises ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
+        """Reads pictures with the options `reading`, makes `count` requests of them, plans those in a thread and puts them
+        in line; the sources are gone then. Raises ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
         arrival = http.state.arrival
         with self.engine.room(count):
-            planned = await arrival.while_wanted(http.receive, self._plan(sources, make))
+            planned = await arrival.while_wanted(http.receive, self._plan(sources, make, reading))
             arrival.release()
             return self.engine.submit(planned, kind, arrival, progress, partial_images)
 
-    async def _plan(self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]]) -> list:
+    async def _plan(
+        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
+    ) -> list:
         remote = any(source.address for source in sources)
         async with self.fetching if remote else contextlib.nullcontext():
             left = self.limits.body_bytes
@@ -97,7 +100,9 @@ class Service:
                 if source.address:
                     source.data = await self._fetched(source, left)
                     left -= len(source.data)
-            return await asyncio.get_running_loop().run_in_executor(self.planners, self._plan_now, sources, make)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.planners, self._plan_now, sources, make, reading
+            )
 
     async def _fetched(self, source: Source, most: int) -> bytes:
         try:
@@ -106,23 +111,25 @@ class Service:
             message = f"{source.param}: the picture's address: {error}"
             raise errors.ApiError(400, message, source.param) from None
 
-    def _plan_now(self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]]) -> list:
+    def _plan_now(
+        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
+    ) -> list:
         pictures, key = [], object()
         self.planning[key] = time.monotonic()
         try:
             while sources:
-                pictures.append(self._read(sources.pop(0)))
+                pictures.append(self._read(sources.pop(0), reading))
             return [self.engine.plan(request) for request in make(pictures)]
         except ValueError as error:
             raise errors.refused(error) from None
         finally:
             del self.planning[key]
 
-    def _read(self, source: Source) -> InputImage:
+    def _read(self, source: Source, reading: dict) -> InputImage:
         data = decode_data_url(source.data, source.param) if source.data_url else source.data
         source.data = None
         try:
-            return self.engine.read(decode_picture(data, self.limits, source.param), source.param)
+            return self.engine.read(decode_picture(data, self.limits, source.param), source.param, reading)
         except ValueError as error:
             raise errors.ApiError(400, str(error), source.param) from None
 
@@ -154,7 +161,7 @@ def _service(http: HttpRequest) -> Service:
 Injected = Annotated[Service, Depends(_service)]
 
 
-def input_tokens(plan: Plan) -> tuple[int, int]:
+def input_tokens(plan: AnyPlan) -> tuple[int, int]:
     """Slots that a request's texts and its pictures take."""
     text = sum(block.length for block in plan.main if block.kind == "text")
     return text, sum(block.length for block in plan.main) - text

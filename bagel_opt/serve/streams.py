@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
+from bagel_opt.sampling.job import before_stops
 from bagel_opt.serve import errors
 from bagel_opt.serve.engine_thread import Ticket
 from bagel_opt.serve.service import Service
@@ -65,14 +66,18 @@ async def encoded(picture: Image.Image, file_format: str = "png", quality: int |
 
 
 class TextStream:
-    """Turns token ids into the text that each adds. Bytes of a character that is not whole yet are held back."""
+    """Turns token ids into the text that each adds. Held back are bytes of a character that is not whole yet, and what may
+    be the beginning of a text at which writing stops."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.sent = tokenizer, [tokenizer.special.bos_token_id], ""
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids, self.sent = [tokenizer.special.bos_token_id], ""
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        return self.until(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+        text = before_stops(self.tokenizer.decode(self.ids).rstrip("\ufffd"), self.stops)
+        held = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        return self.until(text[: len(text) - held])
 
     def until(self, text: str) -> str:
         """What is missing of `text`."""

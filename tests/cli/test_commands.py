@@ -82,6 +82,54 @@ def test_generate_with_all_options(run, eager):
     assert np.array_equal(Image.open("out.png"), picture)
 
 
+FEW = {"max_think_tokens": 6, "num_timesteps": 3, "seed": 0, "height": 64, "width": 64}
+
+
+def test_interleave(run, eager):
+    flags = [*SMALL, *SIZE, "--max-think-tokens", 6, "--max-rounds", 2, "--system-prompt", "Look well."]
+    status, out, err = run("interleave", PICTURE, "what is it?", *flags, "-o", "seen.jpg")
+    want = eager.run(
+        [Image.open(PICTURE), "what is it?"], output="interleaved", **FEW, max_rounds=2, system_prompt="Look well."
+    )
+    assert (status, out) == (0, f"{want[0]}\nseen-1.jpg\n{want[2]}\nseen-2.jpg\n")
+    assert err.splitlines()[-1].startswith("again: bagel-opt interleave")
+    assert [Image.open(f"seen-{n}.jpg").size for n in (1, 2)] == [picture.size for picture in want[1::2]]
+    assert run("interleave", "what is it?", PICTURE, *flags)[0] == 0
+    want = eager.run(["what is it?", Image.open(PICTURE)], output="interleaved", **FEW, max_rounds=2, system_prompt="Look well.")  # fmt: skip
+    assert all(np.array_equal(Image.open(f"out-{n + 1}.png"), want[2 * n + 1]) for n in range(2))
+
+
+def test_interleave_tells_each_part_as_soon_as_it_is_there(run, monkeypatch):
+    from bagel_opt.cli import commands
+
+    seen = []
+    monkeypatch.setattr(
+        commands, "say", lambda text: seen.append(sorted(path.name for path in Path.cwd().glob("*.png")))
+    )
+    run("interleave", "a" * 5000, *SMALL, *SIZE, "--max-think-tokens", 3, "--max-rounds", 2)  # no file has such a name
+    assert seen == [[], ["out-1.png"]]
+
+
+def test_interleave_with_main_alone_ends_where_no_picture_is_asked_for(run, eager):
+    status, out, _ = run("interleave", "a", *SMALL, *SIZE, "--max-think-tokens", 6, "--interleaved-context", "main")
+    assert (status, out) == (0, eager.run("a", output="interleaved", **FEW, interleaved_context="main")[0] + "\n")
+
+
+def test_interleave_with_a_picture_that_is_not_there(fails):
+    assert "there is no picture none.png" in fails("interleave", "none.png", "a")
+    assert "the name must end in" in fails("interleave", "a", "-o", "out.txt")
+    assert "max_rounds=0; allowed" in fails("interleave", "a", "--max-rounds", 0)
+
+
+def test_stop_texts_and_sides_and_prompts(run, eager):
+    options = {"vit_min_size": 84, "system_prompt": "Look well.", "stop": ["A", "never"]}
+    flags = ["--vit-min-size", 84, "--system-prompt", "Look well.", "--stop", "A", "--stop", "never"]
+    status, out, _ = run("understand", PICTURE, "what is it?", *TEXT, *flags)
+    want = eager.understand(Image.open(PICTURE), "what is it?", max_think_tokens=6, **options)
+    assert (status, out) == (0, want + "\n")
+    assert run("understand", PICTURE, "what is it?", *TEXT, *flags, "--stop", "")[0] == 1
+
+
 @pytest.mark.parametrize("spelling", ["--num_timesteps", "--num-timesteps"])
 def test_both_spellings(run, spelling):
     status, out, _ = run("generate", "a cat", "--checkpoint", CHECKPOINT, *SIZE, spelling, 2)

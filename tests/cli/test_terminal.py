@@ -25,7 +25,7 @@ from rich.table import Table
 from support import CHECKPOINT, GOLDEN
 
 import bagel_opt
-from bagel_opt import BundleError, CheckpointError, ProfileError
+from bagel_opt import BundleError, CheckpointError, Options, ProfileError
 from bagel_opt.cli import terminal
 from bagel_opt.cli.commands import main
 from bagel_opt.cli.console import PlainConsole, guarded, tables
@@ -196,16 +196,20 @@ def test_what_the_hub_says_does_not_steer_the_terminal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_an_answer_does_not_steer_the_terminal(monkeypatch, capsys, terminal):
+@pytest.mark.parametrize("command", ["chat", "interleave"])
+def test_an_answer_does_not_steer_the_terminal(monkeypatch, capsys, command, terminal):
     text = STEERING.replace("\ud800", "")
 
     class Answers:
-        def run(self, *args, **options):
+        defaults = Options()
+
+        def run(self, *args, on_output, **options):
+            on_output(f"one\n{text}")
             return [f"one\n{text}"]
 
     monkeypatch.setattr("bagel_opt.cli.commands.load", lambda *args, **options: Answers())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert main(["chat", "hello"]) == 0
+    assert main([command, "hello"]) == 0
     assert capsys.readouterr().out == "one\n" + (SHOWN.replace(r"\ud800", "") if terminal else text) + "\n"
 
 

@@ -217,3 +217,19 @@ def test_a_lone_number_of_ranks(places):
     assert ranks == {attaching.ROUND}
     assert all(layer.und.qkv.low_rank is None for layer in model.runtime.model.llm.layers)
     assert isinstance(attaching.read_adapters([places["a"]], model.config)[0], Lora)
+
+
+def test_texts_and_pictures_in_turn(model, places):
+    """Every text and picture of an interleaved request has its adapters."""
+    options = SETTINGS | {"output": "interleaved", "max_rounds": 2, "max_think_tokens": 6}
+    merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=[places["b"]])
+    want = merged.run(["a red circle"], **options)
+    got = model.run(["a red circle"], adapters={"b": 1}, **options)
+    assert [type(output) for output in got] == [type(output) for output in want]
+    for ours, theirs in zip(got, want, strict=True):
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    plain = model.run(["a red circle"], adapters={}, **options)
+    assert plain[0] != got[0] or np.abs(np.asarray(plain[1], int) - np.asarray(got[1], int)).mean() > 1

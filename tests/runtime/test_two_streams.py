@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
+from bagel_opt.model.linear import Linear, LowRank
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.rotary import rope
 from bagel_opt.model.transformer import Layer, run_layer
@@ -43,25 +44,40 @@ def two_streams(request, monkeypatch):
     return found
 
 
+def adapt(layer):
+    """Random factors of two adapters in all products, beside the weights where fused kernels want them there."""
+    for product in [m for m in layer.modules() if isinstance(m, Linear)]:
+        product.low_rank = LowRank(6, (product.in_features, product.out_features), torch.float32, torch.device("cpu"))
+        product.low_rank.down_RC.normal_()
+        product.low_rank.up_NR.normal_(0, 0.1)
+        product.low_rank.of_R[3:] = 1
+    for expert in (layer.und, layer.gen):
+        expert.qkv.widen()
+        expert.gate_up.widen()
+    return torch.tensor([[1.0, 0.0], [0.5, 2.0]])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("text", "latents"), [(2, 5), (7, 0), (1, 0)])
-def test_experts_side_by_side_compute_the_layer(two_streams, text, latents):
+def test_experts_side_by_side_compute_the_layer(two_streams, text, latents, adapted):
     torch.manual_seed(0)
-    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval()
+    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False)
     rows, slots, start = 2 if latents else 1, 16, torch.tensor([3, 6])
     start = start[:rows]
     und, gen = torch.randn(rows, text, 64), torch.randn(rows, latents, 64) if latents else None
     caches = [torch.randn(rows, slots, 2, 16) for _ in range(2)]
     cos, sin = rope(torch.tensor([[5], [9]])[:rows], 16, 1e4)
     seen = attention.visible("sdpa", start + text + latents, text + latents, slots, causal=not latents)
+    share = adapt(layer)[:rows] if adapted else None
     results = []
     for call in (run_layer, two_streams):
         k, v = (cache.clone() for cache in caches)
         with torch.no_grad():
-            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, TorchOps("sdpa")))
+            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, TorchOps("sdpa"), share))
     for got, want in zip(results[1], results[0], strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_caches_of_one_batch_after_another_share_memory():

@@ -12,6 +12,7 @@ from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.planning import make_plan
 
 SHORT = {"num_timesteps": 6, "seed": 5}
+SHORT_ROUNDS = {"max_rounds": 2, "max_think_tokens": 9, "height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,11 @@ def test_the_same_bits_whoever_else_is_served(model, engine, plan):
         (["a ring"], {**SHORT, "step_cache": "teacache", "num_timesteps": 30}),
         ([image, "what is in the image?"], {"output": "text", "max_think_tokens": 90, "seed": 1, "do_sample": True}),
         (["tell me a tale"], {"output": "text", "max_think_tokens": 130}),
+        ([image, "and then?"], {**SHORT, "output": "interleaved", "max_rounds": 2, "max_think_tokens": 9}),
+        (
+            ["a ring"],
+            {**SHORT, "output": "interleaved", "interleaved_context": "main", "draw_marker": ""} | SHORT_ROUNDS,
+        ),
     ]
     alone = [model.run(inputs, **options) for inputs, options in kinds]
     rng, jobs, given_up = random.Random(0), {}, 0

@@ -32,7 +32,7 @@ def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
     return SimpleNamespace(
         plan=SimpleNamespace(options=Options(**options)),
         want=FlowStep(t, 0.125, guided),
-        contexts=own,
+        drawn_from=own,
         main=main,
         cfg_text=cfg_text if contexts[1] != contexts[0] else main,
         cfg_img=cfg_img if contexts[2] != contexts[0] else main,

@@ -9,7 +9,7 @@ from support import CHECKPOINT
 from bagel_opt import ProfileError, Request
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.options import DEFAULT_TOKENS
-from bagel_opt.sampling.plan import LEAST_TOKENS
+from bagel_opt.sampling.plan import LEAST_TOKENS, fits
 from bagel_opt.sampling.planning import make_plan
 
 
@@ -49,7 +49,7 @@ def test_a_length_that_was_asked_for_is_not_shortened(plan):
     old = plan("a cat", output="text", max_think_tokens=900)
     with pytest.raises(ProfileError, match="slots of at least"):
         old.fitted(SMALL)
-    assert not old.fits(SMALL)
+    assert not fits(old, SMALL)
     assert old.max_tokens == 900
 
 

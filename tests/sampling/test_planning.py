@@ -54,6 +54,20 @@ def kinds(blocks, checkpoint):
         (["a"], {"cfg_interval": (0, 0)}, ["a"], None, None),
         ([SQUARE, "a"], {"output": "text"}, ["vit0", "a"], None, None),
         (["a"], {"output": "text", "think": True}, [THINK_TEXT, "a"], None, None),
+        # prompts of the user's own
+        ([SQUARE, "a"], {"system_prompt": "s"}, ["s", "vae0", "vit0", "a"], ["s", "vae0", "vit0"], ["s", "a"]),
+        (
+            ["a"],
+            {"system_prompt": "s", "think": True},
+            ["s", THINK_IMAGE, "a"],
+            ["s", THINK_IMAGE],
+            ["s", THINK_IMAGE, "a"],
+        ),
+        (["a"], {"think_prompt": "t", "think": True}, ["t", "a"], ["t"], ["t", "a"]),
+        (["a"], {"think_prompt": "", "think": True}, ["a"], [], ["a"]),
+        (["a"], {"think_prompt": "t"}, ["a"], [], ["a"]),
+        (["a"], {"think_prompt": "t", "think": True, "output": "text"}, ["t", "a"], None, None),
+        (["a"], {"system_prompt": ""}, ["a"], [], ["a"]),
         # a negative prompt takes the place of the last text
         (["a"], {"negative_prompt": "no"}, ["a"], ["no"], ["a"]),
         (["a"], {"negative_prompt": ""}, ["a"], [""], ["a"]),
@@ -70,6 +84,27 @@ def test_contexts(plan, checkpoint, inputs, options, main, cfg_text, cfg_img):
     assert kinds(p.main, checkpoint) == main
     for blocks, want in ((p.cfg_text, cfg_text), (p.cfg_img, cfg_img)):
         assert (None if blocks is None else kinds(blocks, checkpoint)) == want
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "vae", "vit"),
+    [
+        ({}, (64, 64), (4, 4), (5, 5)),
+        ({"vit_min_size": 98}, (64, 64), (4, 4), (7, 7)),
+        ({"vit_max_size": 42}, (64, 64), (4, 4), (3, 3)),
+        ({"vae_min_size": 96}, (96, 96), (6, 6), (7, 7)),  # the ViT's picture is made from it
+        ({"vae_max_size": 48}, (48, 48), (3, 3), (3, 3)),
+        ({"vae_min_size": 96, "vit_max_size": 28}, (96, 96), (6, 6), (2, 2)),
+    ],
+)
+def test_sides_of_the_resize_rule(plan, options, size, vae, vit):
+    p = plan([SQUARE, "a"], **options)
+    assert (p.images[0].size, p.images[0].vae_grid, p.images[0].vit_grid, p.grid) == (size, vae, vit, vae)
+
+
+def test_sides_beyond_the_tables(plan):
+    with pytest.raises(ValueError, match=r"inputs\[0\]: 256x256 pixels .* 16x16 tokens, .* 8x8 position table"):
+        plan([SQUARE, "a"], vae_min_size=256, vae_max_size=256)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def batches():
 def job(*numbers, steps=20):
     contexts = [Context(*divmod(row, SMALL.rows)) for row in numbers]
     return SimpleNamespace(
-        contexts=contexts,
+        drawn_from=contexts,
         main=contexts[0],
         branches=lambda: contexts,
         places=np.arange(4),

@@ -14,7 +14,7 @@ from serving import FEW, png, serving, until
 from support import CHECKPOINT
 
 from bagel_opt.images import resize, to_rgb
-from bagel_opt.sampling.planning import read_image
+from bagel_opt.sampling.pictures import read_image
 from bagel_opt.serve import service as services
 
 

@@ -1,6 +1,7 @@
 """The openai client, unchanged, against the server: pictures, edits, answers, streams, errors."""
 
 import io
+import json
 
 import numpy as np
 import openai
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 from serving import FEW, ask, data_url, picture, png, serving
 from support import CHECKPOINT
+
+from bagel_opt.serve import Limits
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,35 @@ def test_streamed_answer(client):
     assert len(chunks) > 4
 
 
+@pytest.mark.parametrize("stop", ["{0}", ["never", "{0}"], ["never"], []])
+def test_stop(client, model, stop):
+    text = model.chat("hello", max_think_tokens=30)
+    place = next(i for i in range(8, 20) if "\ufffd" not in text[i : i + 2])
+    stop = json.loads(json.dumps(stop).replace("{0}", json.dumps(text[place : place + 2])[1:-1]))
+    options = {"model": "test", "messages": ask(text="hello"), "max_tokens": 29, "stop": stop}
+    answer = client.chat.completions.create(**options)
+    assert answer.choices[0].message.content == model.chat("hello", max_think_tokens=30, stop=stop)
+    stopped = text[place : place + 2] in stop
+    assert (len(answer.choices[0].message.content) < len(text)) == stopped
+    assert answer.choices[0].finish_reason == ("stop" if stopped else "length")
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.choices[0].message.content
+
+
+def test_sides_and_prompts_of_ones_own(client, model):
+    image = Image.open(io.BytesIO(png()))
+    options = {"vit_min_size": 84, "system_prompt": "Look well."}
+    answer = client.chat.completions.create(model="test", messages=ask(png()), max_tokens=7, extra_body=options)
+    plain = client.chat.completions.create(model="test", messages=ask(png()), max_tokens=7)
+    want = model.understand(image, "what is it?", max_think_tokens=8, **options)
+    assert answer.choices[0].message.content == want
+    assert answer.usage.prompt_tokens > plain.usage.prompt_tokens + 10
+    options = {"vae_max_size": 48, "vit_max_size": 42, "seed": 1, **FEW}
+    edited = client.images.edit(image=png(), prompt="a", extra_body=options)
+    assert equal(picture(edited.data[0].b64_json), model.edit(image, "a", **options))
+    assert edited.size == "48x48"
+
+
 def test_picture_in_chat_and_back(client):
     body = {"modalities": ["image"], **FEW}
     options = {"model": "test", "seed": 4, "extra_body": body}
@@ -131,6 +163,77 @@ def test_picture_in_chat_and_back(client):
     history = [*ask(text="a red circle"), answer.choices[0].message.model_dump(), *ask(text="make it green")]
     edited = client.chat.completions.create(messages=history, **options)
     assert edited.choices[0].message.images[0]["image_url"]["url"] != url
+
+
+TURNS = {"output": "interleaved", "num_timesteps": 4, "max_rounds": 2, "interleaved_context": "main", "draw_marker": ""}
+OURS = {**TURNS, "seed": 3, "max_think_tokens": 7}
+
+
+def parts_of(content):
+    return [
+        part["text"] if part["type"] == "text" else picture(part["image_url"]["url"].split(",")[1]) for part in content
+    ]
+
+
+def test_interleaved(client, model):
+    """Texts and pictures as parts of the content, streamed the same ones in the same order."""
+    image = Image.open(io.BytesIO(png()))
+    options = {"model": "test", "seed": 3, "max_tokens": 6, "extra_body": TURNS}
+    answer = client.chat.completions.create(messages=ask(png()), **options)
+    parts, want = parts_of(answer.choices[0].message.content), model.run([image, "what is it?"], **OURS)
+    assert [type(part) for part in want] == [str, Image.Image] * 2
+    assert parts[::2] == want[::2]
+    assert all(equal(a, b) for a, b in zip(parts[1::2], want[1::2], strict=True))
+    assert answer.choices[0].finish_reason == "length"  # no more rounds were allowed
+    assert answer.usage.completion_tokens > 2 * 16
+    chunks = list(client.chat.completions.create(messages=ask(png()), stream=True, stream_options={"include_usage": True}, **options))  # fmt: skip
+    content, progress = [], []
+    for chunk in chunks[:-1]:
+        delta = chunk.choices[0].delta
+        if delta.content and content and content[-1]["type"] == "text":
+            content[-1]["text"] += delta.content
+        elif delta.content:
+            content.append({"type": "text", "text": delta.content})
+        content += getattr(delta, "images", None) or []
+        if found := getattr(chunk, "progress", None):
+            progress.append((found["round"], found["index"], found["total"], len(content)))
+    assert content == answer.choices[0].message.content
+    assert progress == [(round, index, 3, 2 * round + 1) for round in range(2) for index in range(3)]
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == answer.usage
+
+
+def test_an_interleaved_answer_may_be_sent_back(client, model):
+    options = {"model": "test", "seed": 3, "max_tokens": 6, "extra_body": {**TURNS, "max_rounds": 1}}
+    first = client.chat.completions.create(messages=ask(text="hello"), **options).choices[0].message
+    text, drawn = parts_of(first.content)
+    history = [*ask(text="hello"), {"role": "assistant", "content": first.content}, *ask(text="and then?")]
+    answer = client.chat.completions.create(model="test", messages=history, max_tokens=6)
+    want = model.run(["hello", drawn, text, "and then?"], output="text", max_think_tokens=7)
+    assert answer.choices[0].message.content == want[0]  # of one text, pictures come first
+
+
+def test_an_interleaved_answer_that_ends_by_itself(client, model):
+    text = model.run("hello", **{**OURS, "max_rounds": 1})[0]
+    for stop, marker, reason in (([text[:2]], "", "length"), (None, "never", "length")):
+        body = {**TURNS, "draw_marker": marker}
+        options = {"model": "test", "seed": 3, "max_tokens": 6, "stop": stop, "extra_body": body}
+        answer = client.chat.completions.create(messages=ask(text="hello"), **options)
+        assert answer.choices[0].message.content == [{"type": "text", "text": text}]
+        assert answer.choices[0].finish_reason == reason  # the text itself was cut
+        chunks = list(client.chat.completions.create(messages=ask(text="hello"), stream=True, **options))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+
+
+def test_more_rounds_than_the_server_allows(model):
+    body = {"output": "interleaved", "height": 32, "width": 32, "seed": 3, **FEW}
+    with serving(model, limits=Limits(pictures=2)) as running:
+        create = running.client().chat.completions.create
+        options = {"model": "test", "messages": ask(text="hello"), "max_tokens": 4}
+        assert len(create(**options, extra_body=body).choices[0].message.content) == 4
+        with pytest.raises(openai.BadRequestError, match="max_rounds: 3 is more than the 2") as refused:
+            create(**options, extra_body={**body, "max_rounds": 3})
+        assert refused.value.param == "max_rounds"
 
 
 def test_models(client):
@@ -178,9 +281,16 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"messages": [{"role": "user", "content": []}]}, 400),
         ({"top_p": 0.5}, 400),
         ({"n": 2}, 400),
-        ({"stop": ["a"]}, 400),
+        ({"stop": ["a"] * 5}, 400),
+        ({"stop": ""}, 400),
         ({"modalities": ["audio"]}, 400),
         ({"extra_body": {"cfg_text_scale": 2}}, 400),
+        ({"extra_body": {"max_rounds": 2}}, 400),
+        ({"extra_body": {"output": "text"}}, 400),
+        ({"extra_body": {"output": "interleaved", "max_rounds": 9}}, 400),
+        ({"extra_body": {"output": "interleaved", "height": 64}}, 400),
+        ({"extra_body": {"output": "interleaved"}, "modalities": ["image"]}, 400),
+        ({"extra_body": {"output": "interleaved", "max_rounds": 8}, "max_tokens": 500}, 400),
         ({"temperature": 1, "extra_body": {"do_sample": True}}, 400),
         ({"max_tokens": 10**6}, 400),
         ({"model": "gpt-4"}, 404),

@@ -183,6 +183,39 @@ def test_examples_to_click(page, tmp_path):
     one(page, "#examples button img")
 
 
+def test_texts_and_pictures_in_turn(page, server):
+    seen = []
+    original = server.engine.submit
+    server.engine.submit = lambda planned, *rest: seen.extend(planned) or original(planned, *rest)
+    choose(page, "interleave")
+    few_steps(page)
+    write(page, "#seed", "1")
+    write(page, "#max_think_tokens", "30")
+    write(page, "#max_rounds", "2")
+    Select(one(page, "#size")).select_by_index(1)
+    run(page, "a large red circle in the center on a white background")
+    server.engine.submit = original
+    [(plan, _)] = seen
+    assert (plan.rounds, plan.max_tokens, plan.options.width, plan.options.height) == (2, 30, 128, 96)
+    shown = [element.tag_name for element in find(page, "#answer > *")]
+    assert shown == ["p", "img"] * 2
+    assert all(element.is_displayed() for element in find(page, "#answer img"))
+    sizes = [int(element.get_property("naturalHeight")) for element in find(page, "#answer img")]
+    assert sizes[0] == 96
+    texts = [element.text for element in find(page, "#answer p")]
+    assert texts[0]
+    assert one(page, "#download").is_displayed()
+    # what was made before is still there, and comes again
+    choose(page, "draw")
+    run(page, "a ring")
+    assert not one(page, "#answer").is_displayed()
+    find(page, "#history button")[-1].click()
+    assert [element.text for element in find(page, "#answer p")] == texts
+    one(page, "#repeat").click()
+    wait(page, lambda: len(find(page, "#history button")) == 3)
+    assert [element.text for element in find(page, "#answer p")] == texts
+
+
 def test_by_keyboard_alone(page):
     body = one(page, "body")
     body.send_keys(Keys.TAB)

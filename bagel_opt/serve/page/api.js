@@ -78,6 +78,15 @@ export async function ask(prompt, pictures, options, signal) {
   return events(await send("/v1/chat/completions", json({ messages: [{ role: "user", content }], ...options, stream: true }, signal)));
 }
 
+/** Texts and pictures in turn: a part that goes on, one that is whole, or how far the picture in progress is. */
+export async function* interleave(prompt, pictures, options, signal) {
+  for await (const { choices: [choice], progress } of await ask(prompt, pictures, { ...options, output: "interleaved" }, signal)) {
+    if (progress) yield { progress };
+    if (choice?.delta.content) yield { text: choice.delta.content };
+    for (const { image_url } of choice?.delta.images ?? []) yield { blob: blob(image_url.url.split(",")[1]) };
+  }
+}
+
 function dataUrl(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();

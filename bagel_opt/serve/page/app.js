@@ -7,8 +7,9 @@ const WORDS = {
   draw: { go: "Draw", label: "What to draw", busy: "Drawing" },
   edit: { go: "Edit", label: "What to change", busy: "Editing" },
   ask: { go: "Ask", label: "Your question", busy: "Answering" },
+  interleave: { go: "Start", label: "What to think about, in texts and pictures", busy: "Thinking" },
 };
-const past = []; // what was made: {mode, prompt, inputs, options, size, seed, think, url, blob, answer, thought, seconds}
+const past = []; // what was made: {mode, prompt, inputs, options, size, seed, think, url, blob, answer, parts, thought, seconds}
 let inputs = []; // pictures to edit or ask about, as blobs
 let running = null; // an AbortController
 let shown = null;
@@ -72,6 +73,14 @@ function showAnswer(text) {
   Object.assign($("answer"), { textContent: text, hidden: false });
 }
 
+/** Texts and the addresses of pictures, in order. */
+function showParts(parts) {
+  showAnswer("");
+  $("answer").append(...parts.map(({ text, url }, index) => url
+    ? Object.assign(document.createElement("img"), { src: url, alt: `Picture ${index + 1}` })
+    : Object.assign(document.createElement("p"), { textContent: text.trim() })));
+}
+
 function showThought(text) {
   $("thoughtText").textContent = text.replace(/<\/?think>/g, "").trim();
   $("thought").hidden = !text;
@@ -79,7 +88,8 @@ function showThought(text) {
 
 function show(entry) {
   shown = entry;
-  if (entry.url) showPicture(entry.url, entry.prompt);
+  if (entry.parts) showParts(entry.parts);
+  else if (entry.url) showPicture(entry.url, entry.prompt);
   else showAnswer(entry.answer);
   showThought(entry.thought);
   $("status").textContent = [entry.prompt, entry.seed !== undefined && `seed ${entry.seed}`, `${entry.seconds.toFixed(1)} s`].filter(Boolean).join(" · ");
@@ -149,6 +159,29 @@ async function makeAnswer(entry, signal) {
   }
 }
 
+async function makeParts(entry, signal) {
+  const options = { ...entry.options, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
+  if (!entry.inputs.length) [options.width, options.height] = entry.size.split("x").map(Number);
+  entry.parts = [];
+  for await (const { progress, text, blob } of api.interleave(entry.prompt, entry.inputs, options, signal)) {
+    if (progress) {
+      Object.assign($("progress"), { max: progress.total, value: progress.index + 1 });
+      $("status").textContent = `Round ${progress.round + 1}: step ${progress.index + 1} of ${progress.total}`;
+      continue;
+    }
+    const last = entry.parts.at(-1);
+    if (blob) {
+      Object.assign(entry, { blob, url: URL.createObjectURL(blob) }); // the last picture is the one to download and to use
+      entry.parts.push({ url: entry.url });
+    } else if (last?.text !== undefined) last.text += text;
+    else entry.parts.push({ text });
+    showParts(entry.parts);
+  }
+  entry.answer = entry.parts.map(({ text }) => text ?? "").join(" ");
+}
+
+const MAKE = { draw: makePicture, edit: makePicture, ask: makeAnswer, interleave: makeParts };
+
 async function run(entry) {
   running?.abort();
   const controller = running = new AbortController();
@@ -159,7 +192,7 @@ async function run(entry) {
   $("status").textContent = `${WORDS[entry.mode].busy} …`;
   busy(true);
   try {
-    await (entry.mode === "ask" ? makeAnswer : makePicture)(entry, controller.signal);
+    await MAKE[entry.mode](entry, controller.signal);
     remember({ ...entry, seconds: (performance.now() - began) / 1000 });
   } catch (error) {
     if (running !== controller) return;

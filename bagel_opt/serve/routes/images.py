@@ -12,7 +12,6 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from bagel_opt.images import InputImage
-from bagel_opt.options import Options
 from bagel_opt.request import Request
 from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.engine_thread import Step, Ticket
@@ -81,7 +80,7 @@ async def edits(http: HttpRequest, service: Injected) -> Response:
 
 async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: list[bytes], kind: str) -> Response:
     service.check_model(body.model)
-    service.limits.check(body.n, body.num_timesteps or Options.num_timesteps, len(files))
+    service.limits.check(body.n, body.num_timesteps or service.engine.model.defaults.num_timesteps, len(files))
     seed = secrets.randbits(32) if body.seed is None else body.seed
     options = body.drawing_options() | body.text_options()
 
@@ -90,7 +89,8 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: lis
 
     sources = [Source("image", data) for data in files]
     files.clear()
-    tickets = await service.submit(http, sources, make, body.n, kind, body.stream, body.partial_images)
+    streamed = body.stream, body.partial_images
+    tickets = await service.submit(http, sources, make, body.n, kind, body.reading_options(), *streamed)
     if body.stream:
         return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
     data = []
@@ -103,7 +103,7 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: lis
 
 async def _events(service: Service, body: ImageBody, ticket: Ticket, kind: str) -> AsyncIterator[str]:
     about = {"created_at": int(time.time()), **_about(body, ticket)}
-    partial, text = 0, TextStream(service.engine.model.tokenizer)
+    partial, text = 0, TextStream(service.engine.model.tokenizer, ticket.plan.options.stops)
     async for event in ticket:
         if isinstance(event, Step):
             progress = {"type": f"{kind}.progress", "index": event.index, "total": event.total}

@@ -1,0 +1,72 @@
+"""Kernels of products in 8 bits, on a GPU: against what they mean (bagel_opt/model/quantized.py)."""
+
+import pytest
+import torch
+from torch import nn
+
+from bagel_opt.config import LLMConfig
+from bagel_opt.model.quantized import DTYPES, quantized_product, to_codes
+from bagel_opt.model.transformer import Expert
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SIZES = [(1, 3584, 4608), (4, 18944, 3584), (16, 80, 96), (17, 3584, 3584), (300, 3584, 37888)]
+
+
+def error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    torch.manual_seed(0)
+    return pytest.importorskip("bagel_opt.runtime.quantized_products")
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(("m", "c", "n"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_product(kind, m, c, n, dtype):
+    x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((m, c), (n, c), (n,)))
+    x_codes, x_scale = to_codes(x, DTYPES[kind])
+    codes, scale = to_codes(weight, DTYPES[kind])
+    for given in (None, bias.to(dtype)):
+        want = (x_codes.double() @ codes.double().T) * x_scale[:, None] * scale + (0 if given is None else given)
+        got = quantized_product(x_codes, x_scale, codes, scale, given, dtype)
+        assert got.dtype == dtype
+        assert error(got, want) < 5e-3  # Hopper adds 8-bit floats up in less than float32
+
+
+@pytest.mark.parametrize("c", [64, 3584, 18944])
+@pytest.mark.parametrize("normed", [False, True])
+def test_codes_in_one_pass(kernels, c, normed):
+    x = torch.randn(300, c, device="cuda", dtype=torch.bfloat16)
+    norm = nn.RMSNorm(c, 1e-6).to("cuda", torch.bfloat16)
+    norm.weight.data.normal_(1, 0.1)
+    codes, scale = kernels.float_codes(x, norm if normed else None)
+    want, want_scale = to_codes(norm(x) if normed else x, torch.float8_e4m3fn)
+    assert error(scale, want_scale) < 1e-6
+    assert (codes.view(torch.uint8) != want.view(torch.uint8)).float().mean() < 1e-3
+
+
+def test_what_is_not_finite_shows_in_its_own_row(kernels):
+    x = torch.randn(4, 3584, device="cuda", dtype=torch.bfloat16)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    codes, scale = kernels.float_codes(x)
+    finite = (codes.float() * scale[:, None]).isfinite().all(1)
+    assert finite.tolist() == [True, False, False, True]
+
+
+def test_fused_products_are_the_expert():
+    fused = pytest.importorskip("bagel_opt.runtime.fused_fp8", exc_type=ImportError)
+    if not fused.usable(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU")
+    with torch.device("cuda"):
+        expert = Expert(LLMConfig(512, 1024, 1, 4, 2, 10)).to(torch.bfloat16).requires_grad_(False)
+        x, attended = torch.randn(2, 300, 512).bfloat16(), torch.randn(2, 300, 4, 128).bfloat16()
+    for product in (expert.qkv, expert.o, expert.gate_up, expert.down):
+        weight = product.weight
+        product.quantize("fp8")
+        product.quantized.store(weight)
+    joined = torch.cat([part.flatten(2) for part in expert.qkv(expert.norm1(x))], dim=-1)
+    assert error(fused.entered(expert, x), joined) < 1e-2
+    assert error(fused.left(expert, x, attended), expert.finish(x, attended)) < 1e-2
