@@ -68,6 +68,7 @@ def write_config(folder: Path, config: BagelConfig, **more: Any) -> None:
         "latent_patch_size": config.latent_patch_size,
         "max_latent_size": config.latent_side,
         "vit_max_num_patch_per_side": config.vit_side,
+        **({"generation": dict(config.generation)} if config.generation else {}),
         **more,
     }
     resize = {kind: vars(getattr(config, f"{kind}_resize")) for kind in ("vae", "vit")}

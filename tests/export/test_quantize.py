@@ -77,6 +77,13 @@ def plain_cast(home):
     return folder
 
 
+def with_options(home):
+    """That it recommends."""
+    folder = shutil.copytree(CHECKPOINT, home / "checkpoint")
+    edit_json(folder, "config.json", generation={"cfg_renorm_min": 1.0, "cfg_interval": [0.0, 1.0], "stop": ["END"]})
+    return folder
+
+
 SOURCES = {
     "golden": lambda home: CHECKPOINT,
     "odd": lambda home: ODD / "checkpoint",
@@ -84,12 +91,20 @@ SOURCES = {
     "dfloat11": lambda home: forms.dfloat11(shutil.copytree(CHECKPOINT, home / "checkpoint")),
     "veomni": lambda home: forms.veomni(home / "checkpoint"),
     "plain cast": plain_cast,
+    "with options": with_options,
 }
+
+
+SLOW = {"dfloat11": pytest.mark.second}
 
 
 @pytest.mark.parametrize(
     ("source", "quantization"),
-    [("golden", "fp8"), ("golden", TABLE), *((source, "int8") for source in SOURCES)],
+    [
+        ("golden", "fp8"),
+        ("golden", TABLE),
+        *(pytest.param(source, "int8", marks=SLOW.get(source, ())) for source in SOURCES),
+    ],
     ids=str,
 )
 def test_the_same_bits_as_of_quantising_while_loading(tmp_path, source, quantization):
