@@ -16,7 +16,7 @@ from bagel_opt.model.quantized import LEAST, quantized_product
 
 NEEDS = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
-LARGEST = tl.constexpr(448.0)  # 8-bit float
+RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
 
 
 def check_device(device: torch.device, kinds: Mapping[str, str]) -> None:
@@ -103,6 +103,6 @@ def _codes_kernel(x, weight, codes, scale, c, eps, least, NORM: tl.constexpr, BL
     if NORM:
         y = y * tl.rsqrt(tl.sum(y * y) / c + eps) * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
         y = y.to(x.dtype.element_ty).to(tl.float32)  # as the norm hands it out
-    largest = tl.maximum(tl.max(tl.abs(y)) / LARGEST, least)
-    tl.store(codes + row * c + channels, (y / largest).to(tl.float8e4nv), mask=inside)
-    tl.store(scale + row, largest)
+    by = tl.maximum(tl.max(tl.abs(y)) * RECIPROCAL, least)
+    tl.store(codes + row * c + channels, (y / by).to(tl.float8e4nv), mask=inside)
+    tl.store(scale + row, by)
