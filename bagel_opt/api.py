@@ -76,7 +76,7 @@ class Model:
 
         Raises FileNotFoundError and CheckpointError for an adapter that is none of this model, ValueError for a bad argument,
         BundleError for a bundle, whose weights are fixed, and RuntimeError while requests are on their way. Then those before
-        stay.
+        stay. Where the device has too little memory none is kept, and what torch says of that is raised.
         """
         if self.runtime.adapters is None:
             raise BundleError("a bundle's weights are fixed; export it with lora=, --lora, or load the checkpoint")

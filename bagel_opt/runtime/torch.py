@@ -51,9 +51,16 @@ class TorchRuntime:
         """As `Model.set_adapters`. Bad ones change nothing."""
         found = named(adapters)
         read = read_adapters([place for place, _ in found.values()], self.config)
-        if attach(self.model, read, self.widen) and self.graphs:
-            self.graphs.clear()
-        self.adapters = {name: factor for name, (_, factor) in found.items()}
+        try:
+            moved = attach(self.model, read, self.widen)
+        except BaseException:  # of the device's memory, or of a file that went away
+            moved = attach(self.model, [], self.widen)
+            found = {}
+            raise
+        finally:
+            self.adapters = {name: factor for name, (_, factor) in found.items()}
+            if moved and self.graphs:
+                self.graphs.clear()
 
     def _replay(self, graphs: bool) -> None:
         """Whether programs are replayed as CUDA graphs; caches then stay in place."""

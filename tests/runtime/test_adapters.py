@@ -203,6 +203,27 @@ def test_not_while_requests_are_on_their_way(model, places):
     model.set_adapters({"a": places["a"]})
 
 
+def test_none_is_kept_where_memory_ends_on_the_way(model, places, monkeypatch):
+    plain, made = bagel_opt.load(CHECKPOINT, device="cpu", profile=PROFILE), []
+
+    def make(model, product, ranks, widen):
+        made.append(ranks)
+        if ranks and len(made) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, product, ranks, widen)
+
+    real = attaching._make
+    adapted(r=40).save_pretrained(places["a"].parent / "much")
+    with monkeypatch.context() as patched:
+        patched.setattr(attaching, "_make", make)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.set_adapters({"much": places["a"].parent / "much"})
+    assert model.runtime.adapters == {}
+    assert np.array_equal(velocities(model), velocities(plain))
+    model.set_adapters({"a": places["a"]})
+    assert close(velocities(model), velocities(bagel_opt.load(CHECKPOINT, device="cpu", lora=places["a"])))
+
+
 def test_not_of_a_bundle(model, places):
     model.runtime.adapters = None
     with pytest.raises(BundleError, match="weights are fixed"):
