@@ -179,7 +179,7 @@ class Checkpoint:
             )
         self._compare(quantized_shapes(parameter_shapes(self.config), self.kinds))
         shapes = {name: at.shape for name, at in self.tensors.items()}  # now those of DFloat11 too
-        self.adapters = [Lora(find_place(path), factor, shapes) for path, factor in with_factors(lora)]
+        self.adapters = [Lora(path, factor, shapes) for path, factor in with_factors(lora)]
 
     @staticmethod
     def _plain(place: Path, kinds: Mapping[str, str], argument: str) -> None:

@@ -132,15 +132,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards if name != VAE_FILE]
 
 
-def find_place(source: str | Path) -> Path:
-    """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache."""
+MODEL = "a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
+
+
+def find_place(source: str | Path, allowed: str = MODEL) -> Path:
+    """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache. allowed: what an error says may
+    be given. Raises FileNotFoundError."""
     place = Path(source)
     if place.exists():
         return place
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{source} is no folder; give a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL-7B-MoT"
-        )
+        raise FileNotFoundError(f"{source} is no folder and no file; give {allowed}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

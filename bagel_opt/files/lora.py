@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from bagel_opt.errors import CheckpointError
+from bagel_opt.files.finding import find_place
 from bagel_opt.files.torch_weights import Reader
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.json_files import read_json
@@ -19,6 +20,9 @@ KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 LANGUAGE = "language_model.model."
 # What other kinds of adapters say in their configuration. The value is what a plain LoRA has.
 PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
+
+
+ALLOWED = "the folder that peft wrote, the file in it, or the repo id of such a folder"
 
 
 class Pair(NamedTuple):
@@ -33,10 +37,11 @@ class Pair(NamedTuple):
 class Lora:
     """An adapter: of each weight that it changes, by its published name, the two factors and their scale.
 
-    place: a folder, or the file in one. shapes: of the weights that it may change. Raises FileNotFoundError and CheckpointError.
+    given: a folder, the file in one, or a repo id. shapes: of the weights that it may change. Raises FileNotFoundError and CheckpointError.
     """
 
-    def __init__(self, place: Path, factor: float, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(self, given: str | Path, factor: float, shapes: Mapping[str, tuple[int, ...]]):
+        place = find_place(given, ALLOWED)
         self.path = place if place.is_file() else place / FILE
         if not self.path.is_file():
             raise FileNotFoundError(f"{place} has no {FILE}; give the folder that peft wrote, or the file in it")

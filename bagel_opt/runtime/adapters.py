@@ -10,7 +10,6 @@ from pathlib import Path
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files.checkpoint import part_rows, published_names, published_shapes
-from bagel_opt.files.finding import find_place
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import parameter_shapes
 from bagel_opt.files.torch_weights import Reader
@@ -26,7 +25,7 @@ def read_adapters(places: Sequence[Path | str], config: BagelConfig) -> list[Lor
     """Adapters over the transformer's layers. Nothing is read but headers and JSON. Raises FileNotFoundError, and
     CheckpointError for one that changes other weights, too."""
     shapes = published_shapes(config, parameter_shapes(config))
-    adapters = [Lora(find_place(place), 1.0, shapes) for place in places]
+    adapters = [Lora(place, 1.0, shapes) for place in places]
     inside = set(published_shapes(config, {k: v for k, v in parameter_shapes(config).items() if re.match(LAYERS, k)}))
     for adapter in adapters:
         if others := sorted(adapter.pairs.keys() - inside):

@@ -188,7 +188,7 @@ def test_files_that_are_missing_or_no_json(adapter, tmp_path):
     (adapter / "adapter_config.json").unlink()
     fails(adapter, "adapter_config.json is missing", kind=FileNotFoundError)
     fails(tmp_path, "has no adapter_model.safetensors", kind=FileNotFoundError)
-    fails(tmp_path / "nowhere", "nowhere", kind=FileNotFoundError)
+    fails(tmp_path / "nowhere", "nowhere", "the folder that peft wrote", kind=FileNotFoundError)
 
 
 @pytest.mark.parametrize("lora", [[1], [("a", "b")], [("a", True)], [("a", 1, 2)], [("a", float("nan"))], [("a", 1e9)]])
