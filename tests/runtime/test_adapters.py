@@ -10,8 +10,9 @@ from support import CHECKPOINT
 import bagel_opt
 from bagel_opt import Profile, Request
 from bagel_opt.errors import BundleError, CheckpointError
+from bagel_opt.files.checkpoint import published_names
 from bagel_opt.files.lora import Lora
-from bagel_opt.model.linear import LowRank
+from bagel_opt.model.linear import Linear, LowRank
 from bagel_opt.runtime import adapters as attaching
 
 SETTINGS = {"seed": 1, "num_timesteps": 4, "height": 64, "width": 64, "cfg_interval": (0.0, 1.0)}
@@ -55,6 +56,28 @@ def test_apart_as_merged(model, places, inputs, wanted):
     want = velocities(merged, inputs)
     assert close(velocities(model, inputs, adapters=wanted), want)
     assert not close(velocities(model, inputs, adapters={}), want, 1e-2)
+
+
+def test_velocities_are_those_of_pefts_own_products(model, places, monkeypatch):
+    """The adapted layers of a model, each computed by peft's modules."""
+    theirs = bagel_opt.load(CHECKPOINT, device="cpu")
+    tree, forward, used = adapted(seed=2, targets=BOTH, r=6).base_model.model, Linear.forward, set()
+    named = {module: f"{name}.weight" for name, module in theirs.runtime.model.named_modules()}
+
+    def by_peft(self, x, share_BK=None):
+        if not named.get(self, "").startswith("llm.layers."):
+            return forward(self, x, share_BK)
+        parts = [tree.get_submodule(part.removesuffix(".weight")) for part in published_names(named[self])]
+        used.update(part for part in parts if hasattr(part, "lora_A"))
+        out = torch.cat([part(x) for part in parts], dim=-1)
+        return out if self.bias is None else out + self.bias
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(Linear, "forward", by_peft)
+        want = velocities(theirs)
+    assert len(used) > 20
+    assert close(velocities(model, adapters={"b": 1}), want)
+    assert close(velocities(bagel_opt.load(CHECKPOINT, device="cpu", lora=places["b"])), want)
 
 
 def test_text_is_written_with_them(model, places):
