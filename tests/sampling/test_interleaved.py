@@ -32,7 +32,8 @@ BOTH = {
     "main": {**FEW, "interleaved_context": "main", "draw_marker": ""},
 }
 RULES = pytest.mark.parametrize("rule", BOTH)
-EACH = pytest.mark.parametrize("backend", [pytest.param(b, marks=tier(b)) for b in BACKENDS])
+# aoti runs the programs of export, whose bundles take a tenth of its time to make
+EACH = pytest.mark.parametrize("backend", [pytest.param(b, marks=tier(b)) for b in BACKENDS if b != "aoti"])
 # What is read before each text, and by main, cfg_text and cfg_img before each picture: s the system prompt, q the
 # question, tN the text of round N, and of image 0, which goes in, and of N + 1, drawn in round N, the latents and the ViT.
 READ = {
