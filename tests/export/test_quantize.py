@@ -342,7 +342,8 @@ def test_one_that_is_killed_leaves_nothing_that_loads(tmp_path):
 # ---- the command
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # so that no long path wraps
     out = tmp_path / "out"
     assert main(["quantize", str(CHECKPOINT), "--quantization", "gen=fp8,vit=int8", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
