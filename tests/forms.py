@@ -4,10 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from dfloat11_encoder import compress
 from safetensors.torch import load_file, save_file
 from support import CHECKPOINT
+
+from bagel_opt.errors import CheckpointError
+from bagel_opt.files.checkpoint import Checkpoint
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYER = [f"self_attn.{name}{gen}" for gen in ("", "_moe_gen") for name in NAMES]
@@ -128,3 +132,12 @@ def veomni(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         shutil.copy(CHECKPOINT / name, folder / "bagel_text_encoder")
     return folder
+
+
+def fails(*words, kind=CheckpointError, **settings):
+    with pytest.raises(kind) as refused:
+        Checkpoint(**settings)
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import assert_same, weights
+from forms import fails
 from safetensors.torch import load_file, save_file
 from support import CHECKPOINT, cases
 
 import bagel_opt
-from bagel_opt.errors import CheckpointError
 from bagel_opt.files.checkpoint import Checkpoint
 
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
@@ -175,15 +175,6 @@ def test_a_tokenizer_from_its_parts(base):
 
 
 # ---- what is refused
-
-
-def fails(*words, kind=CheckpointError, **settings):
-    with pytest.raises(kind) as refused:
-        Checkpoint(**settings)
-    message = str(refused.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import shutil
 import pytest
 import torch
 from checkpoints import assert_same, edit_json, weights
-from forms import comfyui, comfyui_notes, veomni
+from forms import comfyui, comfyui_notes, fails, veomni
 from safetensors.torch import load_file, save_file
 from support import CHECKPOINT, cases
 
 import bagel_opt
-from bagel_opt.errors import CheckpointError
 from bagel_opt.files.checkpoint import Checkpoint
 
 SMALL = ("tokenizer.json", "ae.safetensors", "config.json", "preprocessor_config.json")  # what ComfyUI's file lacks
@@ -30,15 +29,6 @@ def answers(model):
         if events:
             assert case.velocity_error(events) < 1e-4
         case.check_outputs(outputs)
-
-
-def fails(*words, kind=CheckpointError, **settings):
-    with pytest.raises(kind) as refused:
-        Checkpoint(**settings)
-    message = str(refused.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 # ---- one file
