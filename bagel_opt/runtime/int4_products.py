@@ -1,6 +1,6 @@
 """GPU kernels of products with weights in 4 bits (model/quantized.py says what they compute), in Triton.
 
-M tokens, C channels in, N channels out, G groups, B bytes of a row, W words of a row: 8 codes each, 4 of them a group.
+M tokens, C channels in, N channels out, G groups, B bytes of a row; 4 of them are a word, of 8 codes, and 4 words a group.
 """
 # ruff: noqa: ANN001, ANN202  Triton's kernels take pointers and numbers
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from bagel_opt.model.quantized import GROUP, int4_product
 
+# Blocks of a product with one token, and with several.
+ONE = {"BLOCK_N": 4, "BLOCK_G": 32, "num_warps": 2}
+SEVERAL = {"BLOCK_N": 32, "BLOCK_G": 32, "num_warps": 4}
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 WORDS = tl.constexpr(GROUP // 8)  # of a group
 # 2^23 as a float has nothing but zeros behind the point: a code put there is added to it, which takes less than turning it
@@ -21,14 +24,14 @@ BITS_OF_2_23, CODE_OF_0 = tl.constexpr(0x4B000000), tl.constexpr(2.0**23 + 8)
 
 @int4_product.register_kernel("cuda")
 def _(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> Tensor:
-    (m, c), n = x_MC.shape, codes_NB.shape[0]
+    (m, c), (n, groups) = x_MC.shape, scale_NG.shape
     if m > FEW:
         return F.linear(x_MC, unpacked(codes_NB, scale_NG, c, x_MC.dtype), bias_N)
-    x_MC, words_NW, out_MN = x_MC.contiguous(), codes_NB.view(torch.int32), x_MC.new_empty(m, n)
-    kernel, few = (_one_kernel, {"BLOCK_N": 4, "BLOCK_W": 128, "num_warps": 2}) if m == 1 else (_few_kernel, {})
-    few = few or {"BLOCK_N": 32, "BLOCK_W": 32, "num_warps": 4, "num_stages": 3}
-    given = x_MC, words_NW, scale_NG, scale_NG if bias_N is None else bias_N, out_MN
-    kernel[(triton.cdiv(n, few["BLOCK_N"]),)](*given, m, n, c, words_NW.shape[1], BIAS=bias_N is not None, **few)
+    x_M8G = F.pad(x_MC, (0, groups * GROUP - c)).view(m, groups, GROUP).transpose(1, 2).contiguous()
+    out_MN = x_MC.new_empty(m, n)
+    kernel, sizes = (_one_kernel, ONE) if m == 1 else (_few_kernel, SEVERAL)
+    given = x_M8G, codes_NB.view(torch.int32), scale_NG, scale_NG if bias_N is None else bias_N, out_MN
+    kernel[(triton.cdiv(n, sizes["BLOCK_N"]),)](*given, m, n, groups, BIAS=bias_N is not None, **sizes)
     return out_MN
 
 
@@ -42,11 +45,9 @@ def unpacked(codes_NB: Tensor, scale_NG: Tensor, channels: int, dtype: torch.dty
 
 
 @triton.jit
-def _floats(words):
-    """The 8 numbers of each word, in a last dimension more."""
-    shifts = tl.arange(0, 8) * 4
-    codes = (tl.expand_dims(words, -1) >> shifts) & 15  # shifts join from the right, as in NumPy
-    return (codes | BITS_OF_2_23).to(tl.float32, bitcast=True) - CODE_OF_0
+def _float(words, k):
+    """The number of the code k of each word."""
+    return (((words >> (4 * k)) & 15) | BITS_OF_2_23).to(tl.float32, bitcast=True) - CODE_OF_0
 
 
 @triton.jit
@@ -54,27 +55,30 @@ def _unpacking_kernel(words, scale, out, count, BLOCK: tl.constexpr):
     """Some words of all rows: rows are whole groups."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    numbers = _floats(tl.load(words + at, mask=inside, other=0))
-    by = tl.load(scale + at // WORDS, mask=inside, other=0.0).to(tl.float32)
-    to = out + at[:, None] * 8 + tl.arange(0, 8)[None]
-    tl.store(to, (numbers * by[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    packed = tl.load(words + at, mask=inside, other=0)[:, None]
+    by = tl.load(scale + at // WORDS, mask=inside, other=0.0).to(tl.float32)[:, None]
+    k = tl.arange(0, 8)[None]
+    tl.store(out + at[:, None] * 8 + k, (_float(packed, k) * by).to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def _one_kernel(
-    x, words, scale, bias, out, m, n, c, w, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
+    x, words, scale, bias, out, m, n, groups, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """One token and some channels out."""
+    """One token and some channels out; x: [GROUP, groups]. A thread has a group of some channels out."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sum = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
-    for start in range(0, w, BLOCK_W):
-        at = start + tl.arange(0, BLOCK_W)
-        inside = (rows[:, None] < n) & (at[None] < w)
-        numbers = _floats(tl.load(words + rows[:, None].to(tl.int64) * w + at[None], mask=inside, other=0))
-        channels = at[:, None] * 8 + tl.arange(0, 8)[None]
-        a = tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)
-        by = tl.load(scale + rows[:, None] * (w // WORDS) + at[None] // WORDS, mask=inside, other=0.0).to(tl.float32)
-        sum += tl.sum(numbers * a[None], axis=2) * by
+    sum = tl.zeros((BLOCK_N, BLOCK_G), dtype=tl.float32)
+    for start in range(0, groups, BLOCK_G):
+        group = start + tl.arange(0, BLOCK_G)
+        inside = (rows[:, None] < n) & (group[None] < groups)
+        at = rows[:, None].to(tl.int64) * groups + group[None]
+        part = tl.zeros((BLOCK_N, BLOCK_G), dtype=tl.float32)
+        for word in tl.static_range(WORDS):
+            packed = tl.load(words + at * WORDS + word, mask=inside, other=0)
+            for k in tl.static_range(8):
+                a = tl.load(x + (8 * word + k) * groups + group, mask=group < groups, other=0.0).to(tl.float32)
+                part += _float(packed, k) * a[None]
+        sum += part * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
     y = tl.sum(sum, axis=1)
     if BIAS:
         y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
@@ -83,20 +87,23 @@ def _one_kernel(
 
 @triton.jit
 def _few_kernel(
-    x, words, scale, bias, out, m, n, c, w, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
+    x, words, scale, bias, out, m, n, groups, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """All tokens, at most 16, and some channels out."""
+    """All tokens, at most 16, and some channels out; x: [M, GROUP, groups]."""
     rows, columns = tl.arange(0, 16), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sum = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    for start in range(0, w, BLOCK_W):
-        at = start + tl.arange(0, BLOCK_W)
-        inside = (columns[:, None] < n) & (at[None] < w)
-        numbers = _floats(tl.load(words + columns[:, None].to(tl.int64) * w + at[None], mask=inside, other=0))
-        by = tl.load(scale + columns[:, None] * (w // WORDS) + at[None] // WORDS, mask=inside, other=0.0).to(tl.float32)
-        channels = start * 8 + tl.arange(0, BLOCK_W * 8)
-        a = tl.load(x + rows[:, None] * c + channels[None], mask=(rows[:, None] < m) & (channels[None] < c), other=0.0)
-        b = tl.reshape(numbers * tl.expand_dims(by, -1), (BLOCK_N, BLOCK_W * 8)).to(a.dtype)
-        sum = tl.dot(a, tl.trans(b), sum, input_precision="ieee")
+    for start in range(0, groups, BLOCK_G):
+        group = start + tl.arange(0, BLOCK_G)
+        inside = (group[:, None] < groups) & (columns[None] < n)
+        at = columns[None].to(tl.int64) * groups + group[:, None]
+        by = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+        mine = (rows[:, None] < m) & (group[None] < groups)
+        for word in tl.static_range(WORDS):
+            packed = tl.load(words + at * WORDS + word, mask=inside, other=0)
+            for k in tl.static_range(8):
+                places = (rows[:, None] * (8 * WORDS) + 8 * word + k) * groups + group[None]
+                a = tl.load(x + places, mask=mine, other=0.0)
+                sum = tl.dot(a, (_float(packed, k) * by).to(a.dtype), sum, input_precision="ieee")
     if BIAS:
         sum += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None]
     at = rows[:, None] * n + columns[None]
