@@ -183,7 +183,6 @@ class ChatBody(Body, Drawing, Interleaving):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 2)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 2)
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token.")
-    top_p: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None

@@ -104,12 +104,16 @@ def test_answer_about_a_picture(client, model):
 
 def test_sampled_answers_repeat_with_the_seed(client, model):
     answers = [
-        client.chat.completions.create(model="test", messages=ask(text="hello"), seed=9, temperature=1.5, max_tokens=9)
+        client.chat.completions.create(
+            model="test", messages=ask(text="hello"), seed=9, temperature=1.5, top_p=0.9, max_tokens=9
+        )
         for _ in range(2)
     ]
     texts = [answer.choices[0].message.content for answer in answers]
-    want = model.chat("hello", seed=9, do_sample=True, text_temperature=1.5, max_think_tokens=10)
+    options = {"seed": 9, "do_sample": True, "text_temperature": 1.5, "max_think_tokens": 10}
+    want = model.chat("hello", top_p=0.9, **options)
     assert texts == [want, want]
+    assert want != model.chat("hello", **options)
 
 
 def test_streamed_answer(client):
@@ -279,7 +283,7 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"messages": []}, 400),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400),
         ({"messages": [{"role": "user", "content": []}]}, 400),
-        ({"top_p": 0.5}, 400),
+        ({"top_p": 1.5}, 400),
         ({"n": 2}, 400),
         ({"stop": ["a"] * 5}, 400),
         ({"stop": ""}, 400),
