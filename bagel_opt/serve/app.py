@@ -12,11 +12,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from bagel_opt import __version__
 from bagel_opt.serve import errors
 from bagel_opt.serve.access import Access
+from bagel_opt.serve.answers import ERRORS, ModelCard, ModelList
 from bagel_opt.serve.bodies import add_schemas
+from bagel_opt.serve.chat_bodies import ChatBody
+from bagel_opt.serve.image_bodies import ImageBody, JsonEditBody
 from bagel_opt.serve.middleware import Gate
 from bagel_opt.serve.page_options import page_options
 from bagel_opt.serve.routes import chat, images
-from bagel_opt.serve.schemas import ERRORS, ChatBody, ImageBody, ModelCard, ModelList
 from bagel_opt.serve.service import Injected, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -94,7 +96,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
             raise errors.ApiError(404, "this model has no example picture")
         return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
-    add_schemas(app, ImageBody, ChatBody)
+    add_schemas(app, ImageBody, JsonEditBody, ChatBody)
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app

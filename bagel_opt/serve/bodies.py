@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request as HttpRequest
 
+from bagel_opt.errors import shown
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.limits import BODY_DEPTH, BODY_ITEMS, BODY_PICTURES, BODY_TEXT, BODY_VALUES
+from bagel_opt.serve.problems import checked
 
 T = TypeVar("T", bound=BaseModel)
 HEAD = 80  # bytes in which the head of a data URL ends
@@ -26,17 +28,26 @@ def json_body(kind: type[T]) -> Any:
     """A dependency: the body as a `kind`, its data URLs cut out and in `http.state.pictures`, by what stands for them.
 
     They may be 32 MB, the rest is small: so a parser, which holds up all else, never has long to do.
-    It raises ApiError and ValidationError, and keeps nothing of the bytes but the pictures.
+    It raises ApiError, and keeps nothing of the bytes but the pictures.
     """
 
     async def read(http: HttpRequest) -> T:
-        if not JSON_TYPE.match(http.headers.get("content-type", "")):
-            raise ApiError(415, "send the body as application/json")
-        chunks = [chunk async for chunk in http.stream()]
-        text, http.state.pictures = cut_pictures(b"".join(chunks))
-        return kind.model_validate(parse(text, http.state.pictures))
+        return await read_json(http, kind)
 
     return Depends(read)
+
+
+async def read_json(http: HttpRequest, kind: type[T], also: str = "") -> T:
+    """The same, as a function. also: what else might have been sent."""
+    given = http.headers.get("content-type")
+    if not JSON_TYPE.match(given or ""):
+        told = f"Content-Type is {shown(given)!r:.80}" if given else "there is no Content-Type"
+        raise ApiError(415, f"{told}; send the body as application/json{also}")
+    chunks = [chunk async for chunk in http.stream()]
+    text, http.state.pictures = cut_pictures(b"".join(chunks))
+    if not text:
+        raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
+    return checked(kind, parse(text, http.state.pictures))
 
 
 def cut_pictures(data: bytes) -> tuple[bytes, dict[str, memoryview]]:
@@ -82,8 +93,8 @@ def _count(value: Any, pictures: Container[str], before: int, depth: int) -> int
         if found > most:
             raise ApiError(400, f"the body has more than {most} {what}", code="body_too_complex")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(item, str) and item in pictures and key != "url":
-            raise ApiError(400, f"{key}: a picture's data URL belongs into image_url.url", str(key))
+        if isinstance(item, str) and item in pictures and key not in ("url", "image_url"):
+            raise ApiError(400, f"{key}: a picture's data URL belongs into image_url", str(key))
         before = _count(item, pictures, before, depth + 1)
     return before
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -36,6 +36,23 @@ class Source:
     data: "bytes | memoryview | None" = None
     data_url: bool = False
     address: str | None = None
+
+
+@dataclass
+class Work:
+    """What a body asks of the engine. make: from its pictures to `count` requests; kind: for the metrics; reading: options
+    with which pictures are read; longest: tokens that a text may have, or fewer where there is no room for so many;
+    spelled: the body's fields of options that have another name; progress, partial_images: of a stream."""
+
+    sources: list[Source]
+    make: Callable[[list[InputImage]], list[Request]]
+    kind: str
+    reading: dict
+    count: int = 1
+    longest: int | None = None
+    spelled: dict[str, str] = field(default_factory=dict)
+    progress: bool = False
+    partial_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,38 +88,30 @@ class Service:
         self.planners.shutdown(cancel_futures=True)
         self.engine.close()
 
-    async def submit(
-        self,
-        http: HttpRequest,
-        sources: list[Source],
-        make: Callable[[list[InputImage]], list[Request]],
-        count: int,
-        kind: str,
-        reading: dict,
-        progress: bool = False,
-        partial_images: int = 0,
-    ) -> list[Ticket]:
-        """Reads pictures with the options `reading`, makes `count` requests of them, plans those in a thread and puts them
-        in line; the sources are gone then. Raises ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
-        arrival = http.state.arrival
-        with self.engine.room(count):
-            planned = await arrival.while_wanted(http.receive, self._plan(sources, make, reading))
-            arrival.release()
-            return self.engine.submit(planned, kind, arrival, progress, partial_images)
+    def source(self, url: str, param: str, pictures: Mapping[str, memoryview]) -> Source:
+        """A picture in a data URL or, where that is allowed, at an address. pictures: data URLs that were cut out."""
+        if url in pictures or url[:5].lower() == "data:" or not self.remote:
+            return Source(param, pictures.get(url, url.encode()), data_url=True)
+        return Source(param, address=url)
 
-    async def _plan(
-        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
-    ) -> list:
-        remote = any(source.address for source in sources)
+    async def submit(self, http: HttpRequest, work: Work) -> list[Ticket]:
+        """Reads the pictures, plans the requests in a thread and puts them in line; the sources are gone then. Raises
+        ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
+        arrival = http.state.arrival
+        with self.engine.room(work.count):
+            planned = await arrival.while_wanted(http.receive, self._plan(work))
+            arrival.release()
+            return self.engine.submit(planned, work.kind, arrival, work.progress, work.partial_images)
+
+    async def _plan(self, work: Work) -> list:
+        remote = any(source.address for source in work.sources)
         async with self.fetching if remote else contextlib.nullcontext():
             left = self.limits.body_bytes
-            for source in sources:
+            for source in work.sources:
                 if source.address:
                     source.data = await self._fetched(source, left)
                     left -= len(source.data)
-            return await asyncio.get_running_loop().run_in_executor(
-                self.planners, self._plan_now, sources, make, reading
-            )
+            return await asyncio.get_running_loop().run_in_executor(self.planners, self._plan_now, work)
 
     async def _fetched(self, source: Source, most: int) -> bytes:
         try:
@@ -111,17 +120,15 @@ class Service:
             message = f"{source.param}: the picture's address: {error}"
             raise errors.ApiError(400, message, source.param) from None
 
-    def _plan_now(
-        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
-    ) -> list:
+    def _plan_now(self, work: Work) -> list:
         pictures, key = [], object()
         self.planning[key] = time.monotonic()
         try:
-            while sources:
-                pictures.append(self._read(sources.pop(0), reading))
-            return [self.engine.plan(request) for request in make(pictures)]
+            while work.sources:
+                pictures.append(self._read(work.sources.pop(0), work.reading))
+            return [self.engine.plan(request, work.longest) for request in work.make(pictures)]
         except ValueError as error:
-            raise errors.refused(error) from None
+            raise errors.refused(error, work.spelled) from None
         finally:
             del self.planning[key]
 

@@ -250,12 +250,12 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"size": "100x64"}, "width"),
+        ({"size": "100x64"}, "size"),
         ({"size": "6400x6400"}, None),
         ({"size": "big"}, "size"),
         ({"n": 99}, "n"),
         ({"n": 0}, "n"),
-        ({"n": 2, "stream": True}, None),
+        ({"n": 2, "stream": True}, "n"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "word " * 3000}, None),
         ({"response_format": "url"}, "response_format"),
@@ -264,7 +264,7 @@ def test_models(client):
         ({"extra_body": {"num_timesteps": "many"}}, "num_timesteps"),
         ({"extra_body": {"cfg_text_scale": -1}}, "cfg_text_scale"),
         ({"extra_body": {"cfg_interval": [0.9, 0.1]}}, "cfg_interval"),
-        ({"extra_body": {"height": 64}}, None),
+        ({"extra_body": {"height": 64}}, "width"),
         ({"extra_body": {"seed": -1}}, "seed"),
         ({"extra_body": {"nonsense": 1}}, "nonsense"),
     ],
@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"extra_body": {"output": "interleaved"}, "modalities": ["image"]}, 400),
         ({"extra_body": {"output": "interleaved", "max_rounds": 8}, "max_tokens": 500}, 400),
         ({"temperature": 1, "extra_body": {"do_sample": True}}, 400),
-        ({"max_tokens": 10**6}, 400),
+        ({"extra_body": {"max_think_tokens": 10**6}}, 400),
         ({"model": "gpt-4"}, 404),
     ],
 )

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -13,12 +13,14 @@ from starlette.requests import Request as HttpRequest
 from bagel_opt.images import InputImage
 from bagel_opt.options import DEFAULT_ROUNDS
 from bagel_opt.request import Request
+from bagel_opt.serve.answers import ERRORS, ChatResponse
 from bagel_opt.serve.bodies import documented_body, json_body
+from bagel_opt.serve.chat_bodies import ChatBody, ImagePart, TextPart
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import CHAT_EVENTS, documented
-from bagel_opt.serve.schemas import ERRORS, PARTS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
-from bagel_opt.serve.service import Injected, Service, Source, input_tokens
+from bagel_opt.serve.fields import PARTS, TEXT_LIMIT
+from bagel_opt.serve.service import Injected, Service, Work, input_tokens
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
 
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
@@ -42,9 +44,8 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
         options["max_rounds"] = service.limits.pictures
     options |= body.interleaving_options()
     service.limits.check(body.max_rounds or 1, timesteps, images, image="messages", drawn="max_rounds")
-    sources = [
-        _source(part, service, where, http.state.pictures) for part, where in parts if isinstance(part, ImagePart)
-    ]
+    pictures = [(part.image_url.url, f"{where}.image_url") for part, where in parts if isinstance(part, ImagePart)]
+    sources = [service.source(*one, http.state.pictures) for one in pictures]
     texts = [part.text if isinstance(part, TextPart) else None for part, _ in parts]
     http.state.pictures.clear()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
@@ -54,8 +55,9 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
         items = [next(coming) if text is None else text for text in texts]
         return [Request(items, output=body.kind, **options)]
 
-    progress = body.stream and bool(body.output)
-    [ticket] = await service.submit(http, sources, make, 1, f"chat_{body.kind}", body.reading_options(), progress)
+    work = Work(sources, make, f"chat_{body.kind}", body.reading_options(), longest=body.longest)
+    work.progress = body.stream and bool(body.output)
+    [ticket] = await service.submit(http, work)
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
         return EventStream(service, ticket, _events(service, body, ticket, about))
@@ -105,24 +107,17 @@ def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
     official code feeds them."""
     found: list[tuple[TextPart | ImagePart, str]] = []
     for index, message in enumerate(body.messages):
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        parts = [*(parts or []), *(message.images or [])]
-        if sum(isinstance(part, TextPart) for part in parts) == 1:
-            parts.sort(key=lambda part: isinstance(part, TextPart))
-        found += [(part, f"messages.{index}") for part in parts]
+        content = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        parts = [(part, f"messages.{index}.content.{place}") for place, part in enumerate(content or [])]
+        parts += [(part, f"messages.{index}.images.{place}") for place, part in enumerate(message.images or [])]
+        if sum(isinstance(part, TextPart) for part, _ in parts) == 1:
+            parts.sort(key=lambda part: isinstance(part[0], TextPart))
+        found += parts
     if not found:
         raise ApiError(400, "messages: nothing was said", "messages")
     if len(found) > PARTS or sum(len(p.text) for p, _ in found if isinstance(p, TextPart)) > TEXT_LIMIT:
         raise ApiError(400, f"messages: more than {PARTS} parts or {TEXT_LIMIT} characters", "messages")
     return found
-
-
-def _source(part: ImagePart, service: Service, param: str, pictures: Mapping[str, memoryview]) -> Source:
-    """A picture in a data URL or, where that is allowed, at an address."""
-    url = part.image_url.url
-    if url in pictures or url[:5].lower() == "data:" or not service.remote:
-        return Source(param, pictures.get(url, url.encode()), data_url=True)
-    return Source(param, address=url)
 
 
 async def _message(body: ChatBody, outputs: list[str | Image.Image]) -> dict:
