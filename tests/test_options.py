@@ -37,7 +37,7 @@ def flags(command):
 
 def client(limits, **recommended):
     model = types.SimpleNamespace(defaults=Options(**recommended))
-    service = Service("test", types.SimpleNamespace(metrics=Metrics(), timeout=60, model=model), limits)
+    service = Service(("test",), types.SimpleNamespace(metrics=Metrics(), timeout=60, model=model), limits)
     return TestClient(create_app(service))
 
 

@@ -22,7 +22,10 @@ ERRORS: dict = {"4XX": {"model": Error}, "5XX": {"model": Error}}
 
 
 class Picture(BaseModel):
-    b64_json: str
+    """With b64_json or url, as was asked for."""
+
+    b64_json: str | None = None
+    url: str | None = Field(None, description="On this server, for an hour.")
     seed: int
     thought: str | None = None
 

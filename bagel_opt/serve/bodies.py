@@ -18,7 +18,7 @@ from bagel_opt.serve.limits import BODY_DEPTH, BODY_ITEMS, BODY_PICTURES, BODY_T
 from bagel_opt.serve.problems import checked
 
 T = TypeVar("T", bound=BaseModel)
-HEAD = 80  # bytes in which the head of a data URL ends
+HEAD = 128  # bytes in which the head of a data URL ends
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.ASCII | re.IGNORECASE)
 BACKSLASH = ord("\\")
 SCHEMAS = "#/components/schemas/"

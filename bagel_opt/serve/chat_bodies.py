@@ -91,6 +91,10 @@ class ChatBody(Writing, Drawing, Interleaving):
     output: Literal["interleaved"] | None = Field(
         None, description="Answers in texts and pictures, in turn, which are parts of message.content."
     )
+    picture_parts: bool = Field(
+        False,
+        description="Pictures come as parts of content, for clients that drop message.images; in a stream, of delta.content.",
+    )
     n: Literal[1] | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 2)
@@ -128,6 +132,8 @@ class ChatBody(Writing, Drawing, Interleaving):
             raise ValueError("modalities: give output or modalities, not both")
         if self.kind == "text" and (given := self.drawing_options()):
             raise ValueError(f'{min(given)}: only with modalities ["image"] or output "interleaved"')
+        if self.kind == "text" and self.picture_parts:
+            raise ValueError('picture_parts: only with modalities ["image"] or output "interleaved"')
         if not self.output and (given := self.interleaving_options()):
             raise ValueError(f'{min(given)}: only with output "interleaved"')
         self.check_sides()

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from bagel_opt.errors import ProfileError
+from bagel_opt.errors import ProfileError, shown
 from bagel_opt.serve.arrival import CancelledError, DeadlineError, QueueFullError, StalledError
 
 log = logging.getLogger("bagel_opt.serve")
@@ -70,7 +70,11 @@ def response(error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+    async def handle(http: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code in (404, 405) and not isinstance(error, ApiError):
+            paths = app.openapi()["paths"].items()
+            known = ", ".join(f"{method.upper()} {path}" for path, methods in paths for method in methods)
+            error.detail = f"there is no {http.method} {shown(http.url.path):.80}; there are {known}"
         return response(error)
 
     app.add_exception_handler(HTTPException, handle)  # which FastAPI answers itself; all others reach the gate

@@ -11,7 +11,9 @@ class ImageBody(Body, Drawing):
     prompt: str = Field(min_length=1, max_length=TEXT_LIMIT)
     n: int = Field(1, ge=1, description="Pictures; they take seed, seed + 1, ...")
     size: str | None = Field(None, pattern=SIZES, description='"WIDTHxHEIGHT" or "auto".')
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="b64_json, the default, or an address on this server that holds for an hour."
+    )
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool = False
@@ -30,6 +32,8 @@ class ImageBody(Body, Drawing):
         self.check_sides()
         if self.stream and self.n > 1:
             raise ValueError("n: a stream has one picture")
+        if self.stream and self.response_format == "url":
+            raise ValueError("response_format: a stream has b64_json")
         if self.partial_images and not self.stream:
             raise ValueError("partial_images: needs stream=true")
         return self

@@ -12,6 +12,7 @@ from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
+from bagel_opt.errors import shown
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
 from bagel_opt.sampling.plan import AnyPlan
@@ -21,6 +22,7 @@ from bagel_opt.serve.budget import Budget
 from bagel_opt.serve.engine_thread import EngineThread, Ticket
 from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import Limits
+from bagel_opt.serve.links import Links
 from bagel_opt.serve.pictures import decode_data_url, decode_picture
 
 FETCHES = 8  # requests that have pictures fetched at a time
@@ -57,12 +59,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Service:
-    """name: the model's, as /v1/models lists it. remote: whether pictures may be fetched from public addresses."""
+    """names: the model's, as /v1/models lists them. remote: whether pictures may be fetched from public addresses. links:
+    for pictures that an answer has an address of; None where another process might be asked for them."""
 
-    name: str
+    names: tuple[str, ...]
     engine: EngineThread
     limits: Limits
     remote: bool = False
+    links: Links | None = field(default_factory=Links)
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES))
     planners: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "planner"))
     planning: dict[object, float] = field(default_factory=dict)  # since when each thread has had its request
@@ -71,10 +75,12 @@ class Service:
     def __post_init__(self):
         object.__setattr__(self, "bodies", Budget(self.limits.bodies_bytes))
 
-    def check_model(self, model: str | None) -> None:
-        if model not in (None, self.name):
-            message = f"the model {model!r} does not exist; there is {self.name!r}"
+    def check_model(self, model: str | None) -> str:
+        """-> the name under which it answers"""
+        if model is not None and model not in self.names:
+            message = f"the model {shown(model)!r:.80} does not exist; there is {', '.join(map(repr, self.names))}"
             raise errors.ApiError(404, message, "model", "model_not_found")
+        return model or self.names[0]
 
     def status(self) -> str:
         """ "ready", or why it is not."""

@@ -58,11 +58,16 @@ def sse(data: Any, event: str | None = None) -> str:
 
 async def encoded(picture: Image.Image, file_format: str = "png", quality: int | None = None) -> str:
     """A picture's file in base64."""
+    return base64.b64encode(await filed(picture, file_format, quality)).decode()
+
+
+async def filed(picture: Image.Image, file_format: str, quality: int | None) -> bytes:
+    """A picture's file."""
     buffer = io.BytesIO()
     options = {"quality": quality} if quality is not None and file_format != "png" else {}
     save = functools.partial(picture.save, buffer, file_format, **options)
     await asyncio.get_running_loop().run_in_executor(ENCODERS, save)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 class TextStream:

@@ -35,7 +35,7 @@ router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 async def completions(http: HttpRequest, service: Injected, body: Annotated[ChatBody, json_body(ChatBody)]) -> Response:
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images. With output "interleaved"
     texts and pictures are the parts of message.content."""
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     parts = _parts(body)
     images = sum(isinstance(part, ImagePart) for part, _ in parts)
     options, defaults = body.drawing_options() | body.text_options(), service.engine.model.defaults
@@ -58,7 +58,7 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
     work = Work(sources, make, f"chat_{body.kind}", body.reading_options(), longest=body.longest)
     work.progress = body.stream and bool(body.output)
     [ticket] = await service.submit(http, work)
-    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
     if body.stream:
         return EventStream(service, ticket, _events(service, body, ticket, about))
     [outputs] = await service.results(http, [ticket])
@@ -79,6 +79,7 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
     yield chunk({"role": "assistant", "content": ""})
     text = TextStream(service.engine.model.tokenizer, stops)
     field = "reasoning_content" if body.kind == "image" else "content"
+    pictures = "content" if body.picture_parts else "images"
     async for event in ticket:
         if isinstance(event, int):
             if delta := text.push(event):
@@ -90,12 +91,12 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
                 yield chunk({"content": rest})
             text = TextStream(service.engine.model.tokenizer)
         else:
-            yield chunk({"images": [await _image(event.output)]})
+            yield chunk({pictures: [await _image(event.output)]})
     if not body.output:
         if isinstance(ticket.outputs[0], str) and (rest := text.until(ticket.outputs[0])):
             yield chunk({field: rest})
         if body.kind == "image":
-            yield chunk({"images": [await _image(ticket.outputs[-1])]})
+            yield chunk({pictures: [await _image(ticket.outputs[-1])]})
     yield chunk({}, _reason(ticket))
     if usage:
         yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(ticket)})
@@ -128,7 +129,9 @@ async def _message(body: ChatBody, outputs: list[str | Image.Image]) -> dict:
     *thought, last = outputs
     if isinstance(last, str):
         return {"content": last}
-    return {"content": None, "images": [await _image(last)]} | ({"reasoning_content": thought[0]} if thought else {})
+    drawn = [await _image(last)]
+    message = {"content": drawn} if body.picture_parts else {"content": None, "images": drawn}
+    return message | ({"reasoning_content": thought[0]} if thought else {})
 
 
 async def _image(picture: Image.Image) -> dict:

@@ -21,7 +21,7 @@ from bagel_opt.serve.forms import read_form
 from bagel_opt.serve.image_bodies import EditBody, ImageBody, JsonEditBody
 from bagel_opt.serve.problems import checked
 from bagel_opt.serve.service import Injected, Service, Source, Work, input_tokens
-from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
+from bagel_opt.serve.streams import EventStream, TextStream, encoded, filed, sse
 
 router = APIRouter(prefix="/v1/images", responses=ERRORS)
 
@@ -81,6 +81,11 @@ async def edits(http: HttpRequest, service: Injected) -> Response:
 
 async def _draw(service: Service, http: HttpRequest, body: ImageBody, sources: list[Source], kind: str) -> Response:
     service.check_model(body.model)
+    if body.response_format == "url" and not service.links:
+        message = (
+            "response_format: replicas give no addresses, since any of them may be asked for a picture; use b64_json"
+        )
+        raise ApiError(400, message, "response_format")
     field = sources[0].param.partition(".")[0] if sources else "image"
     timesteps = body.num_timesteps or service.engine.model.defaults.num_timesteps
     service.limits.check(body.n, timesteps, len(sources), field)
@@ -97,7 +102,12 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, sources: l
         return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
     data = []
     for ticket, (*thought, picture) in zip(tickets, await service.results(http, tickets), strict=True):
-        data.append({"b64_json": await _encoded(picture, body), "seed": ticket.plan.options.seed})
+        if body.response_format == "url":
+            file = await filed(picture, body.output_format, body.output_compression)
+            data.append({"url": f"{http.base_url}pictures/{service.links.keep(file, body.output_format)}"})
+        else:
+            data.append({"b64_json": await _encoded(picture, body)})
+        data[-1]["seed"] = ticket.plan.options.seed
         data[-1] |= {"thought": thought[0]} if thought else {}
     about = _about(body, tickets[0])
     return JSONResponse({"created": int(time.time()), "data": data, **about, "usage": _usage(tickets)})
