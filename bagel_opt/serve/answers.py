@@ -68,6 +68,20 @@ class ChatResponse(BaseModel):
     usage: dict[str, int]
 
 
+class ResponsesAnswer(BaseModel):
+    """output: items of type message, or image_generation_call after the reasoning if there is a thought. Streams send
+    response.* events instead."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    incomplete_details: dict | None
+    output: list[dict]
+    usage: dict
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"

@@ -19,7 +19,8 @@ from bagel_opt.serve.chat_bodies import ChatBody
 from bagel_opt.serve.image_bodies import ImageBody, JsonEditBody
 from bagel_opt.serve.middleware import Gate
 from bagel_opt.serve.page_options import page_options
-from bagel_opt.serve.routes import chat, images
+from bagel_opt.serve.response_bodies import ResponsesBody
+from bagel_opt.serve.routes import chat, images, responses
 from bagel_opt.serve.service import Injected, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -54,6 +55,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, **settings)
     app.include_router(images.router)
     app.include_router(chat.router)
+    app.include_router(responses.router)
 
     @app.get("/v1/models", responses=ERRORS)
     async def models(service: Injected) -> ModelList:
@@ -111,7 +113,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
             raise errors.ApiError(404, "this model has no example picture")
         return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
-    add_schemas(app, ImageBody, JsonEditBody, ChatBody)
+    add_schemas(app, ImageBody, JsonEditBody, ChatBody, ResponsesBody)
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app

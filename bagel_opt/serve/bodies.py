@@ -20,6 +20,7 @@ from bagel_opt.serve.problems import checked
 T = TypeVar("T", bound=BaseModel)
 HEAD = 128  # bytes in which the head of a data URL ends
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.ASCII | re.IGNORECASE)
+MARKS = (b'"data:', b'"result":"', b'"result": "')  # before a data URL, and before base64 as /v1/responses has it
 BACKSLASH = ord("\\")
 SCHEMAS = "#/components/schemas/"
 
@@ -55,10 +56,17 @@ def cut_pictures(data: bytes) -> tuple[bytes, dict[str, memoryview]]:
     ApiError where that JSON is larger than BODY_TEXT."""
     view, pieces, pictures, token = memoryview(data), [], {}, secrets.token_hex(8)
     kept = end = 0
+    marks = dict.fromkeys(MARKS, 0)  # where each comes next; -1 if no more
     for _ in range(BODY_PICTURES):  # what is left then is too large to be parsed, unless it is as small as any text
-        if (begin := data.find(b'"data:', end)) < 0 or (end := data.find(b'"', begin + 1)) < 0:
+        for mark, at in marks.items():
+            if 0 <= at <= end:
+                marks[mark] = data.find(mark, end)
+        begin, mark = min(((at, mark) for mark, at in marks.items() if at >= 0), default=(-1, b""))
+        before, begin = begin, begin + len(mark.rpartition(b'"')[0])
+        if before < 0 or (end := data.find(b'"', begin + 1)) < 0:
             break
-        if b";base64," not in data[begin : min(end, begin + HEAD)] or BACKSLASH in (data[begin - 1], data[end - 1]):
+        other = mark is MARKS[0] and b";base64," not in data[begin : min(end, begin + HEAD)]
+        if other or BACKSLASH in (data[before - 1], data[end - 1]):
             continue  # a text, which may hold escaped quotation marks
         name = f"{token}-{len(pictures)}"
         pictures[name] = view[begin + 1 : end]
@@ -93,7 +101,7 @@ def _count(value: Any, pictures: Container[str], before: int, depth: int) -> int
         if found > most:
             raise ApiError(400, f"the body has more than {most} {what}", code="body_too_complex")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(item, str) and item in pictures and key not in ("url", "image_url"):
+        if isinstance(item, str) and item in pictures and key not in ("url", "image_url", "result"):
             raise ApiError(400, f"{key}: a picture's data URL belongs into image_url", str(key))
         before = _count(item, pictures, before, depth + 1)
     return before

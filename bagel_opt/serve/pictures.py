@@ -18,10 +18,11 @@ AT_ONCE = 2**20  # characters: nothing else runs in Python meanwhile
 
 
 def decode_data_url(url: "memoryview | bytes", param: str) -> bytes:
-    """The bytes of a base64 data URL, as it stands in JSON."""
-    if not (head := HEAD.match(url)):
-        raise ApiError(400, f"{param}: not a data URL of a picture (data:image/png;base64,...)", param)
-    text = url[head.end() :]
+    """The bytes of a base64 data URL, or of its base64 alone, as it stands in JSON."""
+    if not (head := HEAD.match(url)) and b":" in bytes(url[:16]):
+        why = "addresses are not fetched here; give" if re.match(b"https?:", url) else "not"
+        raise ApiError(400, f"{param}: {why} a data URL of a picture (data:image/png;base64,...)", param)
+    text = url[head.end() if head else 0 :]
     if any(b"\\" in bytes(text[at : at + AT_ONCE]) for at in range(0, len(text), AT_ONCE)):
         text = bytes(text)
         for escaped, plain in ESCAPED.items():

@@ -30,7 +30,9 @@ ADVICE = {
     "true_cfg_scale": "BAGEL calls it cfg_text_scale",
     "image_guidance_scale": "BAGEL calls it cfg_img_scale",
     "max_new_tokens": "BAGEL calls it max_think_tokens",
-    "mask": "BAGEL cannot fill in a part; say in the prompt what to change",
+    **dict.fromkeys(("mask", "input_image_mask"), "BAGEL cannot fill in a part; say in the prompt what to change"),
+    "previous_response_id": "nothing is kept; send all that was said as input",
+    "conversation": "nothing is kept; send all that was said as input",
     "file_id": "no files are kept; give a data URL as image_url",
 }
 
@@ -50,7 +52,11 @@ def _refusal(error: ValidationError, given: Any) -> ApiError:
     first = found[0][0]
     alike = [(path, one) for path, one in found if path[: len(first)] == first]
     path = max((path for path, _ in alike), key=len)
-    reasons = dict.fromkeys(_reason(path, one) for where, one in alike if where == path)
+    there = [one for where, one in alike if where == path]
+    meant = [
+        one for one in there if not one["type"].endswith("_type")
+    ] or there  # of a right kind, but not as it should be
+    reasons = dict.fromkeys(_reason(path, one) for one in meant)
     message, where = " or ".join(reasons).replace(" or must be ", " or "), ".".join(path)
     if not where and (named := re.match(r"(\w+): ", message)):
         return ApiError(400, message, named[1])

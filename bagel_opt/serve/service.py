@@ -178,3 +178,21 @@ def input_tokens(plan: AnyPlan) -> tuple[int, int]:
     """Slots that a request's texts and its pictures take."""
     text = sum(block.length for block in plan.main if block.kind == "text")
     return text, sum(block.length for block in plan.main) - text
+
+
+def token_counts(ticket: Ticket) -> tuple[int, int, int]:
+    """Of a request that is done: tokens that went in, that came out, and of those the texts'."""
+    side = ticket.engine.config.token_pixels
+    pictures = [output for output in ticket.outputs if not isinstance(output, str)]
+    written = len(ticket.tokens)
+    return (
+        sum(input_tokens(ticket.plan)),
+        written + sum((p.width // side) * (p.height // side) for p in pictures),
+        written,
+    )
+
+
+def was_cut(ticket: Ticket) -> bool:
+    """Whether the last output is a text that had no room to end."""
+    written = len(ticket.tokens) - ticket.parted[-2 if len(ticket.parted) > 1 else -1]
+    return isinstance(ticket.outputs[-1], str) and written == ticket.plan.max_tokens - 1

@@ -105,7 +105,7 @@ def test_spellings_of_data_urls(head, size):
         assert decode_data_url(json.dumps(head + text)[1:-1].encode(), "url") == data
 
 
-@pytest.mark.parametrize("text", ["data:image/png;base64,A", "data:image/png;base64,AA=A", "data:image/png;base64,A_-A", "data:image/png,AAAA", "AAAA"])  # fmt: skip
+@pytest.mark.parametrize("text", ["data:image/png;base64,A", "data:image/png;base64,AA=A", "data:image/png;base64,A_-A", "data:image/png,AAAA", "file:///etc/passwd"])  # fmt: skip
 def test_what_is_no_data_url(text):
     with pytest.raises(ApiError, match="url: not"):
         decode_data_url(text.encode(), "url")

@@ -10,17 +10,14 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.requests import Request as HttpRequest
 
-from bagel_opt.images import InputImage
 from bagel_opt.options import DEFAULT_ROUNDS
-from bagel_opt.request import Request
 from bagel_opt.serve.answers import ERRORS, ChatResponse
 from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.chat_bodies import ChatBody, ImagePart, TextPart
 from bagel_opt.serve.engine_thread import Step, Ticket
-from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import CHAT_EVENTS, documented
-from bagel_opt.serve.fields import PARTS, TEXT_LIMIT
-from bagel_opt.serve.service import Injected, Service, Work, input_tokens
+from bagel_opt.serve.said import Said, as_work, in_turn
+from bagel_opt.serve.service import Injected, Service, token_counts, was_cut
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
 
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
@@ -36,26 +33,13 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images. With output "interleaved"
     texts and pictures are the parts of message.content."""
     model = service.check_model(body.model)
-    parts = _parts(body)
-    images = sum(isinstance(part, ImagePart) for part, _ in parts)
     options, defaults = body.drawing_options() | body.text_options(), service.engine.model.defaults
-    timesteps = 0 if body.kind == "text" else body.num_timesteps or defaults.num_timesteps
     if body.output and body.max_rounds is None and (defaults.max_rounds or DEFAULT_ROUNDS) > service.limits.pictures:
         options["max_rounds"] = service.limits.pictures
     options |= body.interleaving_options()
-    service.limits.check(body.max_rounds or 1, timesteps, images, image="messages", drawn="max_rounds")
-    pictures = [(part.image_url.url, f"{where}.image_url") for part, where in parts if isinstance(part, ImagePart)]
-    sources = [service.source(*one, http.state.pictures) for one in pictures]
-    texts = [part.text if isinstance(part, TextPart) else None for part, _ in parts]
-    http.state.pictures.clear()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
-
-    def make(pictures: list[InputImage]) -> list[Request]:
-        coming = iter(pictures)
-        items = [next(coming) if text is None else text for text in texts]
-        return [Request(items, output=body.kind, **options)]
-
-    work = Work(sources, make, f"chat_{body.kind}", body.reading_options(), longest=body.longest)
+    work = as_work(http, service, _said(body), body.kind, options, body.reading_options())
+    work.longest = body.longest
     work.progress = body.stream and bool(body.output)
     [ticket] = await service.submit(http, work)
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -103,22 +87,26 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
     yield "data: [DONE]\n\n"
 
 
-def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
-    """What was said, in order, each with its place. Where a message has one text, its pictures come before it, as the
-    official code feeds them."""
-    found: list[tuple[TextPart | ImagePart, str]] = []
+def _said(body: ChatBody) -> list[Said]:
+    """All that was said, in order."""
+    found = []
     for index, message in enumerate(body.messages):
-        content = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        parts = [(part, f"messages.{index}.content.{place}") for place, part in enumerate(content or [])]
-        parts += [(part, f"messages.{index}.images.{place}") for place, part in enumerate(message.images or [])]
-        if sum(isinstance(part, TextPart) for part, _ in parts) == 1:
-            parts.sort(key=lambda part: isinstance(part[0], TextPart))
-        found += parts
-    if not found:
-        raise ApiError(400, "messages: nothing was said", "messages")
-    if len(found) > PARTS or sum(len(p.text) for p, _ in found if isinstance(p, TextPart)) > TEXT_LIMIT:
-        raise ApiError(400, f"messages: more than {PARTS} parts or {TEXT_LIMIT} characters", "messages")
+        where = f"messages.{index}"
+        if isinstance(message.content, str):
+            parts = [Said(f"{where}.content", message.content)]
+        else:
+            parts = [_part(part, f"{where}.content.{place}") for place, part in enumerate(message.content or [])]
+        parts += [_part(part, f"{where}.images.{place}") for place, part in enumerate(message.images or [])]
+        found += in_turn(parts)
     return found
+
+
+def _part(part: TextPart | ImagePart, where: str) -> Said:
+    return (
+        Said(f"{where}.text", part.text)
+        if isinstance(part, TextPart)
+        else Said(f"{where}.image_url", url=part.image_url.url)
+    )
 
 
 async def _message(body: ChatBody, outputs: list[str | Image.Image]) -> dict:
@@ -140,14 +128,10 @@ async def _image(picture: Image.Image) -> dict:
 
 def _reason(ticket: Ticket) -> str:
     """ "length" where a text was cut, or where no more rounds were allowed."""
-    written = len(ticket.tokens) - ticket.parted[-2 if len(ticket.parted) > 1 else -1]
-    cut = isinstance(ticket.outputs[-1], str) and written == ticket.plan.max_tokens - 1
     unfinished = ticket.plan.options.output == "interleaved" and not isinstance(ticket.outputs[-1], str)
-    return "length" if cut or unfinished else "stop"
+    return "length" if was_cut(ticket) or unfinished else "stop"
 
 
 def _usage(ticket: Ticket) -> dict:
-    prompt, side = sum(input_tokens(ticket.plan)), ticket.engine.config.token_pixels
-    pictures = [output for output in ticket.outputs if not isinstance(output, str)]
-    written = len(ticket.tokens) + sum((p.width // side) * (p.height // side) for p in pictures)
+    prompt, written, _ = token_counts(ticket)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
