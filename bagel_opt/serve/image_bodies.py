@@ -18,7 +18,7 @@ class ImageBody(Body, Drawing):
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = IGNORED
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = IGNORED
     style: Literal["vivid", "natural"] | None = IGNORED
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
     moderation: Literal["auto", "low"] | None = IGNORED

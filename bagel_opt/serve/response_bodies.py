@@ -72,7 +72,7 @@ class ImageTool(Fields):
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
     action: Literal["auto", "generate", "edit"] | None = IGNORED
     model: str | None = IGNORED
-    quality: Literal["auto", "low", "medium", "high"] | None = IGNORED
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max"] | None = IGNORED
     moderation: Literal["auto", "low"] | None = IGNORED
     input_fidelity: Literal["low", "high"] | None = IGNORED
 
