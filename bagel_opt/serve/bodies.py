@@ -88,8 +88,8 @@ def parse(text: bytes, pictures: Container[str] = ()) -> Any:
     return value
 
 
-def _count(value: Any, pictures: Container[str], before: int, depth: int) -> int:
-    """-> values so far. They are bounded, since pydantic keeps an error for each that is wrong."""
+def _count(value: Any, pictures: Container[str], before: int, depth: int, name: str = "") -> int:
+    """name: of the value. -> values so far. They are bounded, since pydantic keeps an error for each that is wrong."""
     if not isinstance(value, dict | list):
         return before
     before += len(value)
@@ -99,11 +99,13 @@ def _count(value: Any, pictures: Container[str], before: int, depth: int) -> int
         ("values", before, BODY_VALUES),
     ):
         if found > most:
-            raise ApiError(400, f"the body has more than {most} {what}", code="body_too_complex")
+            field = shown(name)[:64]
+            message = f"{field}: " * bool(field) + f"the body has more than {most} {what}"
+            raise ApiError(400, message, field or None, "body_too_complex")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, str) and item in pictures and key not in ("url", "image_url", "result"):
             raise ApiError(400, f"{key}: a picture's data URL belongs into image_url", str(key))
-        before = _count(item, pictures, before, depth + 1)
+        before = _count(item, pictures, before, depth + 1, key if isinstance(key, str) else name)
     return before
 
 

@@ -1,7 +1,6 @@
 """Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from bagel_opt.errors import ProfileError, shown
+from bagel_opt.options import described
 from bagel_opt.serve.arrival import CancelledError, DeadlineError, QueueFullError, StalledError
 
 log = logging.getLogger("bagel_opt.serve")
@@ -27,9 +27,11 @@ class ApiError(HTTPException):
 def refused(error: ValueError, spelled: Mapping[str, str] = MappingProxyType({})) -> ApiError:
     """What the model says of a bad request. Its messages begin with the option's name where one is to blame. spelled: the
     client's fields of options that have another name."""
-    named = re.match(r"(\w+)=", str(error))
-    field = named and spelled.get(named[1], named[1])
-    return ApiError(400, f"{field}: {error}" if named and field != named[1] else str(error), field)
+    name = str(error).partition("=")[0].partition(" ")[0]
+    if name not in described():
+        return ApiError(400, str(error))
+    field = spelled.get(name, name)
+    return ApiError(400, f"{field}: {error}" if field != name else str(error), field)
 
 
 def body(error: ApiError) -> dict:

@@ -14,14 +14,14 @@ from bagel_opt.serve.problems import ADVICE
 
 # Fields whose value is no single one: JSON, or given several times.
 SEVERAL = {name for name, option in described().items() if isinstance(option.kind, Interval | Scales | Texts)}
-FIELDS = 96  # of a form
+FIELDS = 96  # of a form, and files
 
 
-async def read_form(http: HttpRequest, pictures: tuple[str, ...], most: int) -> tuple[dict[str, Any], list[bytes]]:
-    """-> (fields, the files in those of `pictures`). most: files that are allowed. Raises ApiError."""
+async def read_form(http: HttpRequest, pictures: tuple[str, ...]) -> tuple[dict[str, Any], list[bytes]]:
+    """-> (fields, the files in those of `pictures`). Raises ApiError."""
     fields: dict[str, Any] = {}
     files: list[bytes] = []
-    async with http.form(max_files=most + 1, max_fields=FIELDS) as form:
+    async with http.form(max_files=FIELDS, max_fields=FIELDS) as form:
         for name, value in form.multi_items():
             if not value or (isinstance(value, UploadFile) and not value.size and not value.filename):
                 continue  # as pages send what was not filled in

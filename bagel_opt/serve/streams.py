@@ -84,6 +84,10 @@ class TextStream:
         held = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         return self.until(text[: len(text) - held])
 
+    def whole(self) -> str:
+        """The text, once no more comes."""
+        return before_stops(self.tokenizer.decode(self.ids), self.stops)
+
     def until(self, text: str) -> str:
         """What is missing of `text`."""
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""

@@ -71,7 +71,7 @@ async def edits(http: HttpRequest, service: Injected) -> Response:
         sources = [service.source(*one, http.state.pictures) for one in urls]
         http.state.pictures.clear()
         return await _draw(service, http, body, sources, "image_edit")
-    fields, files = await read_form(http, ("image", "image[]"), service.limits.images)
+    fields, files = await read_form(http, ("image", "image[]"))
     if not files:
         raise ApiError(400, "image: missing", "image")
     names = [f"image.{place}" for place in range(len(files))] if len(files) > 1 else ["image"]

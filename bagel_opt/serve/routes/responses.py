@@ -13,7 +13,7 @@ from bagel_opt.serve.answers import ERRORS, ResponsesAnswer
 from bagel_opt.serve.bodies import documented_body, json_body
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.events import RESPONSE_EVENTS, documented
-from bagel_opt.serve.response_bodies import Drawn, ResponsesBody, TextInput, Turn
+from bagel_opt.serve.response_bodies import Drawn, ImageInput, ResponsesBody, TextInput, Turn
 from bagel_opt.serve.said import Said, as_work, in_turn
 from bagel_opt.serve.service import Injected, Service, token_counts, was_cut
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
@@ -53,65 +53,78 @@ async def responses(
     return JSONResponse(about | _ended(ticket, items))
 
 
+class Events:
+    """Numbers them, and knows the items that are done."""
+
+    def __init__(self):
+        self.count, self.items = 0, []
+
+    def __call__(self, kind: str, **fields: Any) -> str:
+        self.count += 1
+        return sse({"type": f"response.{kind}", "sequence_number": self.count - 1, **fields}, f"response.{kind}")
+
+    def begin(self, item: dict) -> str:
+        return self("output_item.added", output_index=len(self.items), item=item)
+
+    def end(self, item: dict) -> str:
+        self.items.append(item)
+        return self("output_item.done", output_index=len(self.items) - 1, item=item)
+
+
 async def _events(service: Service, body: ResponsesBody, ticket: Ticket, about: dict) -> AsyncIterator[str]:
-    count, place, items = 0, 0, []
-
-    def event(kind: str, **fields: Any) -> str:
-        nonlocal count
-        count += 1
-        return sse({"type": f"response.{kind}", "sequence_number": count - 1, **fields}, f"response.{kind}")
-
-    def begin(item: dict) -> str:
-        return event("output_item.added", output_index=len(items), item=item)
-
-    def end(item: dict) -> str:
-        items.append(item)
-        return event("output_item.done", output_index=len(items) - 1, item=item)
-
+    event = Events()
     yield event("created", response=about | {"status": "in_progress"})
     yield event("in_progress", response=about | {"status": "in_progress"})
     text = TextStream(service.engine.model.tokenizer, ticket.plan.options.stops)
-    own = _id("ig" if body.tool else "msg")
-    if not body.tool:
-        part = {"item_id": own, "output_index": 0, "content_index": 0}
-        yield begin(_message(own, None, ticket))
-        yield event("content_part.added", part=_text(""), **part)
-        async for token in ticket:
-            if delta := text.push(token):
-                yield event("output_text.delta", delta=delta, logprobs=[], **part)
-        [whole] = ticket.outputs
-        if rest := text.until(whole):
-            yield event("output_text.delta", delta=rest, logprobs=[], **part)
-        yield event("output_text.done", text=whole, logprobs=[], **part)
-        yield event("content_part.done", part=_text(whole), **part)
-        yield end(_message(own, whole, ticket))
-    else:
-        thinking = {"item_id": _id("rs"), "output_index": 0, "content_index": 0}
-        if body.think:
-            yield begin(_thought(thinking["item_id"], None))
-        drawing = False
-        async for found in ticket:
-            if not isinstance(found, Step):
-                if delta := text.push(found):
-                    yield event("reasoning_text.delta", delta=delta, **thinking)
-                continue
-            if not drawing:
-                drawing = True
-                if body.think:
-                    yield event("reasoning_text.done", text=text.sent, **thinking)
-                    yield end(_thought(thinking["item_id"], text.sent))
-                part = {"item_id": own, "output_index": len(items)}
-                yield begin(_picture(own, body, ticket, None))
-                yield event("image_generation_call.in_progress", **part)
-                yield event("image_generation_call.generating", **part)
-            if found.picture is not None:
-                picture = {"partial_image_b64": await _encoded(found.picture, body), "partial_image_index": place}
-                yield event("image_generation_call.partial_image", **part, **picture)
-                place += 1
-        yield event("image_generation_call.completed", **part)
-        yield end(_picture(own, body, ticket, await _encoded(ticket.outputs[-1], body)))
-    ended = _ended(ticket, items)
+    async for told in (_drawing if body.tool else _writing)(event, text, body, ticket):
+        yield told
+    ended = _ended(ticket, event.items)
     yield event(ended["status"], response=about | ended)
+
+
+async def _writing(event: Events, text: TextStream, _: ResponsesBody, ticket: Ticket) -> AsyncIterator[str]:
+    own = _id("msg")
+    part = {"item_id": own, "output_index": 0, "content_index": 0}
+    yield event.begin(_message(own, None, ticket))
+    yield event("content_part.added", part=_text(""), **part)
+    async for token in ticket:
+        if delta := text.push(token):
+            yield event("output_text.delta", delta=delta, logprobs=[], **part)
+    [whole] = ticket.outputs
+    if rest := text.until(whole):
+        yield event("output_text.delta", delta=rest, logprobs=[], **part)
+    yield event("output_text.done", text=whole, logprobs=[], **part)
+    yield event("content_part.done", part=_text(whole), **part)
+    yield event.end(_message(own, whole, ticket))
+
+
+async def _drawing(event: Events, text: TextStream, body: ResponsesBody, ticket: Ticket) -> AsyncIterator[str]:
+    thinking, own = {"item_id": _id("rs"), "output_index": 0, "content_index": 0}, _id("ig")
+    part = {"item_id": own, "output_index": int(bool(body.think))}
+    if body.think:
+        yield event.begin(_thought(thinking["item_id"], None))
+    partial = -1  # before the first flow step
+    async for found in ticket:
+        if not isinstance(found, Step):
+            if delta := text.push(found):
+                yield event("reasoning_text.delta", delta=delta, **thinking)
+            continue
+        if partial < 0:
+            partial = 0
+            if body.think:
+                if rest := text.until(text.whole()):
+                    yield event("reasoning_text.delta", delta=rest, **thinking)
+                yield event("reasoning_text.done", text=text.whole(), **thinking)
+                yield event.end(_thought(thinking["item_id"], text.whole()))
+            yield event.begin(_picture(own, body, ticket, None))
+            yield event("image_generation_call.in_progress", **part)
+            yield event("image_generation_call.generating", **part)
+        if found.picture is not None:
+            picture = {"partial_image_b64": await _encoded(found.picture, body), "partial_image_index": partial}
+            yield event("image_generation_call.partial_image", **part, **picture)
+            partial += 1
+    yield event("image_generation_call.completed", **part)
+    yield event.end(_picture(own, body, ticket, await _encoded(ticket.outputs[-1], body)))
 
 
 def _said(body: ResponsesBody) -> list[Said]:
@@ -126,17 +139,13 @@ def _said(body: ResponsesBody) -> list[Said]:
         elif isinstance(item, Turn) and isinstance(item.content, str):
             found.append(Said(f"{where}.content", item.content))
         elif isinstance(item, Turn):
-            where = f"{where}.content"
-            parts = enumerate(item.content)
-            found += in_turn(
-                [
-                    Said(f"{where}.{i}.text", part.text)
-                    if isinstance(part, TextInput)
-                    else Said(f"{where}.{i}.image_url", url=part.image_url)
-                    for i, part in parts
-                ]
-            )
+            found += in_turn([_part(part, f"{where}.content.{i}") for i, part in enumerate(item.content)])
     return found
+
+
+def _part(part: TextInput | ImageInput, where: str) -> Said:
+    is_text = isinstance(part, TextInput)
+    return Said(f"{where}.text", part.text) if is_text else Said(f"{where}.image_url", url=part.image_url)
 
 
 def _id(kind: str) -> str:
