@@ -1,6 +1,7 @@
 """Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -27,8 +28,8 @@ class ApiError(HTTPException):
 def refused(error: ValueError, spelled: Mapping[str, str] = MappingProxyType({})) -> ApiError:
     """What the model says of a bad request. Its messages begin with the option's name where one is to blame. spelled: the
     client's fields of options that have another name."""
-    name = str(error).partition("=")[0].partition(" ")[0]
-    if name not in described():
+    name, sign = re.match(r"(\w*)(=?)", str(error)).groups()
+    if not sign and name not in described():
         return ApiError(400, str(error))
     field = spelled.get(name, name)
     return ApiError(400, f"{field}: {error}" if field != name else str(error), field)
