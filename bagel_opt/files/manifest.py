@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ SCHEMA = Path(__file__).with_name("manifest.schema.json")
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
-    profiles: from small to large. machine: the instruction set that compiled code needs."""
+    profiles: from small to large. machine: the instruction set that compiled code needs. quantization: the kinds of the
+    parts that are quantised (quantization.py)."""
 
     kind: str
     dtype: str
@@ -47,6 +48,7 @@ class Manifest:
     versions: dict[str, str]
     machine: str
     files: dict[str, dict[str, Any]]
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         data = {
@@ -61,6 +63,7 @@ class Manifest:
             "versions": self.versions,
             "machine": self.machine,
             "files": self.files,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
         data["sha256"] = _digest(data)
         (folder / UNFINISHED).write_text(_dump(data), encoding="utf-8")
@@ -100,6 +103,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         versions=data["versions"],
         machine=data["machine"],
         files=data["files"],
+        quantization=data.get("quantization", {}),
     )
 
 

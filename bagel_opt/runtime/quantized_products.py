@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bagel_opt.model.quantized import LEAST, quantized_product
 
-NEEDS = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability
+NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
 
