@@ -37,7 +37,13 @@ def test_in_the_loop(load, backend):
     """In one batch with others, and when they are done, it is as alone; nothing of it concerns greedy texts."""
     model, options = load(CHECKPOINT, backend), {"output": "text", "max_think_tokens": 12, "seed": 3}
     sampled = options | {"do_sample": True, "text_temperature": 2.0}
-    requests = [sampled | {"top_p": 0.0}, options, options | {"top_p": 0.1}, sampled | {"top_p": 0.8, "max_think_tokens": 24}, sampled]
+    requests = [
+        sampled | {"top_p": 0.0},
+        options,
+        options | {"top_p": 0.1},
+        sampled | {"top_p": 0.8, "max_think_tokens": 24},
+        sampled,
+    ]
     found = [text for [text] in model.run_many([Request("hello", **request) for request in requests])]
     greedy, *_, narrow, wide = found
     assert found[:3] == [greedy] * 3
