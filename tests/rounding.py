@@ -28,10 +28,10 @@ def rounded(x: Tensor, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpacked(codes: Tensor, scale: Tensor, channels: int) -> np.ndarray:
-    """The numbers that groups of 32 in 4 bits stand for: a byte has a channel and the one 16 further on, each plus 8."""
+    """The numbers that groups of 32 in 4 bits stand for: a byte has two channels, each plus 8, the first in its low bits."""
     found = np.zeros((len(codes), scale.shape[1] * 32))
     for group in range(scale.shape[1]):
         packed = codes[:, group * 16 : group * 16 + 16].numpy().astype(int)
-        numbers = np.concatenate((packed % 16, packed // 16), axis=1) - 8
+        numbers = np.stack((packed % 16, packed // 16), axis=2).reshape(len(codes), 32) - 8
         found[:, group * 32 : group * 32 + 32] = numbers * scale[:, group, None].double().numpy()
     return found[:, :channels]

@@ -1,8 +1,11 @@
 """Products with weights in 8 or 4 bits.
 
-In 8 bits: codes with a scale for each output channel, and what comes in rounded alike for each token. In 4: codes with a
-scale for each group of input channels, and what comes in as it is. The rounding of a token depends on nothing but that
-token, so neither neighbours nor padding can reach it. M tokens, C channels in, N channels out, G groups.
+In 8 bits: codes with a scale for each output channel, and what comes in rounded alike for each token, unless it is a row's
+only one: a token that is being decoded, where reading the weights takes all the time. In 4: codes with a scale for each
+group of input channels, and what comes in as it is. The rounding of a token depends on nothing but that token, so neither
+neighbours nor padding can reach it.
+
+M tokens, C channels in, N channels out, G groups, B bytes of a row.
 """
 
 import torch
@@ -14,7 +17,6 @@ from bagel_opt.quantization import KINDS
 DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
 LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
-HALF = GROUP // 2  # a byte holds code k of a group in its low bits and code k + HALF in its high ones, each plus 8
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
 AT_ONCE = 2**20  # numbers that are quantised to 4 bits at a time
 
@@ -33,7 +35,8 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 def to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes_NB in uint8, scale_NG in bfloat16): 16 levels, of which the largest number of a group has the outermost."""
+    """(codes_NB in uint8, scale_NG in bfloat16): 16 levels, of which the largest number of a group has the outermost. A
+    byte has the codes of two channels, plus 8, the first in its low bits."""
     rows = max(1, AT_ONCE // weight_NC.shape[1])
     codes, scales = zip(*map(_to_groups, weight_NC.split(rows)), strict=True)
     return torch.cat(codes), torch.cat(scales)
@@ -54,14 +57,13 @@ def _to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
                 torch.where(error < found[0], new, old) for new, old in zip((error, codes, scale), found, strict=True)
             ]
     _, codes, scale = found
-    low, high = (codes.nan_to_num() + 8).to(torch.uint8).split(HALF, dim=-1)
+    low, high = (codes.nan_to_num() + 8).to(torch.uint8).unflatten(2, (-1, 2)).unbind(-1)
     return (low + 16 * high).flatten(1), scale.squeeze(-1).bfloat16()
 
 
 def from_groups(codes_NB: Tensor, scale_NG: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """The weight that codes stand for: [N, channels]."""
-    packed = codes_NB.unflatten(1, (-1, HALF))
-    codes = torch.cat((packed & 15, packed >> 4), dim=-1).float() - 8
+    codes = torch.stack((codes_NB & 15, codes_NB >> 4), dim=-1).float().view(*scale_NG.shape, GROUP) - 8
     return (codes * scale_NG.float()[..., None]).to(dtype).flatten(1)[:, :channels]
 
 
@@ -73,16 +75,28 @@ def to_kind(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 # Custom ops, of which runtime/quantized_products.py registers the kernels for GPUs; here is what they mean.
 @torch.library.custom_op("bagel_opt::quantized_product", mutates_args=())
 def quantized_product(
-    x_MC: Tensor, x_scale_M: Tensor, codes_NC: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_MC: Tensor,
+    x_scale_M: Tensor | None,
+    codes_NC: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(x_MC @ codes_NC.T) * scales + bias, from codes, added up in float32 and rounded once: [M, N] in dtype."""
-    out_MN = (x_MC.float() @ codes_NC.float().T) * x_scale_M[:, None] * scale_N
+    """(x_MC @ codes_NC.T) * scales + bias, added up in float32 and rounded once: [M, N] in dtype. x: codes where they have
+    a scale."""
+    out_MN = (x_MC.float() @ codes_NC.float().T) * scale_N
+    out_MN = out_MN if x_scale_M is None else out_MN * x_scale_M[:, None]
     return (out_MN if bias_N is None else out_MN + bias_N.float()).to(dtype)
 
 
 @quantized_product.register_fake
 def _(
-    x_MC: Tensor, x_scale_M: Tensor, codes_NC: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_MC: Tensor,
+    x_scale_M: Tensor | None,
+    codes_NC: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return x_MC.new_empty((x_MC.shape[0], codes_NC.shape[0]), dtype=dtype)
 
@@ -115,23 +129,12 @@ class Quantized(nn.Module):
         self.scale.data.copy_(scale)
 
     def forward(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
-        x_MC = x.flatten(0, -2)
-        # A sum that a compiler fuses with what is around it; a kernel of its own reads the weights more slowly.
-        one = torch.compiler.is_compiling() and x.is_cuda and x_MC.shape[0] == 1
+        """x: [B, T, C], or [B, C] for a single token of each row."""
+        x_MC, scale_M = x.flatten(0, -2), None
         if KINDS[self.kind].group:
-            out_MN = self._sum_of_groups(x_MC, bias_N) if one else int4_product(x_MC, self.codes, self.scale, bias_N)
-            return out_MN.view(*x.shape[:-1], -1)
-        codes_MC, scale_M = to_codes(x_MC, self.codes.dtype)
-        if one:
-            out_MN = (codes_MC.float() * self.codes.float()).sum(-1)[None] * scale_M * self.scale
-            out_MN = (out_MN if bias_N is None else out_MN + bias_N.float()).to(x.dtype)
+            out_MN = int4_product(x_MC, self.codes, self.scale, bias_N)
         else:
-            out_MN = quantized_product(codes_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
+            if x.ndim > 2 and x.shape[1] > 1:
+                x_MC, scale_M = to_codes(x_MC, self.codes.dtype)
+            out_MN = quantized_product(x_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
         return out_MN.view(*x.shape[:-1], -1)
-
-    def _sum_of_groups(self, x_1C: Tensor, bias_N: Tensor | None) -> Tensor:
-        x = F.pad(x_1C.float(), (0, -self.channels % GROUP)).view(-1, 2, HALF)
-        packed = self.codes.unflatten(1, (-1, HALF))
-        of_codes = ((packed & 15).float() - 8) * x[:, 0] + ((packed >> 4).float() - 8) * x[:, 1]
-        out_N = (of_codes * self.scale.float()[..., None]).sum((-2, -1))
-        return (out_N if bias_N is None else out_N + bias_N.float()).to(x_1C.dtype)[None]

@@ -74,7 +74,7 @@ def register_kernels(device: torch.device) -> None:
 def _two_streams(model: Bagel) -> LayerRunner:
     from bagel_opt.runtime.two_streams import TwoStreams  # which compiles as it is made
 
-    codes = any(isinstance(m, Quantized) and m.codes.dtype == torch.float8_e4m3fn for m in model.modules())
+    codes = any(isinstance(m, Quantized) and m.kind == "fp8" for m in model.modules())
     return TwoStreams(model.device, model.dtype, codes)
 
 

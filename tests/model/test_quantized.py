@@ -104,11 +104,14 @@ def test_what_a_product_in_groups_is(channels):
     assert relative(layer(half).double(), layer(half.float()).double()) < 5e-3
 
 
-@pytest.mark.parametrize("channels", [512, 520])
-def test_the_sum_that_is_compiled_for_one_token(channels):
-    layer, _ = quantized("int4", rows=96, channels=channels)
-    x, held = torch.randn(1, channels), layer.quantized
-    assert relative(held._sum_of_groups(x, layer.bias), layer(x)) < 1e-6
+@pytest.mark.parametrize("kind", OF_TOKENS)
+@pytest.mark.parametrize("shape", [(5, 1, 512), (5, 512), (1, 1, 512)])
+def test_a_rows_only_token_is_not_rounded(kind, shape):
+    layer, weight = quantized(kind, rows=96, channels=512)
+    x, (codes, scale) = torch.randn(shape), rounded(weight, kind)
+    exact = x.double().numpy() @ (codes * scale[:, None]).T + layer.bias.double().numpy()
+    assert relative(layer(x).double(), torch.from_numpy(exact)) < 1e-6
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,8 +144,8 @@ def test_a_token_is_its_own(kind, data):
     """Neither where it stands, nor how many others there are, nor what they are matters to it."""
     layer, _ = quantized(kind)
     token = torch.randn(64)
-    want = layer(token[None, None])[0, 0]
-    rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    want = layer(token.expand(1, 2, 64))[0, 0]
+    rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 40))
     factor = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 1e3, 1e30, float("inf"), float("nan")]))
     others = torch.randn(rows, length, 64) * factor
     row, place = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, length - 1))
