@@ -15,7 +15,7 @@ from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, Manifest, list_files
-from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, stored_dtypes
+from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 from bagel_opt.quantization import Quantization, kinds_of_parts
@@ -74,7 +74,7 @@ def export(
     model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
-    "cuda". quantization, weights, lora: as for `load`; ONNX takes no quantization. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    "cuda". quantization, weights, lora: as for `load`; ONNX takes "int8" and "int4", on the CPU in float32. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -84,8 +84,8 @@ def export(
     """
     check_settings(format, dtype, attention, device)
     onnx, kinds = format == "onnx", kinds_of_parts(quantization)
-    if onnx and kinds:
-        raise ValueError(f"quantization={quantization!r}; ONNX bundles cannot be quantised yet, so leave it out")
+    if onnx and (set(kinds.values()) - {"int8", "int4"} or (kinds and (device, dtype) != ("cpu", "float32"))):
+        raise ValueError(f"quantization={quantization!r}; ONNX bundles take 'int8' and 'int4', on the CPU in float32")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401
@@ -107,16 +107,16 @@ def export(
         log.info(note)
     if onnx and source.kinds:
         raise ValueError(
-            f"{source.folder} is quantised, which ONNX bundles cannot be yet; export what it was made from"
+            f"{source.folder} is quantised, as ONNX bundles are in another way; export what it was made from"
         )
     profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
-    stored = quantized_shapes(parameter_shapes(source.config), kinds)
-    dtypes = stored_dtypes(stored, kinds)
+    stored = stored_shapes(source.config, format, device, kinds)
+    dtypes = stored_dtypes(stored, kinds, onnx)
     size = sum(prod(shape) * DTYPES[dtypes.get(name, dtype)].bytes for name, shape in stored.items())
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
-        shapes = Shapes(source.config, kind, device)
+        shapes = Shapes(source.config, kind, device, kinds=kinds)
         parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
     else:
         where = torch_device(device)

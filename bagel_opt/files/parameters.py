@@ -50,13 +50,14 @@ def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
     return found
 
 
-def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str]) -> dict[str, str]:
-    """Of the codes and the scales among parameters after `Bagel.quantize`."""
-    return {
-        name: KINDS[kinds[part_of(name)]].codes if name.endswith(".codes") else KINDS[kinds[part_of(name)]].scale
-        for name in parameters
-        if ".quantized." in name
-    }
+def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str], onnx: bool = False) -> dict[str, str]:
+    """Of the codes and the scales among parameters after `Bagel.quantize`, or in an ONNX bundle."""
+    found = {}
+    for name in parameters:
+        if ".quantized." in name:
+            kind = KINDS[kinds[part_of(name)]]
+            found[name] = kind.codes if name.endswith(".codes") else "float32" if onnx else kind.scale
+    return found
 
 
 def kind_of(name: str, shape: tuple[int, ...], kinds: Mapping[str, str]) -> str | None:
@@ -72,11 +73,10 @@ def part_of(name: str) -> str:
 def stored_shapes(c: BagelConfig, kind: str, device: str, kinds: Mapping[str, str]) -> Shapes:
     """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py). kinds:
     of the parts that are quantised."""
-    shapes = quantized_shapes(parameter_shapes(c), kinds)
     if kind != "onnx":
-        return shapes
+        return quantized_shapes(parameter_shapes(c), kinds)
     queries, found = c.llm.hidden_size, {}
-    for name, (rows, *rest) in shapes.items():
+    for name, (rows, *rest) in parameter_shapes(c).items():
         stem, _, last = name.rpartition(".")
         parts = {name: rows}
         if stem.endswith(".gate_up"):
@@ -84,9 +84,24 @@ def stored_shapes(c: BagelConfig, kind: str, device: str, kinds: Mapping[str, st
         elif device == "cuda" and stem.startswith("llm.") and stem.endswith(".qkv"):
             parts = {f"{stem}.q.{last}": queries, f"{stem}.kv.{last}": rows - queries}
         for part, count in parts.items():
+            if coded := kind_of(name, (rows, *rest), kinds):
+                found |= zip(
+                    (f"{part.removesuffix('weight')}quantized.{of}" for of in ("codes", "scale")),
+                    _in_onnx(coded, count, *rest),
+                    strict=True,
+                )
+                continue
             product = len(rest) == 1 and not name.endswith(("embed.weight", "position.weight"))
             found[part] = (*rest, count) if product and device == "cpu" else (count, *rest)
     return found
+
+
+def _in_onnx(kind: str, rows: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of codes and scales (export/onnx_quantized.py)."""
+    if not KINDS[kind].group:
+        return (channels, rows), (rows,)
+    groups = -(-channels // KINDS[kind].group)
+    return (rows, groups, KINDS[kind].group // 2), (rows * groups,)
 
 
 def compare(

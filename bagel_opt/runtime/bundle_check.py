@@ -30,7 +30,7 @@ def check_bundle(
         raise BundleError(f"{folder / MANIFEST}: {wrong}; export the bundle again")
     check_files(folder, manifest, progress, digests)
     weights = folder / WEIGHTS
-    fixed = stored_dtypes(stored, manifest.quantization)
+    fixed = stored_dtypes(stored, manifest.quantization, manifest.kind == "onnx")
     compare(weights, locate_weights(weights), stored, (manifest.dtype,), BundleError, fixed)
 
 
@@ -41,8 +41,9 @@ def _wrong(manifest: Manifest, weights: Set[str]) -> str | None:
         return f"attention {manifest.attention!r} is not for bundles of kind {kind!r}"
     if (kind, manifest.device, dtype) == ("onnx", "cpu", "bfloat16"):
         return "ONNX Runtime has no bfloat16 on the CPU"
-    if kind == "onnx" and manifest.quantization:
-        return "there are no quantised bundles for ONNX Runtime"
+    kinds = set(manifest.quantization.values())
+    if kind == "onnx" and kinds and (manifest.device != "cpu" or dtype != "float32" or kinds - {"int8", "int4"}):
+        return f"quantization {manifest.quantization} is not for {dtype} in ONNX Runtime on {manifest.device}"
     if len(set(names)) < len(names) or set(names) != manifest.programs.keys():
         return f"there are programs for the profiles {list(manifest.programs)}, and the profiles are {names}"
     return next(filter(None, (_wrong_program(manifest, profile, weights) for profile in manifest.profiles)), None)
