@@ -16,6 +16,7 @@ from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, RE
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
 WHOLE_LIMIT = 2**31  # of whole numbers that have no other
+SIZES = described(SIZE)["size"].kind.values  # beside those in numbers
 OTHER_NAMES = {"adapters": ("lora",)}  # of fields, as other servers call them
 
 
@@ -95,7 +96,11 @@ class Interleaving(_model("InterleavedOptions", INTERLEAVING)):
 class ImageBody(Body, Drawing):
     prompt: str = Field(min_length=1, max_length=TEXT_LIMIT)
     n: int = Field(1, ge=1, description="Pictures; they take seed, seed + 1, ...")
-    size: str | None = Field(None, pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description='"WIDTHxHEIGHT" or "auto".')
+    size: str | None = Field(
+        None,
+        pattern=rf"^(auto|{'|'.join(SIZES)}|[0-9]{{1,5}}x[0-9]{{1,5}})$",
+        description=f'"WIDTHxHEIGHT", "auto" or an option: {described(SIZE)["size"].help}.',
+    )
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
@@ -108,10 +113,11 @@ class ImageBody(Body, Drawing):
 
     @model_validator(mode="after")
     def check(self) -> "ImageBody":
-        if self.size not in (None, "auto"):
+        if self.size not in (None, "auto", *SIZES):
             if self.height or self.width:
                 raise ValueError("give size, or height and width, not both")
             self.width, self.height = map(int, self.size.split("x"))
+        self.size = self.size if self.size in SIZES else None
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together")
         if self.stream and self.n > 1:

@@ -151,5 +151,6 @@ def _reason(ticket: Ticket) -> str:
 def _usage(ticket: Ticket) -> dict:
     prompt, side = sum(input_tokens(ticket.plan)), ticket.engine.config.token_pixels
     pictures = [output for output in ticket.outputs if not isinstance(output, str)]
-    written = len(ticket.tokens) + sum((p.width // side) * (p.height // side) for p in pictures)
+    grids = [ticket.plan.grid] if ticket.plan.resized else [(p.height // side, p.width // side) for p in pictures]
+    written = len(ticket.tokens) + sum(rows * columns for rows, columns in grids)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

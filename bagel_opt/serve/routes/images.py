@@ -54,7 +54,7 @@ FORM["required"].append("image")
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
 )
 async def edits(http: HttpRequest, service: Injected) -> Response:
-    """Draws a changed picture, of the last input picture's size."""
+    """Draws a changed picture: unless a size is given, of the last input picture's as it is read."""
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "send multipart/form-data with the picture in `image`")
     fields: dict = {}
