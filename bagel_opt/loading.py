@@ -11,6 +11,7 @@ from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
 from bagel_opt.files.adapters import Loras, Named
+from bagel_opt.files.finding import find_bundle, find_place
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
@@ -40,8 +41,8 @@ def load(
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
-    """Loads a checkpoint folder, a file of weights in one, a Hugging Face repo id or a bundle folder; None is the model that
-    ships.
+    """Loads a checkpoint folder, a file of weights in one, a bundle folder, or a Hugging Face repo id of
+    either; None is the model that ships.
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
@@ -56,8 +57,8 @@ def load(
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.
     """
-    folder = Path(source) if source is not None else shipped_model()
-    if (folder / MANIFEST).is_file():
+    source = shipped_model() if source is None else source
+    if find_bundle(source):
         given = {
             "dtype": dtype,
             "profile": profile,
@@ -70,13 +71,13 @@ def load(
         for name, value in given.items():
             if value is not None:
                 raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
-        return load_bundle(folder, backend, device, progress, check)
+        return load_bundle(find_place(source), backend, device, progress, check)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
     try:
         import torch
     except ImportError:
-        raise ImportError(f"{folder} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+        raise ImportError(f"{source} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
 
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.model import attention as backends
@@ -89,7 +90,7 @@ def load(
     chosen = backends.choose(attention, where, kind)
     fixed = [load_profile(profile)] if profile is not None else []
     kinds = kinds_of_parts(quantization)
-    checkpoint = Checkpoint(folder if source is None else source, weights, lora)
+    checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
     if where.type == "cuda" and (kinds or checkpoint.kinds):

@@ -123,7 +123,7 @@ def check_files(
     for done, (name, entry) in enumerate(manifest.files.items()):
         path = folder / name
         try:
-            inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+            inside, there = _inside(folder, name), path.is_file()
         except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
             inside = there = False
         if not inside:
@@ -133,6 +133,17 @@ def check_files(
         if path.stat().st_size != entry["size"] or (digests and file_digest(path) != entry["sha256"]):
             raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")
         progress(done + 1, len(manifest.files))
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a file's name leads to none but a bundle's own. In the Hugging Face hub's cache the files of a repo's
+    snapshots are links to what it keeps as blobs, for the repo or for all: REPO/snapshots/REVISION, REPO/blobs, blobs."""
+    home, target = folder.resolve(), (folder / name).resolve()
+    if target.is_relative_to(home):
+        return True
+    repo = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
+    stores = [repo / "blobs", repo.parent / "blobs"] if repo and "--" in repo.name else []
+    return ".." not in Path(name).parts and any(target.is_relative_to(store) for store in stores)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
