@@ -18,6 +18,7 @@ from bagel_opt.programs.interface import Runtime
 from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
+from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,7 @@ def load(
         import torch
     except ImportError:
         raise ImportError(f"{source} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+    check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.model import attention as backends
@@ -131,12 +133,16 @@ def load_bundle(
 
 
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
+    cpu = manifest.device == "cpu"
     try:
-        from bagel_opt.runtime.onnx import OnnxRuntime
+        import onnxruntime
     except ImportError:
-        extra = "onnx" if manifest.device == "cpu" else "onnx-gpu"
+        extra = "onnx" if cpu else "onnx-gpu"
         raise ImportError(f"an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[{extra}]'") from None
-    if manifest.device == "cpu":
+    check_version("onnxruntime" if cpu else "onnxruntime-gpu", onnxruntime.__version__)
+    from bagel_opt.runtime.onnx import OnnxRuntime
+
+    if cpu:
         return OnnxRuntime(folder, manifest)
     try:
         from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, usable_memory
@@ -153,19 +159,21 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         import torch
     except ImportError:
         raise ImportError(f"a bundle of kind {manifest.kind!r} needs torch: pip install 'bagel-opt[torch]'") from None
-    from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, machine
+    check_version("torch", torch.__version__)
+    from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device)
     if manifest.kind == "compile":
         return compiled_runtime(folder, manifest, where)
     if manifest.kind == "aoti":
-        ours = {"torch": torch.__version__.partition("+")[0], "instruction set": machine(where)}
-        its = {"torch": manifest.versions["torch"].partition("+")[0], "instruction set": manifest.machine}
-        for what, value in its.items():
-            if value != ours[what]:
-                raise BundleError(
-                    f"{folder} was compiled for {what} {value}, and this is {ours[what]}; export it here, or use format 'export'"
-                )
+        made, ours = (version.partition("+")[0] for version in (manifest.versions["torch"], torch.__version__))
+        wrong = ""
+        if made != ours:
+            wrong = f"torch {made}, and this is {ours}"
+        elif lacks := lacking(manifest.machine, where):
+            wrong = f"processors with {', '.join(lacks)}, which this one has not"
+        if wrong:
+            raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
     return PackagedRuntime(folder, manifest, where)
 
 

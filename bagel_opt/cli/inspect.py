@@ -96,8 +96,11 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
     for profile in manifest.profiles:
         for name, value in vars(profile).items():
             about.add_row(f"profile {name}", str(value))
-    for name, value in manifest.versions.items():
-        about.add_row(name, value)
+    if manifest.machine:
+        about.add_row("compiled for", manifest.machine)
+    for what, found in (("made with", manifest.versions), ("tried with", manifest.tried)):
+        told = ", ".join(value if name == "machine" else f"{name} {value}" for name, value in found.items())
+        about.add_row(what, told or "not recorded; export with --verify")
     programs = _table("programs", "program", "size", "inputs", "outputs")
     for name, entry in manifest.programs[manifest.profiles[-1].name].items():
         inputs = [f"{key} {_shape(shape)} {kind}" for key, (shape, kind) in entry["inputs"].items()]

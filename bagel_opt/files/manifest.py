@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from bagel_opt.errors import BundleError
 from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.profile import Profile
 
-FORMAT = 6
+FORMAT = 7
+READ = (6, 7)  # formats that can be read; 6 does not say what a bundle was tried with
 MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
 UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
 SCHEMA = Path(__file__).with_name("manifest.schema.json")
@@ -35,7 +36,8 @@ SCHEMA = Path(__file__).with_name("manifest.schema.json")
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
-    profiles: from small to large. machine: the instruction set that compiled code needs."""
+    profiles: from small to large. versions: of the libraries that it was made with. machine: what a processor must have for
+    compiled code, as words. tried: with what it was compared with eager float32, if it was."""
 
     kind: str
     dtype: str
@@ -47,6 +49,7 @@ class Manifest:
     versions: dict[str, str]
     machine: str
     files: dict[str, dict[str, Any]]
+    tried: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         data = {
@@ -60,6 +63,7 @@ class Manifest:
             "programs": self.programs,
             "versions": self.versions,
             "machine": self.machine,
+            "tried": self.tried,
             "files": self.files,
         }
         data["sha256"] = _digest(data)
@@ -79,9 +83,11 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         raise FileNotFoundError(f"{path} cannot be read: {error}") from None
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         raise BundleError(f"{path} is damaged; copy or export the bundle again") from None
-    if version != FORMAT:
+    if version not in READ:
         todo = "upgrade it" if isinstance(version, int) and version > FORMAT else "export the bundle again"
-        raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads {FORMAT}, so {todo}")
+        raise BundleError(
+            f"{folder} has bundle format {version}; this bagel_opt reads {READ[0]} to {FORMAT}, so {todo}"
+        )
     if changed:
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
     try:
@@ -100,6 +106,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         versions=data["versions"],
         machine=data["machine"],
         files=data["files"],
+        tried=data.get("tried", {}),
     )
 
 
