@@ -35,9 +35,7 @@ def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImag
         rgb = images.to_rgb(image)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow decodes files when their pixels are asked for, and raises many kinds for damaged ones
+    except Exception as error:  # Pillow decodes files only now, and raises many kinds for damaged ones
         raise ValueError(f"{where}: the picture cannot be read: {reason(error)}") from None
     first = images.resize(rgb, config.vae_resize)
     return dataclasses.replace(

@@ -54,7 +54,6 @@ def test_a_checkpoint_in_the_hubs_cache(tmp_path):
 
 
 def test_links_that_leave_the_cache_are_refused(bundle, tmp_path):
-    """Among them those to another repo's blobs, and names that climb."""
     folder = cached(bundle, tmp_path / "cache")
     repo, name = folder.parent.parent, "text.onnx"
     elsewhere = {
@@ -73,12 +72,23 @@ def test_links_that_leave_the_cache_are_refused(bundle, tmp_path):
             bagel_opt.load(folder)
     link.unlink()
     link.symlink_to(blob)
-    plain = shutil.copytree(bundle, tmp_path / "plain")
+    plain = shutil.copytree(bundle, tmp_path / "snapshots" / "plain")  # not as the hub's client names a repo
     (tmp_path / "blobs").mkdir()
     shutil.move(plain / name, tmp_path / "blobs" / name)
     (plain / name).symlink_to(tmp_path / "blobs" / name)
     with pytest.raises(BundleError, match=rf"{name} leads outside the bundle"):
         bagel_opt.load(plain)
+
+
+def test_a_name_that_climbs_to_a_blob_is_refused(bundle, tmp_path):
+    folder = cached(bundle, tmp_path)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    climbing = os.path.relpath((folder / "text.onnx").resolve(), folder)
+    (folder / MANIFEST).unlink()  # a link, to which nobody writes
+    shutil.copy(bundle / MANIFEST, folder)
+    rewrite(folder, files={**files, climbing: files["text.onnx"]})
+    with pytest.raises(BundleError, match="leads outside the bundle"):
+        bagel_opt.load(folder)
 
 
 def oid(name):
