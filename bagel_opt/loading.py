@@ -1,7 +1,7 @@
 """Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -95,10 +95,7 @@ def load(
     checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    if where.type == "cuda" and (kinds or checkpoint.kinds):
-        from bagel_opt.runtime.quantized_products import check_device
-
-        check_device(where, kinds or checkpoint.kinds)
+    check_kinds(where, kinds or checkpoint.kinds)
     model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
@@ -163,6 +160,7 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device)
+    check_kinds(where, manifest.quantization)
     if manifest.kind == "compile":
         return compiled_runtime(folder, manifest, where)
     if manifest.kind == "aoti":
@@ -175,6 +173,14 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         if wrong:
             raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
     return PackagedRuntime(folder, manifest, where)
+
+
+def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
+    """Raises ValueError where there are no products of these kinds (quantization.KINDS)."""
+    if kinds and device.type == "cuda":
+        from bagel_opt.runtime.quantized_products import check_device
+
+        check_device(device, kinds)
 
 
 def shipped_model() -> Path:

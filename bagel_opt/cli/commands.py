@@ -74,16 +74,21 @@ def interleave(a: argparse.Namespace) -> None:
     print(f"again: {again(a)}", file=sys.stderr)
 
 
+SETTINGS = ("format", "dtype", "attention", "device", "quantization")  # of an export, which a recipe may have too
+
+
 def export(a: argparse.Namespace) -> None:
     from bagel_opt.export import export as write_bundle
     from bagel_opt.export.bundle import check_settings
 
     options = dataclasses.asdict(load_recipe(a.recipe)) if a.recipe else {}
-    options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
+    options |= {name: getattr(a, name) for name in SETTINGS if getattr(a, name)}
     profiles = a.profile or options.get("profiles")
     options.pop("profiles", None)
     if not profiles:
-        check_settings(**options)  # before a line on the profile hides what is wrong
+        check_settings(
+            **{name: options[name] for name in SETTINGS[:-1] if name in options}
+        )  # before a line on the profile hides what is wrong
         profiles = [_default_profile(a.checkpoint, a.weights)]
     with bar("exporting") as update:
         options |= {"weights": a.weights, "lora": a.lora, "verify": a.verify}

@@ -4,20 +4,23 @@ import contextlib
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from bagel_opt.dtypes import DTYPES
 from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
-from bagel_opt.files.parameters import parameter_shapes
+from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, stored_dtypes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ def export(
     dtype: str = "float32",
     attention: str = "auto",
     device: str = "cpu",
+    quantization: Quantization | None = None,
     weights: str | Path | None = None,
     lora: Loras = (),
     verify: bool = False,
@@ -73,7 +77,7 @@ def export(
     model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
-    "cuda". weights, lora: as for `load`. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    "cuda". quantization, weights, lora: as for `load`; ONNX takes no quantization. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -82,7 +86,9 @@ def export(
     another export to it runs, OSError where the disk is full, and what `load` raises for the checkpoint.
     """
     check_settings(format, dtype, attention, device)
-    onnx = format == "onnx"
+    onnx, kinds = format == "onnx", kinds_of_parts(quantization)
+    if onnx and kinds:
+        raise ValueError(f"quantization={quantization!r}; ONNX bundles cannot be quantised yet, so leave it out")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401
@@ -95,7 +101,7 @@ def export(
     check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
-    from bagel_opt.loading import shipped_model, torch_device
+    from bagel_opt.loading import check_kinds, shipped_model, torch_device
     from bagel_opt.model.attention import choose
     from bagel_opt.model.ops import TorchOps
 
@@ -103,12 +109,14 @@ def export(
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
     for note in source.notes:
         log.info(note)
-    if source.kinds:
+    if onnx and source.kinds:
         raise ValueError(
-            f"{source.folder} is in 8 bits, of which there are no bundles yet; export what it was made from"
+            f"{source.folder} is quantised, which ONNX bundles cannot be yet; export what it was made from"
         )
-    profiles = profiles or [default_profile(source.config)]
-    size = sum(map(prod, parameter_shapes(source.config).values())) * kind.itemsize
+    profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
+    stored = quantized_shapes(parameter_shapes(source.config), kinds)
+    dtypes = stored_dtypes(stored, kinds)
+    size = sum(prod(shape) * DTYPES[dtypes.get(name, dtype)].bytes for name, shape in stored.items())
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
@@ -116,19 +124,20 @@ def export(
         parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
     else:
         where = torch_device(device)
+        check_kinds(where, kinds)
         ops, parameters = TorchOps(choose(attention, where, kind)), None
 
     def make() -> "Bagel | Shapes":
         if onnx:
             return shapes
-        model = source.load(where, kind, lambda done, total: progress("loading", done, total))
+        model = source.load(where, kind, lambda done, total: progress("loading", done, total), kinds)
         model.ops = ops
         return model
 
     with put_in_place(out) as partial:
         check_space(out, size)  # now that what killed exports left is gone
         source.tokenizer.write(partial / TOKENIZER)
-        write_bundle(make, partial, format, device, profiles, progress, parameters, source.folder)
+        write_bundle(make, partial, format, device, profiles, progress, parameters, source.folder, kinds)
         if verify:
             from bagel_opt.export.verify import verify as compare
 
@@ -148,12 +157,13 @@ def write_bundle(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     parameters: "Iterable[tuple[str, Tensor]] | None" = None,
     examples: Path | None = None,
+    kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes the files of a bundle to a folder that has its tokenizer, and its manifest under the name UNFINISHED.
 
     make: the model, its attention chosen, whose memory is free again before anything is compiled ahead. profiles: from
     small to large. parameters: for ONNX, those of a `Bagel`, in its order. examples: the folder whose examples.json, if
-    there is one, goes into the bundle.
+    there is one, goes into the bundle. kinds: of the parts of the model that are quantised.
     """
     from bagel_opt.files.torch_weights import write_parameters
 
@@ -187,6 +197,7 @@ def write_bundle(
         versions=_versions(LIBRARIES),
         machine=compiled_for,
         files=list_files(folder),
+        quantization=dict(kinds),
     ).write(folder)
 
 

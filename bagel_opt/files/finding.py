@@ -1,5 +1,6 @@
 """Where a checkpoint's files are: its folder, and in it the weights. Where a bundle's folder is."""
 
+import contextlib
 import glob
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.files.manifest import MANIFEST, read_manifest
 from bagel_opt.json_files import read_json
-from bagel_opt.quantization import KINDS, PARTS
+from bagel_opt.quantization import kinds_of_parts
 
 FILES = ("*.json", "merges.txt", "*.safetensors", "example.png")  # the last: of examples.json
 VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
@@ -77,10 +78,9 @@ def quantized_parts(folder: Path) -> dict[str, str]:
     if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
         return {}
     match said:
-        case {"version": 1, "parts": dict(parts)} if parts and all(
-            part in PARTS and kind in KINDS for part, kind in parts.items()
-        ):
-            return parts
+        case {"version": 1, "parts": dict(parts)} if parts:
+            with contextlib.suppress(ValueError):
+                return kinds_of_parts(parts)
     raise CheckpointError(
         f"{folder / 'config.json'} has {said!r:.300} as quantization_config, which this bagel_opt does not know; upgrade it, "
         "or quantise the model again"

@@ -37,7 +37,8 @@ SCHEMA = Path(__file__).with_name("manifest.schema.json")
 class Manifest:
     """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
     profiles: from small to large. versions: of the libraries that it was made with. machine: what a processor must have for
-    compiled code, as words. tried: with what it was compared with eager float32, if it was."""
+    compiled code, as words. tried: with what it was compared with eager float32, if it was. quantization: the kinds of the
+    parts that are quantised (quantization.py)."""
 
     kind: str
     dtype: str
@@ -50,6 +51,7 @@ class Manifest:
     machine: str
     files: dict[str, dict[str, Any]]
     tried: dict[str, str] = field(default_factory=dict)
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         data = {
@@ -65,6 +67,7 @@ class Manifest:
             "machine": self.machine,
             "tried": self.tried,
             "files": self.files,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
         data["sha256"] = _digest(data)
         (folder / UNFINISHED).write_text(_dump(data), encoding="utf-8")
@@ -107,6 +110,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         machine=data["machine"],
         files=data["files"],
         tried=data.get("tried", {}),
+        quantization=data.get("quantization", {}),
     )
 
 

@@ -8,9 +8,15 @@ from types import MappingProxyType
 
 from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_opt.files.weights import Location
+from bagel_opt.quantization import KINDS
 
 Shapes = dict[str, tuple[int, ...]]
-LAYERS = {"und": r"llm\.layers\.\d+\.und\.", "gen": r"llm\.layers\.\d+\.gen\.", "vit": r"vit_encoder\.layers\."}
+PARTS = {
+    "und": r"llm\.layers\.\d+\.und\.",
+    "gen": r"llm\.layers\.\d+\.gen\.",
+    "vit": r"vit_encoder\.layers\.",
+    "head": r"llm\.lm_head\.",
+}
 
 
 def parameter_shapes(c: BagelConfig) -> Shapes:
@@ -35,17 +41,38 @@ def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
     """The parameters after `Bagel.quantize`: codes and scales in place of the weights of those parts' products."""
     found: Shapes = {}
     for name, shape in parameters.items():
-        if len(shape) == 2 and any(re.match(LAYERS[part], name) for part in kinds):
-            stem = name.removesuffix("weight")
-            found |= {f"{stem}quantized.codes": shape, f"{stem}quantized.scale": shape[:1]}
-        else:
+        kind = kind_of(name, shape, kinds)
+        if kind is None:
             found[name] = shape
+        else:
+            stem = name.removesuffix("weight")
+            found |= zip((f"{stem}quantized.codes", f"{stem}quantized.scale"), KINDS[kind].shapes(shape), strict=True)
     return found
 
 
-def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
-    """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py)."""
-    shapes = parameter_shapes(c)
+def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str]) -> dict[str, str]:
+    """Of the codes and the scales among parameters after `Bagel.quantize`."""
+    return {
+        name: KINDS[kinds[part_of(name)]].codes if name.endswith(".codes") else KINDS[kinds[part_of(name)]].scale
+        for name in parameters
+        if ".quantized." in name
+    }
+
+
+def kind_of(name: str, shape: tuple[int, ...], kinds: Mapping[str, str]) -> str | None:
+    """In which a parameter of `Bagel` is stored, where these parts are quantised; None: as it is."""
+    return kinds.get(part_of(name)) if len(shape) == 2 else None
+
+
+def part_of(name: str) -> str:
+    """Of quantization.PARTS, or an empty text."""
+    return next((part for part, names in PARTS.items() if re.match(names, name)), "")
+
+
+def stored_shapes(c: BagelConfig, kind: str, device: str, kinds: Mapping[str, str]) -> Shapes:
+    """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py). kinds:
+    of the parts that are quantised."""
+    shapes = quantized_shapes(parameter_shapes(c), kinds)
     if kind != "onnx":
         return shapes
     queries, found = c.llm.hidden_size, {}

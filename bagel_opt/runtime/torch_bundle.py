@@ -19,7 +19,7 @@ from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import slots_in_use
 from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.runtime.torch_setup import prepare
+from bagel_opt.runtime.torch_setup import prepare, register_kernels
 
 LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart on x86, each with all before it
 # Features that no compiler takes on its own, so that code which was compiled where they are does without.
@@ -44,6 +44,8 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = read_weights(folder / WEIGHTS, device)
+        if manifest.quantization:
+            register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         # the caches' shapes are compiled in; the mask is cut instead
         self.fixed_slots, self.free_rows, self.spare_slots = True, False, 0
@@ -159,6 +161,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
     with torch.device("meta"):
         model = Bagel(manifest.config)
+    model.quantize(manifest.quantization)
     model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)
