@@ -92,6 +92,12 @@ class Options:
     )
     do_sample: bool = _option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
     text_temperature: float = _option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
+    top_p: float = _option(
+        1.0,
+        Number(0, 1),
+        EVERY,
+        "sample from the likeliest tokens alone that have together this share of the probability",
+    )
     stop: str | Sequence[str] | None = _option(
         None,
         Texts(4, 256),

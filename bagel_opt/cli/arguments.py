@@ -266,7 +266,18 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name under which a proxy passes requests on; on loopback the server answers for no others than its own",
     )
-    group.add_argument("--name", help="the model's name for clients (default: the folder's)")
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of pages elsewhere that may call the server from a browser, as https://example.org; * is all (none)",
+    )
+    group.add_argument(
+        "--name",
+        action="append",
+        help="the model's name for clients (default: the folder's); may be given several times, as for clients with a fixed one",
+    )
     group.add_argument(
         "--api-key",
         action="append",

@@ -194,7 +194,7 @@ def serve(a: argparse.Namespace) -> None:
         settings = server_settings(a)
         server.log_as_json()
         bound = server.bind(a.host, a.port)
-        server.serve(_load(a), settings.pop("name"), a.host, a.port, bound, **settings)
+        server.serve(_load(a), settings.pop("names"), a.host, a.port, bound, **settings)
         return
     try:
         from bagel_opt.serve.replicas import serve_replicas

@@ -34,9 +34,9 @@ def cluster_settings(options: dict[str, str]) -> dict:
 
 
 def server_settings(a: argparse.Namespace) -> dict:
-    """Of bagel_opt.serve.make_app, and the model's name."""
+    """Of bagel_opt.serve.make_app, and the model's names."""
     from bagel_opt.serve import Limits
-    from bagel_opt.serve.access import allowed_hosts, split_keys
+    from bagel_opt.serve.access import Access, allowed_hosts, split_keys
 
     keys, hosts = split_keys(a.api_key, os.environ.get("BAGEL_OPT_API_KEYS")), allowed_hosts(a.host, a.allowed_host)
     if a.checkpoint is None and a.profile is None:
@@ -51,9 +51,10 @@ def server_settings(a: argparse.Namespace) -> dict:
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
         )
     return {
-        "name": a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
+        "names": a.name or [Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"],
         "keys": keys,
         "hosts": hosts,
+        "origins": Access(origins=tuple(a.cors_origin)).origins,  # checked before a model is loaded
         "limits": Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
         "max_queue": a.max_queue,
         "timeout": a.timeout,

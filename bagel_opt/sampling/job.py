@@ -31,6 +31,7 @@ class Token:
     id: int
     temperature: float
     uniform: float
+    top_p: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Job:
         before = context.kv_len, context.position
         while len(ids) < self.phase.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
-            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
+            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32), options.top_p)
             if token < 0:
                 raise FloatingPointError(f"the text's logits {NOT_FINITE}")
             context.kv_len, context.position = context.kv_len + 1, context.position + 1

@@ -122,12 +122,17 @@ class EngineThread:
 
     # ---- the event loop's side
 
-    def plan(self, request: Request) -> tuple[AnyPlan, Engine]:
+    def plan(self, request: Request, longest: int | None = None) -> tuple[AnyPlan, Engine]:
         """Checks a request; a ValueError says what is wrong with it. Takes a while: not for the event loop.
 
-        An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
+        An answer whose length was not asked for gets the room that a picture in progress beside it leaves. longest: tokens
+        that it may have, which is no such wish.
         """
         plan = make_plan(request, self.model.config, self.model.tokenizer)
+        if longest is not None:
+            free = dataclasses.replace(plan.options, max_think_tokens=None)
+            most = min(longest, max(profile.slots for profile in self.model.profiles))
+            plan = dataclasses.replace(plan, options=free, max_tokens=most + 1)  # which counts the start token too
         profile, fitted = self.model.choose(plan)
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
         return plan.fitted(beside) if fits(plan, beside) else fitted, self.engines[profile]

@@ -71,6 +71,7 @@ def test_generate_with_all_options(run, eager):
         "step_cache": "taylorseer",
         "max_think_tokens": 5,
         "text_temperature": 0.9,
+        "top_p": 0.9,
     }
     written = [[f"--{name}", *(value if isinstance(value, tuple) else [value])] for name, value in options.items()]
     flags = [str(part) for option in written for part in option]
