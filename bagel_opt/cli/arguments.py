@@ -37,7 +37,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     for sub in (draw, edit_, think):
         several = "where to write the pictures, as out-1.png and so on (default: %(default)s)"
         sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=several if sub is think else out)
-        _options(sub, "picture", *((SIZE,) if sub is not edit_ else ()), PICTURE, INPUTS)
+        _options(sub, "picture", SIZE, PICTURE, INPUTS)
     _options(think, "texts and pictures in turn", INTERLEAVING)
     for sub in (draw, edit_, ask, talk, think):
         _model_options(sub)

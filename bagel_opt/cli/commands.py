@@ -8,10 +8,11 @@ import json
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
@@ -21,6 +22,7 @@ from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
 from bagel_opt.files.replacing import replacing, save_picture
+from bagel_opt.images import open_picture
 from bagel_opt.loading import load, shipped_model
 from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.profile import Profile, profile_names
@@ -265,13 +267,11 @@ def _load(a: argparse.Namespace) -> Model:
 
 def _open(path: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():  # of Pillow, on what it took all the same
+            warnings.simplefilter("ignore")
+            return open_picture(path, "image")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture {path}; its file comes first, then the text") from None
-    except SyntaxError as error:  # what PIL raises for damaged EXIF data
-        raise ValueError(f"{path} is a damaged picture: {error}") from None
 
 
 def _is_picture(item: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bagel_opt.cli.arguments import load_settings, serve_options
 from bagel_opt.cli.inspect import describe
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.files.finding import find_bundle
 from bagel_opt.loading import load
 from bagel_opt.profile import profile_names
 
@@ -46,7 +46,7 @@ def server_settings(a: argparse.Namespace) -> dict:
     describe(
         a.checkpoint, check=a.check, weights=a.weights, lora=a.lora
     )  # what cannot be loaded should not cost starting a cluster
-    if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
+    if not a.profile and not find_bundle(a.checkpoint):
         raise ValueError(
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
         )

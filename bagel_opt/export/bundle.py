@@ -1,7 +1,9 @@
 """Writing a bundle: what of it there is, and which programs."""
 
+import contextlib
 import dataclasses
 import logging
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from math import prod
@@ -14,11 +16,12 @@ from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
-from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, Manifest, list_files
+from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
 from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 from bagel_opt.quantization import Quantization, kinds_of_parts
+from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "aoti", "export", "compile")
 ATTENTION = {"onnx": ("auto",), **dict.fromkeys(("aoti", "export"), ("auto", "sdpa", "flash"))}
 log = logging.getLogger("bagel_opt")
-LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "safetensors", "tokenizers")
 
 
 def precisions(format: str, device: str) -> tuple[str, ...]:
@@ -95,6 +98,7 @@ def export(
             import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
+    check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.loading import check_kinds, shipped_model, torch_device
@@ -138,6 +142,9 @@ def export(
             from bagel_opt.export.verify import verify as compare
 
             compare(partial, source.folder, progress, unfinished=True, weights=weights, lora=lora)
+            tried = _versions(("onnxruntime", "onnxruntime-gpu") if onnx else ("torch",))
+            tried["machine"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+            dataclasses.replace(read_manifest(partial, UNFINISHED), tried=tried).write(partial)
     return out
 
 
@@ -187,7 +194,7 @@ def write_bundle(
         profiles=list(profiles),
         config=config,
         programs=programs,
-        versions={name: _version(name) for name in LIBRARIES},
+        versions=_versions(LIBRARIES),
         machine=compiled_for,
         files=list_files(folder),
         quantization=dict(kinds),
@@ -253,8 +260,10 @@ def _with_free_rows(
     return made
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

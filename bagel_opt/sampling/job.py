@@ -253,12 +253,13 @@ class Job:
         return tokens
 
     def picture(self, tokens: np.ndarray) -> Image.Image:
-        """Latent tokens [tokens, channels] through the VAE."""
+        """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for."""
         latent = images.untokens(tokens, *self.phase.grid, self.config.latent_patch_size)
         picture, finite = map(self.runtime.host, self.runtime.run("vae_decode", [latent[None]]))
         if not finite.all():
             raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
-        return Image.fromarray(picture)
+        found, size = Image.fromarray(picture), self.phase.resized
+        return found if size is None else images.resize_to(found, size[::-1])
 
 
 def _alike(one: list[Block], other: list[Block]) -> int:

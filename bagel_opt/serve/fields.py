@@ -99,11 +99,17 @@ class Body(_model("RequestOptions", EVERY, READING, ADAPTERS)):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+OWN_SIZES = described(SIZE)["size"].kind.values  # those that BAGEL's own option has
+SIZES = rf"^(auto|{'|'.join(OWN_SIZES)}|[0-9]{{1,5}}x[0-9]{{1,5}})$"
+ABOUT_SIZES = f'"WIDTHxHEIGHT", "auto" or an option: {described(SIZE)["size"].help}.'
+
+
 class Drawing(_model("PictureOptions", PICTURE, SIZE, INPUTS)):
     """BAGEL's options of a picture."""
 
     def drawing_options(self) -> dict:
-        return {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}
+        given = {name: value for name in Drawing.model_fields if (value := getattr(self, name)) is not None}
+        return given if given.get("size") in (None, *OWN_SIZES) else {**given, "size": None}
 
     def check_sides(self) -> None:
         if (self.height is None) != (self.width is None):
@@ -117,9 +123,6 @@ class Interleaving(_model("InterleavedOptions", INTERLEAVING)):
         return {name: value for name in Interleaving.model_fields if (value := getattr(self, name)) is not None}
 
 
-SIZES = r"^(auto|[0-9]{1,5}x[0-9]{1,5})$"
-
-
 def read_size(size: str | None) -> tuple[int, int] | None:
     """-> (width, height), or None where it is left to the model"""
-    return None if size in (None, "auto") else tuple(map(int, size.split("x")))
+    return None if size in (None, "auto", *OWN_SIZES) else tuple(map(int, size.split("x")))

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bagel_opt.serve.fields import IGNORED, PARTS, SIZES, TEXT_LIMIT, Body, Drawing, Fields, read_size
+from bagel_opt.serve.fields import ABOUT_SIZES, IGNORED, PARTS, SIZES, TEXT_LIMIT, Body, Drawing, Fields, read_size
 
 
 class ImageBody(Body, Drawing):
     prompt: str = Field(min_length=1, max_length=TEXT_LIMIT)
     n: int = Field(1, ge=1, description="Pictures; they take seed, seed + 1, ...")
-    size: str | None = Field(None, pattern=SIZES, description='"WIDTHxHEIGHT" or "auto".')
+    size: str | None = Field(None, pattern=SIZES, description=ABOUT_SIZES)
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="b64_json, the default, or an address on this server that holds for an hour."
     )

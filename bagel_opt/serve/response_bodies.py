@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from bagel_opt.serve.chat_bodies import StreamOptions, TextFormat, Writing
-from bagel_opt.serve.fields import IGNORED, PARTS, SIZES, TEXT_LIMIT, Drawing, Fields, read_size
+from bagel_opt.serve.fields import ABOUT_SIZES, IGNORED, OWN_SIZES, PARTS, SIZES, TEXT_LIMIT, Drawing, Fields, read_size
 
 Words = Annotated[str, Field(max_length=TEXT_LIMIT)]
 
@@ -65,7 +65,7 @@ Item = Annotated[
 
 class ImageTool(Fields):
     type: Literal["image_generation"]
-    size: str | None = Field(None, pattern=SIZES, description='"WIDTHxHEIGHT" or "auto".')
+    size: str | None = Field(None, pattern=SIZES, description=ABOUT_SIZES)
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     partial_images: int = Field(0, ge=0, le=3)
@@ -124,5 +124,7 @@ class ResponsesBody(Writing, Drawing):
             if self.height or self.width:
                 raise ValueError("tools.0.size: give size, or height and width, not both")
             self.width, self.height = sides
+        elif self.tool and self.tool.size in OWN_SIZES:
+            self.size = self.tool.size
         self.check_sides()
         return self

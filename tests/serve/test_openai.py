@@ -307,10 +307,32 @@ def test_what_chat_refuses(client, options, status):
     assert refused.value.body["message"]
 
 
-def test_the_size_of_an_edit_is_its_pictures(client):
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.images.edit(image=png(64), prompt="a", size="128x128", extra_body=FEW)
+def test_the_size_of_an_edit(client, model):
+    """That of its picture as it is read, what was asked for, or that of its picture as it came."""
+    image = Image.open(io.BytesIO(png(50)))
+    options = {"seed": 1, **FEW}
+    for size, own, told in (
+        ("auto", {}, "48x48"),
+        ("128x64", {"width": 128, "height": 64}, "128x64"),
+        ("input", {"size": "input"}, "50x50"),
+    ):
+        answer = client.images.edit(image=png(50), prompt="a", size=size, extra_body=options)
+        assert equal(picture(answer.data[0].b64_json), model.edit(image, "a", **own, **options))
+        assert answer.size == told
+    body = {"modalities": ["image"], "size": "input", **options}
+    drawn = client.chat.completions.create(model="test", messages=ask(png(50), "a"), extra_body=body)
+    url = drawn.choices[0].message.images[0]["image_url"]["url"]
+    assert picture(url.partition(",")[2]).size == (50, 50)
+    assert drawn.usage.completion_tokens == 9  # as many as were drawn
+    with pytest.raises(openai.BadRequestError, match="size='input'; allowed only with an input picture") as refused:
+        client.images.generate(prompt="a", size="input", extra_body=FEW)
     assert refused.value.param == "size"
+    with pytest.raises(openai.BadRequestError, match="height=100; allowed: a multiple of 16") as refused:
+        client.images.edit(image=png(), prompt="a", size="128x100", extra_body=FEW)
+    assert refused.value.param == "size"
+
+
+def test_masks_are_refused(client):
     with pytest.raises(openai.BadRequestError, match="mask"):
         client.images.edit(image=png(64), mask=png(64), prompt="a", extra_body=FEW)
 

@@ -64,7 +64,7 @@ FORM["required"].append("image")
     },
 )
 async def edits(http: HttpRequest, service: Injected) -> Response:
-    """Draws a changed picture, of the last input picture's size."""
+    """Draws a changed picture: unless a size is given, of the last input picture's as it is read."""
     if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         body = await read_json(http, JsonEditBody, ", or as multipart/form-data with the picture in `image`")
         urls = [(one.image_url, f"images.{place}.image_url") for place, one in enumerate(body.images)]
