@@ -21,6 +21,9 @@ PACKED = {
     "vae_encode": ("vae.",),
     "vae_decode": ("vae.",),
 }
+# Codes of any model are packed where they are read for a few tokens at a time: without it MatMulNBits would turn them into
+# floats first. A copy of codes is small.
+PACKED_CODES = ("decode", "generate")
 # Of onnxscript's rules those that find something in these graphs. One of the others compares every node with all, which
 # takes most of the time for a model of many layers.
 RULES = rewriter.RewriteRuleSet(
@@ -89,7 +92,8 @@ def point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
     small = sum(place.length for place in places.values()) <= ALL_PACKED_BELOW
     for name in used:
         value, place = inputs[name], places[name]
-        if small or any(part in name for part in PACKED.get(graph.name, ())):
+        coded = ".quantized." in name and graph.name in PACKED_CODES
+        if small or coded or any(part in name for part in PACKED.get(graph.name, ())):
             graph.inputs.remove(value)
         where = WEIGHTS, place.offset, place.length
         value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)

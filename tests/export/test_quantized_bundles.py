@@ -58,12 +58,13 @@ def test_what_it_says_and_holds(bundle, tmp_path):
         assert (again / WEIGHTS).read_bytes() == (bundle / WEIGHTS).read_bytes()
         with pytest.raises(ValueError, match=r"is quantised, .* cannot change; leave that out"):
             export(folder, tmp_path / "other", PROFILES[CHECKPOINT], format="export", quantization="int8")
-        with pytest.raises(ValueError, match=r"is quantised, which ONNX bundles cannot be yet"):
+        with pytest.raises(ValueError, match=r"is quantised, as ONNX bundles are in another way"):
             export(folder, tmp_path / "other", PROFILES[CHECKPOINT])
-        with pytest.raises(
-            ValueError, match=r"quantization='int8'; ONNX bundles cannot be quantised yet, so leave it out"
-        ):
-            export(CHECKPOINT, tmp_path / "other", PROFILES[CHECKPOINT], quantization="int8")
+        for bad in ({"quantization": "fp8"}, {"quantization": "int8", "dtype": "float16"}):
+            with pytest.raises(
+                ValueError, match=r"quantization='.*'; ONNX bundles take 'int8' and 'int4', on the CPU in float32"
+            ):
+                export(CHECKPOINT, tmp_path / "other", PROFILES[CHECKPOINT], **bad)
 
 
 @pytest.mark.second

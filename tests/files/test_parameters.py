@@ -30,10 +30,12 @@ def test_a_models_parameters(config):
         model = Bagel(config)
     assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
     for kind in ("aoti", "export", "compile"):
-        assert stored_shapes(config, kind, "cpu") == parameter_shapes(config)
+        assert stored_shapes(config, kind, "cpu", {}) == parameter_shapes(config)
 
 
-@pytest.mark.parametrize("kinds", [{"und": "fp8", "gen": "int8"}, {"vit": "int8"}, {"gen": "fp8"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [{"und": "fp8", "gen": "int8"}, {"vit": "int4"}, {"gen": "int4", "head": "int8"}, {}], ids=str
+)
 def test_a_quantised_models_parameters(config, kinds):
     with torch.device("meta"):
         model = Bagel(config)
@@ -44,7 +46,7 @@ def test_a_quantised_models_parameters(config, kinds):
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")])
 def test_an_onnx_bundles_weights(config, device, dtype):
-    assert stored_shapes(config, "onnx", device) == Shapes(config, getattr(torch, dtype), device).stored
+    assert stored_shapes(config, "onnx", device, {}) == Shapes(config, getattr(torch, dtype), device).stored
 
 
 def test_the_largest_model_that_is_allowed_is_told_at_once():
