@@ -15,11 +15,10 @@ import torch
 from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.given import Given
 from bagel_opt.export.onnx_free_sizes import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
@@ -127,31 +126,19 @@ def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
 TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_nearest2d.vec: upsample}
 
 
-class Recorded(TorchDispatchMode):
-    """Which tensors operators are given."""
-
-    def __init__(self):
-        super().__init__()
-        self.given: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001  torch's signature
-        self.given.update(map(id, tree_leaves((args, kwargs))))
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def only_used_parameters(
     model: nn.Module, fake: FakeTensorMode, call: Callable, inputs: tuple[Tensor, ...]
 ) -> Iterator[None]:
     """Leaves the parameters that a call has no use for as mere attributes of a model for a while: the exporter makes each
     parameter an input, and its time grows with their square."""
-    with fake, Recorded() as recorded:
+    with fake, Given() as given:
         call(*inputs)
     unused = [
         (module, name, p)
         for module in model.modules()
         for name, p in module._parameters.items()
-        if p is not None and id(p) not in recorded.given
+        if p is not None and id(p) not in given.ids
     ]
     for module, name, p in unused:
         module._parameters[name], module.__dict__[name] = None, p.data
