@@ -3,18 +3,21 @@
 Graphs are made from shapes alone: no weight is read for them.
 """
 
+import copy
 import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
@@ -127,6 +130,23 @@ TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_n
 
 
 @contextmanager
+def translations_made_once() -> Iterator[None]:
+    """torch.onnx.export makes its table of all translations anew for each program, which takes longer than a small
+    program does. In this block it gets copies of one table."""
+    made = ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+    def copied(opset_version: int = OPSET) -> ONNXRegistry:
+        if opset_version != OPSET:
+            raise ValueError(f"translations to opset {opset_version}; these are to {OPSET}")
+        table = copy.copy(made)
+        table.functions = {target: list(found) for target, found in made.functions.items()}
+        return table
+
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
+
+
+@contextmanager
 def only_used_parameters(
     model: nn.Module, fake: FakeTensorMode, call: Callable, inputs: tuple[Tensor, ...]
 ) -> Iterator[None]:
@@ -219,11 +239,12 @@ def write_programs(
     config, dtype, device, fused, profile = model
     shapes = Shapes(config, getattr(torch, dtype), device, fused)
     calls = programs(shapes.model)
-    for name, signature, path in tasks:
-        exported = export_program(shapes, name, calls[name], signature, profile)
-        used = used_weights(exported.graph, shapes.stored)
-        if device == "cpu":
-            point_outside(exported.graph, path.parent, used)
-        strip(exported)
-        ir.save(exported, path)
-        yield name, used
+    with translations_made_once():
+        for name, signature, path in tasks:
+            exported = export_program(shapes, name, calls[name], signature, profile)
+            used = used_weights(exported.graph, shapes.stored)
+            if device == "cpu":
+                point_outside(exported.graph, path.parent, used)
+            strip(exported)
+            ir.save(exported, path)
+            yield name, used
