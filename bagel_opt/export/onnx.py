@@ -36,6 +36,7 @@ from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import ONE_ROW, Signature, cache_names
 
 OPSET = 24
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
 
 
 class Program(nn.Module):
@@ -182,7 +183,6 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
     tensors = (*inputs, *caches)
     with warnings.catch_warnings(), torch.no_grad(), only_used_parameters(shapes.model, shapes.fake, call, tensors):
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
         exported = torch.onnx.export(
             Program(shapes.model, call).eval(),
             tensors,

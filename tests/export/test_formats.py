@@ -173,10 +173,10 @@ model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
         ({"versions": {"torch": "1.0"}}, r"was compiled for torch 1\.0, and this is"),
     ],
 )
-def test_code_for_another_machine_is_refused(two, tmp_path, change, message):
+def test_code_for_another_machine_is_refused(small_bundle, tmp_path, change, message):
     copy = tmp_path / "copy"
     copy.mkdir()
-    for path in two.iterdir():
+    for path in small_bundle.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     machine = torch.backends.cpu.get_cpu_capability()
     rewrite(copy, **{"kind": "aoti", "machine": machine, **change})
