@@ -20,7 +20,7 @@ def eager(load):
 @pytest.fixture(scope="module")
 def counts(thorough):
     """How many cases of each task: all, or the first ones; and the prompts that are drawn in other ways."""
-    return {**ALL, "other ways": 40} if thorough else {"prompts": 12, "edits": 6, "questions": 20, "other ways": 8}
+    return {**ALL, "other ways": 40} if thorough else {"prompts": 12, "edits": 7, "questions": 20, "other ways": 8}
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(processes.subprocess, "Popen", Started)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 1)
     with few_programs("choose", "step"), pytest.raises(KeyboardInterrupt):
         export(CHECKPOINT, tmp_path / "out", PROFILE, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
