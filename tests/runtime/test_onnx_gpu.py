@@ -2,7 +2,6 @@
 tests/gpu/ has what needs the GPU."""
 
 import ctypes
-import functools
 
 import numpy as np
 import onnx
@@ -80,8 +79,8 @@ class OnHost(OnnxGpuRuntime):
 def bundle(request):
     """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
-        shapes = functools.partial(exporter.Shapes, fused=request.param == "fused")
-        patch.setattr(exporter, "Shapes", shapes)
+        shapes, fused = exporter.Shapes, request.param == "fused"
+        patch.setattr(exporter, "Shapes", lambda *settings: shapes(*settings[:3], fused=fused))
         return cached_export(CHECKPOINT, PROFILE, name=request.param, device="cuda")
 
 
