@@ -16,7 +16,7 @@ from bagel_opt.examples import Examples
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
-from bagel_opt.request import Request
+from bagel_opt.request import Picture, Request
 from bagel_opt.sampling.adapters import check_adapters
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Observer
@@ -95,12 +95,13 @@ class Model:
             with self._counting:
                 self._running -= 1
 
-    def run(self, inputs: "str | Image.Image | Sequence[str | Image.Image]", **options: Any) -> list[str | Image.Image]:
-        """Reads texts and PIL images in order and answers with a text, a picture, a thought and a picture, or, with
+    def run(self, inputs: "str | Picture | Sequence[str | Picture]", **options: Any) -> list[str | Image.Image]:
+        """Reads texts and pictures in order and answers with a text, a picture, a thought and a picture, or, with
         output="interleaved", texts and pictures in turn.
 
-        options: see `bagel_opt.request.Options`. Raises ValueError for bad options and for a request beyond the
-        model's or the profile's sizes, TypeError for inputs that are neither str nor PIL image.
+        inputs: a str is a text; a picture is a PIL image, a `Path`, or a file's bytes. options: see
+        `bagel_opt.request.Options`. Raises ValueError for bad options, for files that are no pictures and for a request
+        beyond the model's or the profile's sizes, FileNotFoundError for a file that is not there, TypeError for other inputs.
         """
         return self.run_many([Request(inputs, **options)])[0]
 
@@ -164,19 +165,33 @@ class Model:
 
     def generate(self, prompt: str, **options: Any) -> Image.Image:
         """Draws a picture from a text."""
-        return self.run([prompt], **_fixed(options, output="image"))[-1]
+        return self.run([_text(prompt, "prompt")], **_fixed(options, output="image"))[-1]
 
-    def edit(self, image: Image.Image, instruction: str, **options: Any) -> Image.Image:
-        """Draws a changed picture of the input image's size."""
-        return self.run([image, instruction], **_fixed(options, output="image"))[-1]
+    def edit(self, image: str | Picture, instruction: str, **options: Any) -> Image.Image:
+        """Draws a changed picture, of the input image's size as it is read, which size="input" makes its own. image: a PIL
+        image, a file's path or its bytes."""
+        inputs = [_picture(image), _text(instruction, "instruction")]
+        return self.run(inputs, **_fixed(options, output="image"))[-1]
 
-    def understand(self, image: Image.Image, question: str, **options: Any) -> str:
-        """Answers a question about a picture."""
-        return self.run([image, question], **_fixed(options, output="text"))[-1]
+    def understand(self, image: str | Picture, question: str, **options: Any) -> str:
+        """Answers a question about a picture: a PIL image, a file's path or its bytes."""
+        return self.run([_picture(image), _text(question, "question")], **_fixed(options, output="text"))[-1]
 
     def chat(self, text: str, **options: Any) -> str:
         """Answers a text."""
-        return self.run([text], **_fixed(options, output="text"))[-1]
+        return self.run([_text(text, "text")], **_fixed(options, output="text"))[-1]
+
+
+def _picture(image: str | Picture) -> Picture:
+    if not isinstance(image, str | Picture):
+        raise TypeError(f"image is {type(image).__name__}; allowed are PIL.Image.Image, a file's path and bytes")
+    return Path(image) if isinstance(image, str) else image  # a str among inputs would be a text
+
+
+def _text(text: str, name: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {type(text).__name__}; allowed is str")
+    return text
 
 
 def _fixed(options: dict, output: str) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from PIL import Image
 
 from bagel_opt.errors import shown
+from bagel_opt.images import to_rgb
 from bagel_opt.json_files import read_json
 
 EXAMPLES = "examples.json"
@@ -90,6 +91,6 @@ def _picture(folder: Path, name: object) -> bytes:
         with Image.open(folder / name, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"{name:.60} has more than {PIXELS} pixels")
-            found, file = image.convert("RGB"), io.BytesIO()
+            found, file = to_rgb(image), io.BytesIO()
     found.save(file, "png")
     return file.getvalue()

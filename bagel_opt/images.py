@@ -1,13 +1,19 @@
 """Pictures on the host: PIL modes, BAGEL's resize rules, pixels, patches and latent tokens, in NumPy."""
 
+import io
+import os
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from bagel_opt.config import MAX_PIXELS, BagelConfig, ResizeConfig
+from bagel_opt.errors import reason
 
 MAX_ASPECT = 200  # beyond it the resize rule squeezes a picture into something unrecognisable
+# What is white in modes of more than 8 bits: the least of these that no pixel exceeds. Mode I has none of its own: files of
+# 16 bits are read into it, and arrays of 8.
+WHITE = {"I": (255, 65535), "F": (1, 255), **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), (65535,))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,9 +21,10 @@ class InputImage:
     """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
 
     The rule changes very long images again when it is applied twice; the picture to draw has the size of the first.
-    vae, vit: None while the image itself is still to be drawn.
+    original: (height, width) before. vae, vit: None while the image itself is still to be drawn.
     """
 
+    original: tuple[int, int]
     size: tuple[int, int]  # (height, width) after the first
     vae_grid: tuple[int, int]
     vit_grid: tuple[int, int]
@@ -25,21 +32,54 @@ class InputImage:
     vit: Image.Image | None = None
 
 
+def open_picture(source: str | os.PathLike | bytes, where: str) -> Image.Image:
+    """A picture from a file's path or its bytes, turned upright as its EXIF data say; of several frames the first. where: what
+    an error begins with. Raises FileNotFoundError, and ValueError for what Pillow cannot read."""
+    name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: there is no picture {name}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{where}: {name} is no picture that Pillow can read; give PNG, JPEG or WebP") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"{where}: the picture {name} cannot be read: {reason(error)}") from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any PIL mode to RGB; RGBA and palette transparency are laid on white."""
-    if image.mode == "RGBa":
-        image = image.convert("RGBA")
-    if image.mode == "RGBA" or image.info.get("transparency") is not None:
+    """Converts a picture of any PIL mode to RGB; what is transparent is laid on white. Modes of more than 8 bits are brought
+    from 0 to WHITE down to 8. Raises ValueError where their numbers lie elsewhere, and what Pillow does for damaged files."""
+    if image.mode in WHITE:
+        image = _in_8_bits(image)
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white
-    if image.mode == "La":
-        image = image.convert("LA")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return image.convert("RGB")
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Of a mode in WHITE, as grey; with the one number that is transparent, where there is such."""
+    values, transparent, whites = np.asarray(image), image.info.get("transparency"), WHITE[image.mode]
+    low, high = values.min(), values.max()  # NaN where there is one
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        ranges = " or ".join(f"0 to {white}" for white in whites)
+        raise ValueError(f"its mode {image.mode} holds numbers from {low} to {high}; allowed: {ranges}, so scale them")
+    grey = Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def resized(size: tuple[int, int], limits: ResizeConfig) -> tuple[int, int]:
@@ -61,7 +101,11 @@ def resized(size: tuple[int, int], limits: ResizeConfig) -> tuple[int, int]:
 
 
 def resize(image: Image.Image, limits: ResizeConfig) -> Image.Image:
-    size = resized(image.size, limits)
+    return resize_to(image, resized(image.size, limits))
+
+
+def resize_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image on (width, height) pixels, as the official code resizes, there and back."""
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -1,7 +1,7 @@
 """Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,14 @@ from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
 from bagel_opt.files.adapters import Loras, Named
+from bagel_opt.files.finding import find_bundle, find_place
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
+from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,8 @@ def load(
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
-    """Loads a checkpoint folder, a file of weights in one, a Hugging Face repo id or a bundle folder; None is the model that
-    ships.
+    """Loads a checkpoint folder, a file of weights in one, a bundle folder, or a Hugging Face repo id of
+    either; None is the model that ships.
 
     backend: "eager" or "compile"; a bundle brings its own. device: default CUDA where there is one.
     dtype: default bfloat16 on CUDA, else float32. attention: "auto", "sdpa", "cudnn", "flex" or "flash".
@@ -56,8 +58,8 @@ def load(
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.
     """
-    folder = Path(source) if source is not None else shipped_model()
-    if (folder / MANIFEST).is_file():
+    source = shipped_model() if source is None else source
+    if find_bundle(source):
         given = {
             "dtype": dtype,
             "profile": profile,
@@ -70,13 +72,14 @@ def load(
         for name, value in given.items():
             if value is not None:
                 raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
-        return load_bundle(folder, backend, device, progress, check)
+        return load_bundle(find_place(source), backend, device, progress, check)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
     try:
         import torch
     except ImportError:
-        raise ImportError(f"{folder} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+        raise ImportError(f"{source} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+    check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.model import attention as backends
@@ -89,13 +92,10 @@ def load(
     chosen = backends.choose(attention, where, kind)
     fixed = [load_profile(profile)] if profile is not None else []
     kinds = kinds_of_parts(quantization)
-    checkpoint = Checkpoint(folder if source is None else source, weights, lora)
+    checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    if where.type == "cuda" and (kinds or checkpoint.kinds):
-        from bagel_opt.runtime.quantized_products import check_device
-
-        check_device(where, kinds or checkpoint.kinds)
+    check_kinds(where, kinds or checkpoint.kinds)
     model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
@@ -130,12 +130,16 @@ def load_bundle(
 
 
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
+    cpu = manifest.device == "cpu"
     try:
-        from bagel_opt.runtime.onnx import OnnxRuntime
+        import onnxruntime
     except ImportError:
-        extra = "onnx" if manifest.device == "cpu" else "onnx-gpu"
+        extra = "onnx" if cpu else "onnx-gpu"
         raise ImportError(f"an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[{extra}]'") from None
-    if manifest.device == "cpu":
+    check_version("onnxruntime" if cpu else "onnxruntime-gpu", onnxruntime.__version__)
+    from bagel_opt.runtime.onnx import OnnxRuntime
+
+    if cpu:
         return OnnxRuntime(folder, manifest)
     try:
         from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, usable_memory
@@ -152,20 +156,31 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         import torch
     except ImportError:
         raise ImportError(f"a bundle of kind {manifest.kind!r} needs torch: pip install 'bagel-opt[torch]'") from None
-    from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, machine
+    check_version("torch", torch.__version__)
+    from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device)
+    check_kinds(where, manifest.quantization)
     if manifest.kind == "compile":
         return compiled_runtime(folder, manifest, where)
     if manifest.kind == "aoti":
-        ours = {"torch": torch.__version__.partition("+")[0], "instruction set": machine(where)}
-        its = {"torch": manifest.versions["torch"].partition("+")[0], "instruction set": manifest.machine}
-        for what, value in its.items():
-            if value != ours[what]:
-                raise BundleError(
-                    f"{folder} was compiled for {what} {value}, and this is {ours[what]}; export it here, or use format 'export'"
-                )
+        made, ours = (version.partition("+")[0] for version in (manifest.versions["torch"], torch.__version__))
+        wrong = ""
+        if made != ours:
+            wrong = f"torch {made}, and this is {ours}"
+        elif lacks := lacking(manifest.machine, where):
+            wrong = f"processors with {', '.join(lacks)}, which this one has not"
+        if wrong:
+            raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
     return PackagedRuntime(folder, manifest, where)
+
+
+def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
+    """Raises ValueError where there are no products of these kinds (quantization.KINDS)."""
+    if kinds and device.type == "cuda":
+        from bagel_opt.runtime.quantized_products import check_device
+
+        check_device(device, kinds)
 
 
 def shipped_model() -> Path:

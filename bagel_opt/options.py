@@ -18,11 +18,11 @@ INTERLEAVED_CONTEXTS = ("rebuilt", "main")
 STEP_CACHES = ("taylorseer", "teacache")
 DEFAULT_TOKENS = 1000  # of a thought or an answer
 DEFAULT_ROUNDS = 3  # of texts and pictures, as in ThinkMorph's code
-# What an option is for. Those of size and inputs are a picture's too: its size where no input picture gives it, and how
-# it keeps to those that go in. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
+# What an option is for. Those of size and inputs are a picture's too: its size, and how it keeps to the input pictures. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
 # texts and pictures in turn.
 EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
 ADAPTERS = "adapters"
+OWN_SIZE = "the last input picture's, as it is read; without one the model's own, up to 1024"
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ class Options:
     )
     do_sample: bool = _option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
     text_temperature: float = _option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
+    top_p: float = _option(
+        1.0,
+        Number(0, 1),
+        EVERY,
+        "sample from the likeliest tokens alone that have together this share of the probability",
+    )
     stop: str | Sequence[str] | None = _option(
         None,
         Texts(4, 256),
@@ -115,14 +121,21 @@ class Options:
         PIXELS,
         SIZE,
         "in pixels, a multiple of 16",
-        unset="the model's own, up to 1024",
+        unset=OWN_SIZE,
     )
     width: int | None = _option(
         None,
         PIXELS,
         SIZE,
         "in pixels, a multiple of 16",
-        unset="the model's own, up to 1024",
+        unset=OWN_SIZE,
+    )
+    size: str | None = _option(
+        None,
+        Choice(("input",), "None or 'input'"),
+        SIZE,
+        "input: the picture that was drawn is resized to the size that the last input picture came in",
+        unset="as drawn",
     )
     num_timesteps: int = _option(
         50,
@@ -238,6 +251,8 @@ class Options:
                     raise ValueError(
                         f"{name} is given; of an interleaved request the seed alone says what noise is drawn"
                     )
+            if self.size is not None:
+                raise ValueError(f"size={self.size!r}; an interleaved request's pictures are as they are drawn")
 
     @property
     def counts_evaluations(self) -> bool:

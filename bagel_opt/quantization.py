@@ -1,13 +1,39 @@
-"""Which parts of a model are stored in 8 bits, as users say it."""
+"""Which parts of a model are stored in 8 or 4 bits, as users say it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-# Kinds: 8-bit floats (e4m3, arXiv 2209.05433) or integers. Weights have a scale for each output channel; what they are
-# multiplied with is rounded to the same kind in each product, with a scale for each token.
-KINDS = ("fp8", "int8")
-# Parts: the products in the layers of an expert, or of the ViT. What is in none stays as it is: embeddings, norms, the
-# head, the connector, and the VAE.
-PARTS = ("und", "gen", "vit")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a weight [N, C] is stored. codes, scale: the dtypes. group: channels that share a scale, 0 for all of a row."""
+
+    codes: str
+    scale: str
+    group: int = 0
+
+    def shapes(self, weight: Shape) -> tuple[Shape, Shape]:
+        """Those of the codes and of the scale. A group that C does not fill is stored as a whole one."""
+        rows, channels = weight
+        if not self.group:
+            return (rows, channels), (rows,)
+        groups = -(-channels // self.group)
+        return (rows, groups * self.group // 2), (rows, groups)
+
+
+# fp8, int8: 8-bit floats (e4m3, arXiv 2209.05433) or integers, with a scale for each output channel; what they are
+# multiplied with is rounded to the same kind in each product, with a scale for each token. int4: integers, with a scale for
+# each group of input channels; weights alone.
+KINDS = {
+    "fp8": Kind("float8_e4m3fn", "float32"),
+    "int8": Kind("int8", "float32"),
+    "int4": Kind("uint8", "bfloat16", group=32),
+}
+# Parts: the products in the layers of an expert, or of the ViT; the head, which makes the logits of a token. What is in none
+# stays as it is: embeddings, norms, the connector, and the VAE.
+PARTS = ("und", "gen", "vit", "head")
 BY_DEFAULT = ("und", "gen")  # where one kind is named for all
 
 Quantization = str | Mapping[str, str]
@@ -18,7 +44,9 @@ def kinds_of_parts(quantization: Quantization | None) -> dict[str, str]:
     if quantization is None:
         return {}
     found = dict.fromkeys(BY_DEFAULT, quantization) if isinstance(quantization, str) else quantization
-    if not isinstance(found, Mapping) or not all(part in PARTS and kind in KINDS for part, kind in found.items()):
+    if not isinstance(found, Mapping) or not all(
+        part in PARTS and isinstance(kind, str) and kind in KINDS for part, kind in found.items()
+    ):
         raise ValueError(
             f"quantization={quantization!r:.200}; allowed: {' or '.join(map(repr, KINDS))}, or an object from "
             f"{', '.join(map(repr, PARTS))} to these"

@@ -1,4 +1,4 @@
-"""Rounding to 8 bits, from the definition: tables of all codes, and float64."""
+"""Rounding to 8 and 4 bits, from the definition: tables of all codes, and float64."""
 
 import numpy as np
 from torch import Tensor
@@ -25,3 +25,13 @@ def rounded(x: Tensor, kind: str) -> tuple[np.ndarray, np.ndarray]:
     x = x.float().numpy()
     scale = np.maximum(np.abs(x).max(-1, keepdims=True) * np.float32(1 / CODES[kind][-1]), np.float32(LEAST))
     return nearest((x / scale).astype(np.float64), kind), scale.astype(np.float64)[..., 0]
+
+
+def unpacked(codes: Tensor, scale: Tensor, channels: int) -> np.ndarray:
+    """The numbers that groups of 32 in 4 bits stand for: a byte has two channels, each plus 8, the first in its low bits."""
+    found = np.zeros((len(codes), scale.shape[1] * 32))
+    for group in range(scale.shape[1]):
+        packed = codes[:, group * 16 : group * 16 + 16].numpy().astype(int)
+        numbers = np.stack((packed % 16, packed // 16), axis=2).reshape(len(codes), 32) - 8
+        found[:, group * 32 : group * 32 + 32] = numbers * scale[:, group, None].double().numpy()
+    return found[:, :channels]

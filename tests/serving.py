@@ -66,10 +66,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(model, keys=(), limits=None, remote=False, hosts=None, **settings):
+def serving(model, keys=(), limits=None, remote=False, hosts=None, origins=(), names=("test",), **settings):
     runtime = Held(model.runtime)
     model = bagel_opt.Model(runtime, model.config, model.tokenizer, model.profiles, examples=model.examples)
-    service = Service("test", EngineThread(model, Metrics(), **settings), limits or Limits(), remote)
+    service = Service(names, EngineThread(model, Metrics(), **settings), limits or Limits(), remote)
     started = threading.Event()
 
     class Server(uvicorn.Server):
@@ -77,7 +77,7 @@ def serving(model, keys=(), limits=None, remote=False, hosts=None, **settings):
             await super().startup(*arguments, **options)
             started.set()
 
-    app = create_app(service, Access(tuple(keys), hosts))
+    app = create_app(service, Access(tuple(keys), hosts, tuple(origins)))
     server = Server(
         uvicorn.Config(app, port=0, http=Connection, log_config=None, access_log=False, timeout_keep_alive=1)
     )

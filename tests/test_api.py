@@ -36,6 +36,70 @@ def test_image_of_4000_pixels_in_a_row(eager):
         eager.edit(Image.new("RGB", (1, 4000)), "a")
 
 
+SMALL = {"num_timesteps": 3, "seed": 0}
+WIDE = Image.linear_gradient("L").resize((75, 40)).convert("RGB")  # read as 80x32
+
+
+def test_edits_take_pictures_paths_and_bytes(eager, tmp_path):
+    path = tmp_path / "a.png"
+    WIDE.save(path)
+    want = np.asarray(eager.edit(WIDE, "a", **SMALL))
+    assert want.shape == (32, 80, 3)
+    for given in (path, str(path), path.read_bytes()):
+        assert np.array_equal(eager.edit(given, "a", **SMALL), want)
+    few = {"max_think_tokens": 3}
+    assert eager.understand(str(path), "a", **few) == eager.understand(WIDE, "a", **few)
+
+
+def test_what_is_no_picture_and_what_is_no_text(eager):
+    with pytest.raises(FileNotFoundError, match=r"inputs\[0\]: there is no picture make it green"):
+        eager.edit("make it green", "a.png")
+    for call, message in (
+        (lambda: eager.edit(np.zeros((8, 8, 3)), "a"), "image is ndarray; allowed are PIL"),
+        (lambda: eager.understand(None, "a"), "image is NoneType; allowed are PIL"),
+        (lambda: eager.edit(WIDE, WIDE), "instruction is Image; allowed is str"),
+        (lambda: eager.understand(WIDE, None), "question is NoneType; allowed is str"),
+        (lambda: eager.generate(WIDE), "prompt is Image; allowed is str"),
+        (lambda: eager.chat(b"a"), "text is bytes; allowed is str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_a_damaged_picture_that_was_opened_but_not_read(eager, tmp_path):
+    path = tmp_path / "a.png"
+    Image.effect_noise((99, 99), 50).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: the picture cannot be read: .*truncated"):
+        eager.understand(Image.open(path), "a")
+    with pytest.raises(
+        ValueError, match=r"^inputs\[0\]: the picture cannot be read: its mode F holds .* 0 to 1 or 0 to"
+    ):
+        eager.understand(Image.new("F", (8, 8), 300), "a")
+
+
+def test_an_edit_in_its_inputs_size(eager):
+    """It is the drawn picture, resized as the official code resizes inputs; with nothing to resize it is the same."""
+    drawn = eager.edit(WIDE, "a", **SMALL)
+    got = eager.edit(WIDE, "a", size="input", **SMALL)
+    assert got.size == WIDE.size
+    assert np.array_equal(got, drawn.resize(WIDE.size, Image.Resampling.BICUBIC))
+    assert np.array_equal(eager.edit(drawn, "a", size="input", **SMALL), eager.edit(drawn, "a", **SMALL))
+
+
+def test_an_edit_of_a_chosen_size(eager):
+    """Its noise is what a picture of that size has; an input of that size is read otherwise."""
+    got = eager.edit(WIDE, "a", height=32, width=64, **SMALL)
+    assert got.size == (64, 32)
+    fixed = Model(eager.runtime, eager.config, eager.tokenizer, [TINY])
+    alike = np.asarray(fixed.edit(WIDE, "a", height=32, width=64, **SMALL), int)
+    assert np.abs(alike - np.asarray(got)).max() <= 1
+    larger = eager.edit(WIDE, "a", height=128, width=96, size="input", **SMALL)
+    assert larger.size == WIDE.size
+    with pytest.raises(ValueError, match="height=60; allowed: a multiple of 16"):
+        eager.edit(WIDE, "a", height=60)
+
+
 def test_errors_name_the_request(eager):
     assert eager.run_many([]) == []
     requests = [Request("a", height=32, width=32), Request("a", height=40)]

@@ -107,12 +107,16 @@ def test_every_mode(mode):
         ("1", 0, (0, 0, 0)),
         ("L", 119, GREY),
         ("LA", (119, 255), GREY),
+        ("LA", (0, 51), (204, 204, 204)),
         ("La", (119, 255), GREY),
+        ("La", (0, 51), (204, 204, 204)),
         ("I", 119, GREY),
-        ("I;16", 119, GREY),
-        ("I;16L", 119, GREY),
-        ("I;16B", 119, GREY),
+        ("I", 119 * 257, GREY),  # a number above 255, so white is 65535
+        *[(mode, 119 * 257 + off, GREY) for mode in ("I;16", "I;16L", "I;16B", "I;16N") for off in (-128, 128)],
+        ("I;16", 128, (0, 0, 0)),
         ("F", 119.0, GREY),
+        ("F", 119 / 255, GREY),
+        ("F", 1.0, (255, 255, 255)),
         ("RGB", RED, RED),
         ("RGBX", (*RED, 7), RED),
         ("RGBA", (*RED, 255), RED),
@@ -148,15 +152,39 @@ def test_palette_with_alpha():
     image = Image.new("P", (2, 2), 1)
     image.putpalette([0, 0, 255, *RED])
     assert images.to_rgb(image.convert("PA")).getpixel((0, 0)) == RED
+    image.info["transparency"] = 1
+    assert images.to_rgb(image.convert("PA")).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("1", 0), ("L", 9), ("I;16", 9), ("RGB", (9, 9, 9))])
+@pytest.mark.parametrize("fill", [{"I": -1}, {"I": 65536}, {"F": 255.5}, {"F": -0.1}, {"F": float("nan")}])
+def test_numbers_of_which_none_is_known_to_be_white(fill):
+    [(mode, number)] = fill.items()
+    image = Image.new(mode, (2, 2), 1)
+    image.putpixel((1, 0), number)
+    with pytest.raises(ValueError, match=rf"its mode {mode} holds numbers from .*; allowed: 0 to (1|255) or 0 to"):
+        images.to_rgb(image)
+
+
+def test_files_of_16_bits(tmp_path):
+    """A ramp over all shades, in the formats that have them; PGM's are read into mode I."""
+    ramp = np.arange(0, 65536, 257, np.uint16).reshape(16, 16)
+    for name in ("a.png", "a.tif", "a.jp2"):
+        Image.fromarray(ramp).save(tmp_path / name)
+    (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())
+    for name in ("a.png", "a.tif", "a.jp2", "a.pgm"):
+        got = np.asarray(images.to_rgb(images.open_picture(tmp_path / name, "here")))
+        assert np.array_equal(got, np.arange(256).reshape(16, 16, 1).repeat(3, 2)), name
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("1", 0), ("L", 9), ("I;16", 9), ("I;16", 40000), ("RGB", (9, 9, 9))])
 def test_transparent_colour(tmp_path, mode, colour):
     """A PNG without alpha may still call one colour transparent."""
     Image.new(mode, (2, 2), colour).save(tmp_path / "a.png", transparency=colour)
     image = Image.open(tmp_path / "a.png")
     assert image.info["transparency"] == colour
     assert images.to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    image.info["transparency"] = 1 if mode == "1" else (*colour[:2], 1) if mode == "RGB" else 1
+    assert images.to_rgb(image).getpixel((0, 0)) != (255, 255, 255)
 
 
 def test_the_original_stays():

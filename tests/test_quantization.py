@@ -1,4 +1,4 @@
-"""Whole models in 8 bits.
+"""Whole models in 8 and 4 bits.
 
 Rounding to 8 bits turns a difference in the last bit, as sums of another order have it, into one of a code, and the next
 layer makes more of it. So what has to be equal is compared in float64 with exact products, in the first flow step: later
@@ -12,7 +12,7 @@ from adapters import BOTH, adapted
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rounding import rounded
+from rounding import rounded, unpacked
 from support import CHECKPOINT, ODD, Poisoned, cases, draw_profile, examples, relative
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.model import quantized
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.ops import TorchOps
-from bagel_opt.model.quantized import to_codes
+from bagel_opt.model.quantized import to_codes, to_groups
 from bagel_opt.quantization import KINDS, PARTS, kinds_of_parts
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
@@ -31,7 +31,6 @@ from bagel_opt.sampling.planning import make_plan
 
 ALL = cases()
 named = {case.name: case for case in ALL}
-LAYERS = {"und": r"llm.layers.{}.und.", "gen": r"llm.layers.{}.gen.", "vit": "vit_encoder.layers.{}."}
 # The largest relative error of a guided velocity in all steps of a golden case: of a text alone; of a text with guidance; of
 # an edit. Random weights of 64 channels show more of it than trained ones.
 ERRORS = {
@@ -41,13 +40,18 @@ ERRORS = {
     ("gen", "int8"): (0.0146, 0.0456, 0.0650),
     ("und", "int8"): (0.0048, 0.0157, 0.0156),
     ("vit", "int8"): (0, 0, 0.0152),
+    ("gen", "int4"): (0.120, 0.190, 0.220),
+    ("und", "int4"): (0.061, 0.150, 0.170),
+    ("vit", "int4"): (0, 0, 0.200),
+    **dict.fromkeys([("head", "fp8"), ("head", "int8"), ("head", "int4")], (0, 0, 0)),  # a picture has no use for it
 }
 CASES = ("text_to_image_no_cfg", "text_to_image", "image_editing")
 
 
 def exact_product(x_MC, x_scale_M, codes_NC, scale_N, bias_N, dtype) -> Tensor:
     """In float64, which holds sums of such products to their last bit, in whatever order."""
-    out_MN = (x_MC.double() @ codes_NC.double().T) * x_scale_M.double()[:, None] * scale_N.double()
+    out_MN = (x_MC.double() @ codes_NC.double().T) * scale_N.double()
+    out_MN = out_MN if x_scale_M is None else out_MN * x_scale_M.double()[:, None]
     return (out_MN if bias_N is None else out_MN + bias_N.double()).to(dtype)
 
 
@@ -81,29 +85,45 @@ def same(got, want, tolerance=1e-6):
 # ---- what is computed
 
 
+INSIDE = {
+    "und": lambda model: [layer.und for layer in model.llm.layers],
+    "gen": lambda model: [layer.gen for layer in model.llm.layers],
+    "vit": lambda model: [*model.vit_encoder.layers],
+    "head": lambda model: [model.llm.lm_head],
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     "folder", [CHECKPOINT, pytest.param(ODD / "checkpoint", marks=pytest.mark.second)], ids=["golden", "odd"]
 )
 def test_as_a_plain_reference(exact_products, monkeypatch, folder, part, kind):
-    """The products of that part's layers in that kind, all of them, and no others."""
+    """The products of that part in that kind, all of them, and no others."""
     got, want = exact({part: kind}, folder=folder), exact(folder=folder)
-    layers = want.runtime.model.vit_encoder.layers if part == "vit" else want.runtime.model.llm.layers
-    inside = [m for layer in layers for m in (layer if part == "vit" else getattr(layer, part)).modules()]
-    chosen = {m for m in inside if isinstance(m, Linear)}
+    chosen = {m for module in INSIDE[part](want.runtime.model) for m in module.modules() if isinstance(m, Linear)}
+    assert {m for m in got.runtime.model.modules() if isinstance(m, Linear) and m.quantized is not None} == {
+        m for module in INSIDE[part](got.runtime.model) for m in module.modules() if isinstance(m, Linear)
+    }
     plain = Linear.forward
 
     def forward(self, x, share_BK=None):
         if self not in chosen:
             return plain(self, x, share_BK)
-        (x_codes, x_scale), (codes, scale) = (rounded(tensor, kind) for tensor in (x, self.weight))
-        out = torch.from_numpy((x_codes @ codes.T) * x_scale[..., None] * scale)
+        lone = x.ndim == 2 or x.shape[1] == 1  # a token that is being decoded
+        if kind != "int4" and lone:
+            codes, scale = rounded(self.weight, kind)
+            out = x @ torch.from_numpy(codes * scale[:, None]).T
+        elif kind == "int4":
+            out = x @ torch.from_numpy(unpacked(*to_groups(self.weight), self.in_features)).T
+        else:
+            (x_codes, x_scale), (codes, scale) = (rounded(tensor, kind) for tensor in (x, self.weight))
+            out = torch.from_numpy((x_codes @ codes.T) * x_scale[..., None] * scale)
         return out if self.bias is None else out + self.bias
 
     monkeypatch.setattr(Linear, "forward", forward)
     for case in cases(folder.parent):
-        if case.name in ("image_editing", "text_to_image"):
+        if case.name in ("image_editing", "text_to_image", "image_understanding"):
             assert same(first(got, case), first(want, case))
 
 
@@ -122,7 +142,9 @@ def test_errors_of_guided_velocities(part, kind):
 # ---- shapes, neighbours, what unused slots hold
 
 
-@pytest.fixture(scope="module", params=[*KINDS, {"gen": "fp8", "und": "int8", "vit": "int8"}], ids=str)
+@pytest.fixture(
+    scope="module", params=["fp8", "int8", {"gen": "fp8", "und": "int4", "vit": "int8", "head": "int8"}], ids=str
+)
 def alone(request, exact_products):
     """A model, and what it gives each case by itself in exactly fitting shapes."""
     model = exact(request.param, Poisoned)
@@ -230,7 +252,7 @@ BAD = ["fp4", "", 8, ["fp8"], {"gen": "fp4"}, {"vae": "fp8"}, {"gen": None}, {"g
 @pytest.mark.parametrize("quantization", BAD, ids=lambda value: str(value)[:20])
 def test_bad_values(quantization):
     with pytest.raises(
-        ValueError, match=r"quantization=.*; allowed: 'fp8' or 'int8', or an object from 'und', "
+        ValueError, match=r"quantization=.*; allowed: 'fp8' or 'int8' or 'int4', or an object from 'und', "
     ) as told:
         bagel_opt.load(CHECKPOINT, device="cpu", quantization=quantization)
     assert "\n" not in str(told.value)

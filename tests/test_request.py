@@ -1,11 +1,11 @@
 """What a user may ask for."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import CHECKPOINT
 
 from bagel_opt import Options, Request, UnknownOptionError
 
@@ -15,6 +15,7 @@ GOOD = {
     "max_think_tokens": [None, 1, 1000, np.int64(7)],
     "do_sample": [True, False],
     "text_temperature": [0.3, 1, np.float32(2)],
+    "top_p": [0, 0.9, np.float32(1)],
     "cfg_text_scale": [0, 1, 4.0, 100],
     "cfg_img_scale": [0, 1.5, 3],
     "cfg_interval": [(0.4, 1.0), [0, 1], (0.5, 0.5)],
@@ -24,6 +25,7 @@ GOOD = {
     "num_timesteps": [2, 50, np.int32(9)],
     "height": [None, 16, np.int32(64)],
     "width": [None, 16, 64],
+    "size": [None, "input"],
     "stop": [None, (), ("a",), ("a", "b", "c", "d")],
     "system_prompt": [None, "", "you are"],
     "think_prompt": [None, "", "think"],
@@ -48,6 +50,7 @@ BAD = {
     "max_think_tokens": ([0, -1, 2.5, "9", True], "at least 1"),
     "do_sample": ([0, None], "True or False"),
     "text_temperature": ([0, -0.1, NAN, INF, "0.3", None, True], "from 0.001 to 1000"),
+    "top_p": ([-0.1, 1.1, NAN, "0.9", None, True], "from 0 to 1"),
     "cfg_text_scale": ([-1, NAN, INF, 1e39, "4", None, True], "from 0 to 1000"),
     "cfg_img_scale": ([-0.5, NAN, INF, None], "from 0 to 1000"),
     "cfg_interval": ([(0.5,), (0.6, 0.5), (-0.1, 1), (0, 1.1), (0, NAN), 0.4, "ab", None], "0 <= low <= high <= 1"),
@@ -57,6 +60,7 @@ BAD = {
     "num_timesteps": ([1, 0, -5, 50.0, "50", None, True], "at least 2"),
     "height": ([0, -16, 64.0, "64", True], "pixels"),
     "width": ([0, -16, 64.0, "64", True], "pixels"),
+    "size": (["", "64x64", "Input", 64, (64, 64)], "None or 'input'"),
     "stop": ([3, "", [""], ["a"] * 5, "a" * 257, [1], b"a", {"a": 1}], "up to 4 texts of 1 to 256 characters"),
     "system_prompt": ([3, ["a"], b"a"], "a text"),
     "think_prompt": ([3, ["a"], b"a"], "a text"),
@@ -105,7 +109,7 @@ def test_unknown_option(kind):
 
 @pytest.mark.parametrize("inputs", [[], (), iter([])])
 def test_empty_inputs(inputs):
-    with pytest.raises(ValueError, match="inputs is empty; give at least one text or PIL image"):
+    with pytest.raises(ValueError, match="inputs is empty; give at least one text or picture"):
         Request(inputs)
 
 
@@ -114,9 +118,7 @@ def test_empty_inputs(inputs):
     [
         (None, "inputs is NoneType"),
         (3, "inputs is int"),
-        (CHECKPOINT, "inputs is PosixPath|inputs is WindowsPath"),
         (["a cat", None], r"inputs\[1\] is NoneType"),
-        (b"a cat", r"inputs\[0\] is int"),
         (["a cat", np.zeros((8, 8, 3))], r"inputs\[1\] is ndarray"),
     ],
 )
@@ -130,3 +132,57 @@ def test_one_input_or_several():
     assert Request("a cat").inputs == ["a cat"]
     assert Request(image).inputs == [image]
     assert Request((image, "a cat")).inputs == [image, "a cat"]
+
+
+def png(image, **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, "png", **settings)
+    return buffer.getvalue()
+
+
+def test_pictures_by_path_and_as_bytes(tmp_path):
+    """A str is a text, also one that names a file."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    path = tmp_path / "a.png"
+    path.write_bytes(data := png(image))
+    for given in (path, data, [path], [data], iter([path])):
+        assert Request(given).inputs == [image]
+    assert Request([path, "a cat", data]).inputs == [image, "a cat", image]
+    assert Request(str(path)).inputs == [str(path)]
+
+
+def test_files_are_turned_upright():
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.new("RGB", (8, 4))
+    image.putpixel((0, 0), (255, 0, 0))
+    [upright] = Request(png(image, exif=exif)).inputs
+    assert (upright.size, upright.getpixel((3, 0))) == ((4, 8), (255, 0, 0))
+
+
+BAD_FILES = {
+    "a text": (b"a cat", "is no picture that Pillow can read; give PNG, JPEG or WebP"),
+    "empty": (b"", "is no picture that Pillow can read; give PNG, JPEG or WebP"),
+    "truncated": (png(Image.effect_noise((99, 99), 50))[:900], "cannot be read: .*truncated"),
+    "huge": (png(Image.new("1", (20000, 20000)))[:200], "cannot be read: Image size .* exceeds limit"),
+    "thin": (png(Image.new("L", (1, 300))), "1x300 pixels is too thin"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_are_no_pictures(tmp_path, name):
+    data, message = BAD_FILES[name]
+    path = tmp_path / "odd.png"
+    path.write_bytes(data)
+    for given in (path, data):
+        with pytest.raises(ValueError, match=rf"^inputs\[1\]: .*{message}") as caught:
+            Request(["a cat", given])
+        assert str(caught.value).isprintable()
+        assert name == "thin" or ("odd.png" if given is path else "these bytes") in str(caught.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^inputs\[0\]: there is no picture .*none\.png"):
+        Request(tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: the picture .* cannot be read: .*[Dd]irectory"):
+        Request(tmp_path)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bagel_opt.files.manifest import MANIFEST, read_manifest
+from bagel_opt.files.finding import find_bundle, find_place
+from bagel_opt.files.manifest import read_manifest
 from bagel_opt.loading import BACKENDS, shipped_model
 
 # What is measured, and the head of its column.
@@ -61,12 +62,12 @@ class Contender:
 
 def default_side(source: str | None) -> int:
     """The side of the largest square picture of a checkpoint or a bundle, up to 1024. Raises what `load` raises."""
-    folder = shipped_model() if source is None else Path(source)
-    if (folder / MANIFEST).is_file():
+    source = source or shipped_model()
+    if folder := find_bundle(source):
         return read_manifest(folder).config.default_size
     from bagel_opt.files.checkpoint import Checkpoint
 
-    return Checkpoint(source or folder).config.default_size
+    return Checkpoint(source).config.default_size
 
 
 def measure(contender: Contender, work: Work) -> dict:
@@ -114,11 +115,9 @@ def bench(
         contenders: list[Contender] = []
         for number, source in enumerate(sources or [str(shipped_model())]):
             name = Path(source).name if len(sources) < 2 else f"{number}:{Path(source).name}"
-            if (Path(source) / MANIFEST).is_file():
+            if find_bundle(source):
                 contenders.append(Contender(f"{name}, bundle", source, "bundle", device=settings.get("device")))
                 continue
-            from bagel_opt.files.finding import find_place
-
             source = str(find_place(source))
             if official:
                 where = {key: settings.get(key) for key in ("device", "dtype")}

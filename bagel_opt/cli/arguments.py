@@ -37,7 +37,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     for sub in (draw, edit_, think):
         several = "where to write the pictures, as out-1.png and so on (default: %(default)s)"
         sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=several if sub is think else out)
-        _options(sub, "picture", *((SIZE,) if sub is not edit_ else ()), PICTURE, INPUTS)
+        _options(sub, "picture", SIZE, PICTURE, INPUTS)
     _options(think, "texts and pictures in turn", INTERLEAVING)
     for sub in (draw, edit_, ask, talk, think):
         _model_options(sub)
@@ -58,12 +58,13 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         "--attention", help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
     )
     export_.add_argument("--device", help="cpu (default) or cuda")
+    _quantization(export_)
     _weights(export_)
     export_.add_argument(
         "--verify", action="store_true", help="compare with eager float32 before the bundle is moved into place"
     )
 
-    quantize_ = command("quantize", "Write a checkpoint in 8 bits, which loads as it is.")
+    quantize_ = command("quantize", "Write a checkpoint in 8 or 4 bits, which loads as it is.")
     quantize_.add_argument("checkpoint", nargs="?", help="folder, file or repo id (default: the model that ships)")
     _quantization(quantize_, required=True)
     quantize_.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint; absent or empty")
@@ -80,7 +81,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
             help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
         )
     time_.add_argument(
-        "--quantization", metavar="KINDS", help="with --preset: also with weights in 8 bits, with commas: fp8,int8"
+        "--quantization", metavar="KINDS", help="with --preset: also with quantised weights, with commas: fp8,int8,int4"
     )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
@@ -199,7 +200,7 @@ def _quantization(group: argparse._ActionsContainer, required: bool = False) -> 
         metavar="KIND",
         type=quantization,
         required=required,
-        help="fp8 or int8: weights of both experts in 8 bits; or by part, as gen=fp8,und=int8,vit=int8",
+        help="fp8, int8 or int4: weights of both experts in 8 or 4 bits; or by part, as gen=fp8,und=int4,vit=int8,head=int8",
     )
 
 
@@ -265,7 +266,18 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name under which a proxy passes requests on; on loopback the server answers for no others than its own",
     )
-    group.add_argument("--name", help="the model's name for clients (default: the folder's)")
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of pages elsewhere that may call the server from a browser, as https://example.org; * is all (none)",
+    )
+    group.add_argument(
+        "--name",
+        action="append",
+        help="the model's name for clients (default: the folder's); may be given several times, as for clients with a fixed one",
+    )
     group.add_argument(
         "--api-key",
         action="append",

@@ -8,10 +8,11 @@ import json
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
@@ -21,6 +22,7 @@ from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
 from bagel_opt.files.replacing import replacing, save_picture
+from bagel_opt.images import open_picture
 from bagel_opt.loading import load, shipped_model
 from bagel_opt.options import DEFAULT_TOKENS, Options
 from bagel_opt.profile import Profile, profile_names
@@ -72,16 +74,21 @@ def interleave(a: argparse.Namespace) -> None:
     print(f"again: {again(a)}", file=sys.stderr)
 
 
+SETTINGS = ("format", "dtype", "attention", "device", "quantization")  # of an export, which a recipe may have too
+
+
 def export(a: argparse.Namespace) -> None:
     from bagel_opt.export import export as write_bundle
     from bagel_opt.export.bundle import check_settings
 
     options = dataclasses.asdict(load_recipe(a.recipe)) if a.recipe else {}
-    options |= {name: getattr(a, name) for name in ("format", "dtype", "attention", "device") if getattr(a, name)}
+    options |= {name: getattr(a, name) for name in SETTINGS if getattr(a, name)}
     profiles = a.profile or options.get("profiles")
     options.pop("profiles", None)
     if not profiles:
-        check_settings(**options)  # before a line on the profile hides what is wrong
+        check_settings(
+            **{name: options[name] for name in SETTINGS[:-1] if name in options}
+        )  # before a line on the profile hides what is wrong
         profiles = [_default_profile(a.checkpoint, a.weights)]
     with bar("exporting") as update:
         options |= {"weights": a.weights, "lora": a.lora, "verify": a.verify}
@@ -187,7 +194,7 @@ def serve(a: argparse.Namespace) -> None:
         settings = server_settings(a)
         server.log_as_json()
         bound = server.bind(a.host, a.port)
-        server.serve(_load(a), settings.pop("name"), a.host, a.port, bound, **settings)
+        server.serve(_load(a), settings.pop("names"), a.host, a.port, bound, **settings)
         return
     try:
         from bagel_opt.serve.replicas import serve_replicas
@@ -260,13 +267,11 @@ def _load(a: argparse.Namespace) -> Model:
 
 def _open(path: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():  # of Pillow, on what it took all the same
+            warnings.simplefilter("ignore")
+            return open_picture(path, "image")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture {path}; its file comes first, then the text") from None
-    except SyntaxError as error:  # what PIL raises for damaged EXIF data
-        raise ValueError(f"{path} is a damaged picture: {error}") from None
 
 
 def _is_picture(item: str) -> bool:

@@ -12,8 +12,8 @@ from bagel_opt.cli.memory import needs
 from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import DTYPES
 from bagel_opt.files.adapters import Loras
-from bagel_opt.files.finding import find_place
-from bagel_opt.files.manifest import MANIFEST, WEIGHTS, read_manifest
+from bagel_opt.files.finding import find_bundle, find_place
+from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import Profile, load_profile
@@ -39,7 +39,7 @@ def look(
     """Tables on anything that people have: what it is, and what it lacks to be loaded, or what `describe` says. Raises what
     `describe` raises for what is none of the known forms, or not whole."""
     given = (source, profiles, dtype, check, weights, lora)
-    if source is None or weights or lora or (Path(source) / MANIFEST).is_file():
+    if source is None or weights or lora or find_bundle(source):
         return describe(*given)
     try:
         from bagel_opt.files.forms import recognise
@@ -68,15 +68,15 @@ def describe(
     """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
     or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. weights, lora: as
     `load` takes them. Raises what `load` raises, and ValueError for what a bundle does not take."""
-    folder = shipped_model() if source is None else Path(source)
-    if (folder / MANIFEST).is_file():
+    source = shipped_model() if source is None else source
+    if find_bundle(source):
         if profiles or dtype or weights or lora:
             raise ValueError(
-                f"{folder} is a bundle, whose profiles, dtype and weights were fixed when it was exported; leave them out"
+                f"{source} is a bundle, whose profiles, dtype and weights were fixed when it was exported; leave them out"
             )
-        return _bundle(folder, check)
+        return _bundle(find_place(source), check)
     chosen = [load_profile(name) for name in profiles]
-    return _checkpoint(folder if source is None else source, chosen, dtype or "float32", weights, lora)
+    return _checkpoint(source, chosen, dtype or "float32", weights, lora)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -96,8 +96,11 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
     for profile in manifest.profiles:
         for name, value in vars(profile).items():
             about.add_row(f"profile {name}", str(value))
-    for name, value in manifest.versions.items():
-        about.add_row(name, value)
+    if manifest.machine:
+        about.add_row("compiled for", manifest.machine)
+    for what, found in (("made with", manifest.versions), ("tried with", manifest.tried)):
+        told = ", ".join(value if name == "machine" else f"{name} {value}" for name, value in found.items())
+        about.add_row(what, told or "not recorded; export with --verify")
     programs = _table("programs", "program", "size", "inputs", "outputs")
     for name, entry in manifest.programs[manifest.profiles[-1].name].items():
         inputs = [f"{key} {_shape(shape)} {kind}" for key, (shape, kind) in entry["inputs"].items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bagel_opt.cli.arguments import load_settings, serve_options
 from bagel_opt.cli.inspect import describe
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.files.finding import find_bundle
 from bagel_opt.loading import load
 from bagel_opt.profile import profile_names
 
@@ -34,9 +34,9 @@ def cluster_settings(options: dict[str, str]) -> dict:
 
 
 def server_settings(a: argparse.Namespace) -> dict:
-    """Of bagel_opt.serve.make_app, and the model's name."""
+    """Of bagel_opt.serve.make_app, and the model's names."""
     from bagel_opt.serve import Limits
-    from bagel_opt.serve.access import allowed_hosts, split_keys
+    from bagel_opt.serve.access import Access, allowed_hosts, split_keys
 
     keys, hosts = split_keys(a.api_key, os.environ.get("BAGEL_OPT_API_KEYS")), allowed_hosts(a.host, a.allowed_host)
     if a.checkpoint is None and a.profile is None:
@@ -46,14 +46,15 @@ def server_settings(a: argparse.Namespace) -> dict:
     describe(
         a.checkpoint, check=a.check, weights=a.weights, lora=a.lora
     )  # what cannot be loaded should not cost starting a cluster
-    if not a.profile and not (Path(a.checkpoint) / MANIFEST).is_file():
+    if not a.profile and not find_bundle(a.checkpoint):
         raise ValueError(
             "--profile is missing: a server needs static shapes; profiles/ has " + ", ".join(profile_names())
         )
     return {
-        "name": a.name or (Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"),
+        "names": a.name or [Path(a.checkpoint).resolve().name if a.checkpoint else "bagel-demo"],
         "keys": keys,
         "hosts": hosts,
+        "origins": Access(origins=tuple(a.cors_origin)).origins,  # checked before a model is loaded
         "limits": Limits(a.max_body * 2**20, a.max_pixels, a.max_images, a.max_n, a.max_timesteps),
         "max_queue": a.max_queue,
         "timeout": a.timeout,

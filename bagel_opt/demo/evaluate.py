@@ -24,7 +24,7 @@ from bagel_opt.cli.console import guarded
 from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows
 from bagel_opt.demo.world import Scene, draw, sample_scene
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.files.finding import find_bundle
 from bagel_opt.files.replacing import replacing
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.ops import TorchOps
@@ -182,7 +182,7 @@ def measure(a: argparse.Namespace) -> None:
         told = f"step_cache=teacache, num_timesteps={count}"
         row("prompts", prompts(), told, step_cache="teacache", num_timesteps=count)
     # exported code is what it is; eager attention alone can be told to mix branches
-    if a.backend == "eager" and not (a.checkpoint and (Path(a.checkpoint) / MANIFEST).is_file()):
+    if a.backend == "eager" and not (a.checkpoint and find_bundle(a.checkpoint)):
         row("prompts", prompts(), "one at a time", steps, together=False)
         with branches_mixed(model):
             row("prompts", prompts(), "one at a time, branches mixed", steps, together=False)

@@ -1,21 +1,27 @@
 """Writing a bundle: what of it there is, and which programs."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from bagel_opt.dtypes import DTYPES
 from bagel_opt.examples import copy_examples
 from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
-from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, Manifest, list_files
-from bagel_opt.files.parameters import parameter_shapes
+from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
+from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
+from bagel_opt.quantization import Quantization, kinds_of_parts
+from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "aoti", "export", "compile")
 ATTENTION = {"onnx": ("auto",), **dict.fromkeys(("aoti", "export"), ("auto", "sdpa", "flash"))}
 log = logging.getLogger("bagel_opt")
-LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+LIBRARIES = ("bagel-opt", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "safetensors", "tokenizers")
 
 
 def precisions(format: str, device: str) -> tuple[str, ...]:
@@ -59,6 +65,7 @@ def export(
     dtype: str = "float32",
     attention: str = "auto",
     device: str = "cpu",
+    quantization: Quantization | None = None,
     weights: str | Path | None = None,
     lora: Loras = (),
     verify: bool = False,
@@ -70,7 +77,7 @@ def export(
     model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
-    "cuda". weights, lora: as for `load`. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    "cuda". quantization, weights, lora: as for `load`; ONNX takes "int8" and "int4", on the CPU in float32. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -79,7 +86,9 @@ def export(
     another export to it runs, OSError where the disk is full, and what `load` raises for the checkpoint.
     """
     check_settings(format, dtype, attention, device)
-    onnx = format == "onnx"
+    onnx, kinds = format == "onnx", kinds_of_parts(quantization)
+    if onnx and (set(kinds.values()) - {"int8", "int4"} or (kinds and (device, dtype) != ("cpu", "float32"))):
+        raise ValueError(f"quantization={quantization!r}; ONNX bundles take 'int8' and 'int4', on the CPU in float32")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401
@@ -89,9 +98,10 @@ def export(
             import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
+    check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
-    from bagel_opt.loading import shipped_model, torch_device
+    from bagel_opt.loading import check_kinds, shipped_model, torch_device
     from bagel_opt.model.attention import choose
     from bagel_opt.model.ops import TorchOps
 
@@ -99,36 +109,42 @@ def export(
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
     for note in source.notes:
         log.info(note)
-    if source.kinds:
+    if onnx and source.kinds:
         raise ValueError(
-            f"{source.folder} is in 8 bits, of which there are no bundles yet; export what it was made from"
+            f"{source.folder} is quantised, as ONNX bundles are in another way; export what it was made from"
         )
-    profiles = profiles or [default_profile(source.config)]
-    size = sum(map(prod, parameter_shapes(source.config).values())) * kind.itemsize
+    profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
+    stored = stored_shapes(source.config, format, device, kinds)
+    dtypes = stored_dtypes(stored, kinds, onnx)
+    size = sum(prod(shape) * DTYPES[dtypes.get(name, dtype)].bytes for name, shape in stored.items())
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
-        shapes = Shapes(source.config, kind, device)
+        shapes = Shapes(source.config, kind, device, kinds=kinds)
         parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
     else:
         where = torch_device(device)
+        check_kinds(where, kinds)
         ops, parameters = TorchOps(choose(attention, where, kind)), None
 
     def make() -> "Bagel | Shapes":
         if onnx:
             return shapes
-        model = source.load(where, kind, lambda done, total: progress("loading", done, total))
+        model = source.load(where, kind, lambda done, total: progress("loading", done, total), kinds)
         model.ops = ops
         return model
 
     with put_in_place(out) as partial:
         check_space(out, size)  # now that what killed exports left is gone
         source.tokenizer.write(partial / TOKENIZER)
-        write_bundle(make, partial, format, device, profiles, progress, parameters, source.folder)
+        write_bundle(make, partial, format, device, profiles, progress, parameters, source.folder, kinds)
         if verify:
             from bagel_opt.export.verify import verify as compare
 
             compare(partial, source.folder, progress, unfinished=True, weights=weights, lora=lora)
+            tried = _versions(("onnxruntime", "onnxruntime-gpu") if onnx else ("torch",))
+            tried["machine"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+            dataclasses.replace(read_manifest(partial, UNFINISHED), tried=tried).write(partial)
     return out
 
 
@@ -141,12 +157,13 @@ def write_bundle(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     parameters: "Iterable[tuple[str, Tensor]] | None" = None,
     examples: Path | None = None,
+    kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes the files of a bundle to a folder that has its tokenizer, and its manifest under the name UNFINISHED.
 
     make: the model, its attention chosen, whose memory is free again before anything is compiled ahead. profiles: from
     small to large. parameters: for ONNX, those of a `Bagel`, in its order. examples: the folder whose examples.json, if
-    there is one, goes into the bundle.
+    there is one, goes into the bundle. kinds: of the parts of the model that are quantised.
     """
     from bagel_opt.files.torch_weights import write_parameters
 
@@ -177,9 +194,10 @@ def write_bundle(
         profiles=list(profiles),
         config=config,
         programs=programs,
-        versions={name: _version(name) for name in LIBRARIES},
+        versions=_versions(LIBRARIES),
         machine=compiled_for,
         files=list_files(folder),
+        quantization=dict(kinds),
     ).write(folder)
 
 
@@ -242,8 +260,10 @@ def _with_free_rows(
     return made
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

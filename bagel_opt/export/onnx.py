@@ -7,9 +7,10 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import patch
 
 import onnx_ir as ir
@@ -26,7 +27,9 @@ from bagel_opt.export.onnx_free_sizes import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
 from bagel_opt.export.onnx_ops import OnnxOps
+from bagel_opt.export.onnx_quantized import Product, as_stored
 from bagel_opt.export.processes import in_processes
+from bagel_opt.files.parameters import kind_of, part_of, stored_dtypes, stored_shapes
 from bagel_opt.files.torch_weights import write_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.linear import Linear
@@ -68,11 +71,19 @@ class Shapes:
 
     For the CPU provider those of linear layers are stored as [in, out], which its kernel for a single token reads as
     it lies; as [out, in] it would be transposed anew for each token. CUDA reads either. fused: with the operators of
-    onnx_fused.py; None is for CUDA in 16 bits, since they have no fast kernels for float32.
+    onnx_fused.py; None is for CUDA in 16 bits, since they have no fast kernels for float32. kinds: of the parts that are
+    quantised, for the CPU provider in float32.
     """
 
-    def __init__(self, config: BagelConfig, dtype: torch.dtype, device: str, fused: bool | None = None):
-        self.config, self.dtype, self.device = config, dtype, device
+    def __init__(
+        self,
+        config: BagelConfig,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
+        kinds: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.config, self.dtype, self.device, self.kinds = config, dtype, device, dict(kinds)
         self.fused = device == "cuda" and dtype != torch.float32 if fused is None else fused
         with torch.device("meta"):
             self.plain = Bagel(config)
@@ -83,32 +94,59 @@ class Shapes:
                 expert.qkv = SplitQKV(expert.qkv)
         linear = [name for name, module in self.model.named_modules() if isinstance(module, Linear)]
         self.transposed = {f"{name}.weight" for name in linear} if device == "cpu" else set()
-        self.stored = {
-            name: tuple(w.shape) for pair in self.plain.named_parameters() for name, w in self.as_stored(*pair)
-        }
+        shapes = stored_shapes(config, "onnx", device, self.kinds)
+        names = [
+            name for pair in self.plain.named_parameters() for part in self._split(*pair) for name in self._names(*part)
+        ]
+        self.stored = {name: shapes[name] for name in names}
+        for name in linear:
+            pair = [self.stored.get(coded) for coded in _coded(f"{name}.weight")]
+            if all(pair):
+                product = self.model.get_submodule(name)
+                product.quantized, product.weight = Product(self.kinds[part_of(f"{name}.")], pair, product), None
+        self.fixed = stored_dtypes(self.stored, self.kinds, onnx=True)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for name, p in list(self.model.named_parameters()):
                 path, _, last = name.rpartition(".")
-                empty = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=False)
+                kept = p.dtype if name in self.fixed else dtype
+                empty = nn.Parameter(torch.empty(p.shape, dtype=kept), requires_grad=False)
                 setattr(self.model.get_submodule(path), last, empty)
         self.model.eval().ops = OnnxOps("onnx" if device == "cpu" else "onnx-cudnn" if self.fused else "onnx-cuda")
 
     def as_stored(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A parameter of `Bagel` under the names and in the order of channels in which graphs want it."""
+        for part, tensor in self._split(name, weight):
+            if kind := kind_of(part, tensor.shape, self.kinds):
+                yield from zip(_coded(part), as_stored(tensor, kind), strict=True)
+            else:
+                yield part, tensor.t() if part in self.transposed else tensor
+
+    def _names(self, part: str, weight: Tensor) -> tuple[str, ...]:
+        return _coded(part) if kind_of(part, weight.shape, self.kinds) else (part,)
+
+    def _split(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
         parts = [(name, weight)]
         if name.endswith(".gate_up.weight"):
             stem = name.removesuffix("weight")
             parts = list(zip((f"{stem}gate.weight", f"{stem}up.weight"), weight.chunk(2), strict=True))
         elif self.device == "cuda" and name.startswith("llm.layers."):
             parts = store_split(self.config.llm, name, weight, self.fused)
-        for part, tensor in parts:
-            yield part, tensor.t() if part in self.transposed else tensor
+        return parts
 
     def write(self, path: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Writes the parameters of `Bagel`, in its order, to a bundle's file of weights."""
         tensors = (stored for parameter in parameters for stored in self.as_stored(*parameter))
-        write_weights(path, [(name, shape, self.dtype) for name, shape in self.stored.items()], tensors)
+        dtypes = {name: getattr(torch, dtype) for name, dtype in self.fixed.items()}
+        write_weights(
+            path, [(name, shape, dtypes.get(name, self.dtype)) for name, shape in self.stored.items()], tensors
+        )
+
+
+def _coded(weight: str) -> tuple[str, str]:
+    """What takes its place where it is quantised."""
+    stem = weight.removesuffix("weight") + "quantized."
+    return f"{stem}codes", f"{stem}scale"
 
 
 def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
@@ -222,7 +260,7 @@ def export_onnx(
     entries: dict[str, dict] = {}
     tasks = [(name, signature, folder / f"{name}{suffix}.onnx") for name, signature in signatures.items()]
     tasks.sort(key=lambda task: -task[1].cache_rows)  # those with all layers first
-    model = shapes.config, str(shapes.dtype).removeprefix("torch."), shapes.device, shapes.fused, profile
+    model = shapes.config, str(shapes.dtype).removeprefix("torch."), shapes.device, shapes.fused, shapes.kinds, profile
     # Closed, so that the processes end with this, however it ends.
     with closing(in_processes(f"{__name__}:write_programs", model, tasks)) as written:
         for name, used in written:
@@ -233,11 +271,11 @@ def export_onnx(
 
 
 def write_programs(
-    model: tuple[BagelConfig, str, str, bool, Profile], tasks: list[tuple[str, Signature, Path]]
+    model: tuple[BagelConfig, str, str, bool, dict[str, str], Profile], tasks: list[tuple[str, Signature, Path]]
 ) -> Iterator[tuple[str, list[str]]]:
     """Traces and writes programs (name, signature, file). -> each one's name and the weights that it uses"""
-    config, dtype, device, fused, profile = model
-    shapes = Shapes(config, getattr(torch, dtype), device, fused)
+    config, dtype, device, fused, kinds, profile = model
+    shapes = Shapes(config, getattr(torch, dtype), device, fused, kinds)
     calls = programs(shapes.model)
     with translations_made_once():
         for name, signature, path in tasks:

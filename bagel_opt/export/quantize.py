@@ -1,4 +1,4 @@
-"""Writing a checkpoint in 8 bits: a folder in the published layout, with codes in place of weights and their scales beside
+"""Writing a checkpoint in 8 or 4 bits: a folder in the published layout, with codes in place of weights and their scales beside
 them."""
 
 import logging
@@ -16,12 +16,13 @@ from bagel_opt.files.adapters import Loras
 from bagel_opt.files.checkpoint import Checkpoint, part_rows, published_names
 from bagel_opt.files.finding import SCALE, VAE_FILE, quantization_config
 from bagel_opt.files.manifest import TOKENIZER
+from bagel_opt.files.parameters import kind_of
 from bagel_opt.files.torch_weights import Layout, write_weights
 from bagel_opt.files.written_config import write_config
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.model.quantized import to_codes
-from bagel_opt.quantization import Quantization, kinds_of_parts
+from bagel_opt.model.quantized import to_kind
+from bagel_opt.quantization import KINDS, Quantization, Shape, kinds_of_parts
 
 TRANSFORMER = "model.safetensors"
 log = logging.getLogger("bagel_opt")
@@ -36,7 +37,7 @@ def quantize(
     lora: Loras = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Writes a checkpoint (None: the model that ships) in 8 bits to the folder `out` and returns it. `load` reads it as it
+    """Writes a checkpoint (None: the model that ships) in 8 or 4 bits to the folder `out` and returns it. `load` reads it as it
     is, and answers as with `load(checkpoint, quantization=...)`, to the bit.
 
     quantization, weights, lora: as for `load`. What is in none of the parts that are quantised is written as it was stored,
@@ -54,12 +55,11 @@ def quantize(
     for note in source.notes:
         log.info(note)
     if source.kinds:
-        raise ValueError(f"{source.folder} is in 8 bits already; quantise the checkpoint that it was made from")
+        raise ValueError(f"{source.folder} is quantised already; quantise the checkpoint that it was made from")
     with torch.device("meta"):
-        plain, model = Bagel(source.config), Bagel(source.config)
-    model.quantize(kinds)
+        plain = Bagel(source.config)
     layouts: dict[str, Layout] = {TRANSFORMER: [], VAE_FILE: []}
-    for name, shape, dtype in _layout(source, plain, model):
+    for name, shape, dtype in _layout(source, plain, kinds):
         layouts[VAE_FILE if name.startswith("vae.") else TRANSFORMER].append((name.removeprefix("vae."), shape, dtype))
     size = sum(prod(shape) * dtype.itemsize for layout in layouts.values() for _, shape, dtype in layout)
     with put_new(out) as partial:
@@ -67,43 +67,39 @@ def quantize(
         source.tokenizer.write(partial / TOKENIZER)
         write_config(partial, source.config, quantization_config=quantization_config(kinds))
         copy_examples(source.folder, partial)
-        tensors = _tensors(source, plain, model, progress)
+        tensors = _tensors(source, plain, kinds, progress)
         for file, layout in layouts.items():  # the VAE is a model's last part
             write_weights(partial / file, layout, islice(tensors, len(layout)))
     return out
 
 
-def _codes(model: Bagel, name: str) -> torch.dtype | None:
-    """What a parameter's codes are, or None where it is not quantised. model: quantised."""
-    product, _, kind = name.rpartition(".")
-    held = getattr(model.get_submodule(product), "quantized", None)
-    return held.codes.dtype if held is not None and kind == "weight" else None
-
-
-def _layout(source: Checkpoint, plain: Bagel, model: Bagel) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+def _layout(source: Checkpoint, plain: Bagel, kinds: dict[str, str]) -> Iterator[tuple[str, Shape, torch.dtype]]:
     for name, parameter in plain.named_parameters():
-        names, codes = published_names(name), _codes(model, name)
+        names, kind = published_names(name), kind_of(name, parameter.shape, kinds)
         for part, rows in zip(names, part_rows(source.config, name, len(names), parameter.shape[0]), strict=True):
-            yield part, (rows, *parameter.shape[1:]), codes or source.dtype(part)
-            if codes:
-                yield _scale(part), (rows,), torch.float32
+            shape = (rows, *parameter.shape[1:])
+            if kind is None:
+                yield part, shape, source.dtype(part)
+                continue
+            stored = KINDS[kind]
+            codes, scale = stored.shapes(shape)
+            yield part, codes, getattr(torch, stored.codes)
+            yield _scale(part), scale, getattr(torch, stored.scale)
 
 
 def _tensors(
-    source: Checkpoint, plain: Bagel, model: Bagel, progress: Callable[[int, int], None]
+    source: Checkpoint, plain: Bagel, kinds: dict[str, str], progress: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Of `_layout`, but for "vae."."""
     total = len([*plain.parameters()])
     for done, (name, parts) in enumerate(source.read(plain)):
         progress(done + 1, total)
-        codes = _codes(model, name)
+        kind = kind_of(name, plain.get_parameter(name).shape, kinds)
         for part, tensor in zip(published_names(name), parts, strict=True):
-            if codes is None:
+            if kind is None:
                 yield part.removeprefix("vae."), tensor
             else:
-                rounded, scale = to_codes(tensor, codes)
-                yield part, rounded
-                yield _scale(part), scale
+                yield from zip((part, _scale(part)), to_kind(tensor, kind), strict=True)
 
 
 def _scale(weight: str) -> str:

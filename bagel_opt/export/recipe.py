@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.toml_files import names, package_folder, read_settings
 
 
@@ -16,11 +17,13 @@ class Recipe:
     dtype: str = "float32"
     attention: str = "auto"
     device: str = "cpu"
+    quantization: Quantization | None = None
 
     def __post_init__(self):
         for name in ("format", "dtype", "attention", "device"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name} is {value!r}; it must be a text")
+        kinds_of_parts(self.quantization)
         if not isinstance(self.profiles, list) or not all(isinstance(name, str) for name in self.profiles):
             raise ValueError(f"profiles is {self.profiles!r}; it must be a list of names or files")
 

@@ -21,10 +21,9 @@ from bagel_opt.files.comfyui import check_tokenizer
 from bagel_opt.files.dfloat11 import Part
 from bagel_opt.files.finding import SCALE, VAE_FILE, find_place
 from bagel_opt.files.lora import Lora
-from bagel_opt.files.parameters import Shapes, compare, parameter_shapes, quantized_shapes
+from bagel_opt.files.parameters import Shapes, compare, parameter_shapes, quantized_shapes, stored_dtypes
 from bagel_opt.files.torch_weights import Reader
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.model.quantized import DTYPES
 from bagel_opt.tokenizer import Tokenizer
 
 # SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along, and buffers that are
@@ -89,6 +88,8 @@ def published_names(name: str) -> tuple[str, ...]:
         layer, part, kind = match.groups()
         kind = QUANTIZED.get(kind, kind)
         return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
+    if name.startswith("llm.lm_head.quantized."):
+        return (f"language_model.lm_head.{QUANTIZED[name.removeprefix('llm.lm_head.')]}",)
     # The VAE's file names its tensors without a prefix; the connector's names are the same here and there.
     return (OTHERS.get(name, name),)
 
@@ -135,7 +136,7 @@ class Checkpoint:
     source: a folder, or a file in one, which then counts alone, with the tokenizer, the VAE and the JSON files that are
     beside it. weights: a file or a folder whose tensors count in place of the source's; what it lacks comes from there.
     lora: adapters that are merged into the weights as these are read. notes: lines on which files were chosen, for the user.
-    kinds: of the parts that are in 8 bits there, whose weights can be neither replaced nor adapted.
+    kinds: of the parts that are quantised there, whose weights can be neither replaced nor adapted.
     Raises FileNotFoundError for a missing file or folder and CheckpointError for one that cannot be read, or whose tensors
     are not those of its sizes.
     """
@@ -151,7 +152,7 @@ class Checkpoint:
             over = collect(above := find_place(weights))
             if over.kinds:
                 raise CheckpointError(
-                    f"{above} is a whole model in 8 bits; give it as the checkpoint, without other weights below it"
+                    f"{above} is a whole quantised model; give it as the checkpoint, without other weights below it"
                 )
             self._plain(place, found.kinds, "weights")
             found = over.over(found)
@@ -185,7 +186,7 @@ class Checkpoint:
     def _plain(place: Path, kinds: Mapping[str, str], argument: str) -> None:
         if kinds:
             raise CheckpointError(
-                f"{place} is in 8 bits, and {argument} go into plain weights: load what it was made from with {argument} and "
+                f"{place} is quantised, and {argument} go into plain weights: load what it was made from with {argument} and "
                 f"quantization, or `bagel-opt quantize` that with --{argument}"
             )
 
@@ -211,13 +212,8 @@ class Checkpoint:
 
     def _fixed(self, parameters: Shapes) -> dict[str, str]:
         """The dtypes of codes and scales, by their published names."""
-        found = {}
-        for name in parameters:
-            if name.endswith(tuple(QUANTIZED)):
-                part = "vit" if name.startswith("vit_encoder.") else name.split(".")[3]
-                dtype = DTYPES[self.kinds[part]] if name.endswith("codes") else torch.float32
-                found |= dict.fromkeys(published_names(name), str(dtype).removeprefix("torch."))
-        return found
+        dtypes = stored_dtypes(parameters, self.kinds)
+        return {source: dtype for name, dtype in dtypes.items() for source in published_names(name)}
 
     def load(
         self,
@@ -228,13 +224,13 @@ class Checkpoint:
     ) -> Bagel:
         """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
         parts whose weights are quantised as they come, so that no more than one is there as it was; where the file is
-        in 8 bits, its own, or none.
+        quantised, its own, or none.
 
         progress(done, total) is called in parameters read. Raises CheckpointError for other kinds than the file's.
         """
         if self.kinds and kinds and dict(kinds) != self.kinds:
             raise CheckpointError(
-                f"{self.folder} is in 8 bits, {self.kinds}, which quantization={dict(kinds)} cannot change; leave that out"
+                f"{self.folder} is quantised, {self.kinds}, which quantization={dict(kinds)} cannot change; leave that out"
             )
         with torch.device("meta"):
             model, there = Bagel(self.config).to(dtype), Bagel(self.config)
@@ -264,7 +260,7 @@ class Checkpoint:
                 yield name, parts
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which `read` gives a published tensor, where it is not in 8 bits."""
+        """In which `read` gives a published tensor, where it is not quantised."""
         if name not in self.places or any(name in adapter.pairs for adapter in self.adapters):
             return torch.float32
         stored = getattr(torch, self.tensors[name].dtype.name)

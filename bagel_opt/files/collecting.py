@@ -20,7 +20,7 @@ class Weights:
     given: dict[str, dict] = field(default_factory=dict)  # JSON files by name that came with them
     comfyui: dict[Path, dict] = field(default_factory=dict)  # what files for ComfyUI say
     notes: list[str] = field(default_factory=list)  # which of several files were chosen, for the user
-    kinds: dict[str, str] = field(default_factory=dict)  # of the parts that are in 8 bits
+    kinds: dict[str, str] = field(default_factory=dict)  # of the parts that are quantised
 
     def over(self, other: "Weights") -> "Weights":
         """These, and of the other those that are not here."""

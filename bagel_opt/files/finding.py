@@ -1,13 +1,16 @@
-"""Where a checkpoint's files are: its folder, and in it the weights."""
+"""Where a checkpoint's files are: its folder, and in it the weights. Where a bundle's folder is."""
 
+import contextlib
+import glob
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bagel_opt.errors import CheckpointError, reason
+from bagel_opt.files.manifest import MANIFEST, read_manifest
 from bagel_opt.json_files import read_json
-from bagel_opt.quantization import KINDS, PARTS
+from bagel_opt.quantization import kinds_of_parts
 
 FILES = ("*.json", "merges.txt", "*.safetensors", "example.png")  # the last: of examples.json
 VAE_FILE = "ae.safetensors"  # names its tensors without a prefix; here they have "vae."
@@ -75,10 +78,9 @@ def quantized_parts(folder: Path) -> dict[str, str]:
     if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
         return {}
     match said:
-        case {"version": 1, "parts": dict(parts)} if parts and all(
-            part in PARTS and kind in KINDS for part, kind in parts.items()
-        ):
-            return parts
+        case {"version": 1, "parts": dict(parts)} if parts:
+            with contextlib.suppress(ValueError):
+                return kinds_of_parts(parts)
     raise CheckpointError(
         f"{folder / 'config.json'} has {said!r:.300} as quantization_config, which this bagel_opt does not know; upgrade it, "
         "or quantise the model again"
@@ -136,18 +138,42 @@ MODEL = "a checkpoint folder, a bundle or a repo id such as ByteDance-Seed/BAGEL
 
 
 def find_place(source: str | Path, allowed: str = MODEL) -> Path:
-    """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache. allowed: what an error says may
-    be given. Raises FileNotFoundError."""
-    place = Path(source)
-    if place.exists():
-        return place
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+    """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache: of a bundle the files that its
+    manifest names, else FILES. allowed: what an error says may be given. Raises FileNotFoundError, and BundleError for a
+    repo's manifest that cannot be read."""
+    if Path(source).exists():
+        return Path(source)
+    if not _is_repo(source):
         raise FileNotFoundError(f"{source} is no folder and no file; give {allowed}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    first = _download(source, ["*.json"])
+    if not (first / MANIFEST).is_file():
+        return _download(source, FILES, revision=first.name)
+    return _download(source, [MANIFEST, *map(glob.escape, read_manifest(first).files)], revision=first.name)
 
+
+def find_bundle(source: str | Path) -> Path | None:
+    """The folder of a bundle, a local one or a repo id's, of which only JSON files are downloaded; None for what is none.
+    Raises FileNotFoundError where a repo cannot be reached."""
+    local = Path(source).exists() or not _is_repo(source)
+    place = Path(source) if local else _download(source, ["*.json"])
+    return place if (place / MANIFEST).is_file() else None
+
+
+def _is_repo(source: str | Path) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)))
+
+
+def _download(source: str | Path, patterns: Iterable[str], revision: str | None = None) -> Path:
+    """What is of a repo in the cache, after its files of these patterns were downloaded. Raises FileNotFoundError."""
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise ImportError(
+            f"{source} is no folder here, and to download a repo of that name takes: pip install huggingface-hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a repo that can be downloaded: {reason(error)}"

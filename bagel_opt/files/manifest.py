@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from bagel_opt.errors import BundleError
 from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.profile import Profile
 
-FORMAT = 6
+FORMAT = 7
+READ = (6, 7)  # formats that can be read; 6 does not say what a bundle was tried with
 MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
 UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
 SCHEMA = Path(__file__).with_name("manifest.schema.json")
@@ -35,7 +36,9 @@ SCHEMA = Path(__file__).with_name("manifest.schema.json")
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
-    profiles: from small to large. machine: the instruction set that compiled code needs."""
+    profiles: from small to large. versions: of the libraries that it was made with. machine: what a processor must have for
+    compiled code, as words. tried: with what it was compared with eager float32, if it was. quantization: the kinds of the
+    parts that are quantised (quantization.py)."""
 
     kind: str
     dtype: str
@@ -47,6 +50,8 @@ class Manifest:
     versions: dict[str, str]
     machine: str
     files: dict[str, dict[str, Any]]
+    tried: dict[str, str] = field(default_factory=dict)
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         data = {
@@ -60,7 +65,9 @@ class Manifest:
             "programs": self.programs,
             "versions": self.versions,
             "machine": self.machine,
+            "tried": self.tried,
             "files": self.files,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
         data["sha256"] = _digest(data)
         (folder / UNFINISHED).write_text(_dump(data), encoding="utf-8")
@@ -79,9 +86,11 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         raise FileNotFoundError(f"{path} cannot be read: {error}") from None
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         raise BundleError(f"{path} is damaged; copy or export the bundle again") from None
-    if version != FORMAT:
+    if version not in READ:
         todo = "upgrade it" if isinstance(version, int) and version > FORMAT else "export the bundle again"
-        raise BundleError(f"{folder} has bundle format {version}; this bagel_opt reads {FORMAT}, so {todo}")
+        raise BundleError(
+            f"{folder} has bundle format {version}; this bagel_opt reads {READ[0]} to {FORMAT}, so {todo}"
+        )
     if changed:
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
     try:
@@ -100,6 +109,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         versions=data["versions"],
         machine=data["machine"],
         files=data["files"],
+        tried=data.get("tried", {}),
+        quantization=data.get("quantization", {}),
     )
 
 
@@ -123,7 +134,7 @@ def check_files(
     for done, (name, entry) in enumerate(manifest.files.items()):
         path = folder / name
         try:
-            inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+            inside, there = _inside(folder, name), path.is_file()
         except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
             inside = there = False
         if not inside:
@@ -133,6 +144,17 @@ def check_files(
         if path.stat().st_size != entry["size"] or (digests and file_digest(path) != entry["sha256"]):
             raise BundleError(f"{path} was changed or truncated after the export; copy or export the bundle again")
         progress(done + 1, len(manifest.files))
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a file's name leads to none but a bundle's own. In the Hugging Face hub's cache the files of a repo's
+    snapshots are links to what it keeps as blobs, for the repo or for all: REPO/snapshots/REVISION, REPO/blobs, blobs."""
+    home, target = folder.resolve(), (folder / name).resolve()
+    if target.is_relative_to(home):
+        return True
+    repo = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
+    stores = [repo / "blobs", repo.parent / "blobs"] if repo and "--" in repo.name else []
+    return ".." not in Path(name).parts and any(target.is_relative_to(store) for store in stores)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

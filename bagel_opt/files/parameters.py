@@ -8,9 +8,15 @@ from types import MappingProxyType
 
 from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_opt.files.weights import Location
+from bagel_opt.quantization import KINDS
 
 Shapes = dict[str, tuple[int, ...]]
-LAYERS = {"und": r"llm\.layers\.\d+\.und\.", "gen": r"llm\.layers\.\d+\.gen\.", "vit": r"vit_encoder\.layers\."}
+PARTS = {
+    "und": r"llm\.layers\.\d+\.und\.",
+    "gen": r"llm\.layers\.\d+\.gen\.",
+    "vit": r"vit_encoder\.layers\.",
+    "head": r"llm\.lm_head\.",
+}
 
 
 def parameter_shapes(c: BagelConfig) -> Shapes:
@@ -35,21 +41,42 @@ def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
     """The parameters after `Bagel.quantize`: codes and scales in place of the weights of those parts' products."""
     found: Shapes = {}
     for name, shape in parameters.items():
-        if len(shape) == 2 and any(re.match(LAYERS[part], name) for part in kinds):
-            stem = name.removesuffix("weight")
-            found |= {f"{stem}quantized.codes": shape, f"{stem}quantized.scale": shape[:1]}
-        else:
+        kind = kind_of(name, shape, kinds)
+        if kind is None:
             found[name] = shape
+        else:
+            stem = name.removesuffix("weight")
+            found |= zip((f"{stem}quantized.codes", f"{stem}quantized.scale"), KINDS[kind].shapes(shape), strict=True)
     return found
 
 
-def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
-    """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py)."""
-    shapes = parameter_shapes(c)
+def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str], onnx: bool = False) -> dict[str, str]:
+    """Of the codes and the scales among parameters after `Bagel.quantize`, or in an ONNX bundle."""
+    found = {}
+    for name in parameters:
+        if ".quantized." in name:
+            kind = KINDS[kinds[part_of(name)]]
+            found[name] = kind.codes if name.endswith(".codes") else "float32" if onnx else kind.scale
+    return found
+
+
+def kind_of(name: str, shape: tuple[int, ...], kinds: Mapping[str, str]) -> str | None:
+    """In which a parameter of `Bagel` is stored, where these parts are quantised; None: as it is."""
+    return kinds.get(part_of(name)) if len(shape) == 2 else None
+
+
+def part_of(name: str) -> str:
+    """Of quantization.PARTS, or an empty text."""
+    return next((part for part, names in PARTS.items() if re.match(names, name)), "")
+
+
+def stored_shapes(c: BagelConfig, kind: str, device: str, kinds: Mapping[str, str]) -> Shapes:
+    """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py). kinds:
+    of the parts that are quantised."""
     if kind != "onnx":
-        return shapes
+        return quantized_shapes(parameter_shapes(c), kinds)
     queries, found = c.llm.hidden_size, {}
-    for name, (rows, *rest) in shapes.items():
+    for name, (rows, *rest) in parameter_shapes(c).items():
         stem, _, last = name.rpartition(".")
         parts = {name: rows}
         if stem.endswith(".gate_up"):
@@ -57,9 +84,24 @@ def stored_shapes(c: BagelConfig, kind: str, device: str) -> Shapes:
         elif device == "cuda" and stem.startswith("llm.") and stem.endswith(".qkv"):
             parts = {f"{stem}.q.{last}": queries, f"{stem}.kv.{last}": rows - queries}
         for part, count in parts.items():
+            if coded := kind_of(name, (rows, *rest), kinds):
+                found |= zip(
+                    (f"{part.removesuffix('weight')}quantized.{of}" for of in ("codes", "scale")),
+                    _in_onnx(coded, count, *rest),
+                    strict=True,
+                )
+                continue
             product = len(rest) == 1 and not name.endswith(("embed.weight", "position.weight"))
             found[part] = (*rest, count) if product and device == "cpu" else (count, *rest)
     return found
+
+
+def _in_onnx(kind: str, rows: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of codes and scales (export/onnx_quantized.py)."""
+    if not KINDS[kind].group:
+        return (channels, rows), (rows,)
+    groups = -(-channels // KINDS[kind].group)
+    return (rows, groups, KINDS[kind].group // 2), (rows * groups,)
 
 
 def compare(

@@ -66,11 +66,11 @@ class Bagel(nn.Module):
         return self.llm.norm_und.weight.device
 
     def quantize(self, kinds: Mapping[str, str]) -> None:
-        """Makes room for the products of some parts' layers in 8 bits (quantization.PARTS), in place of their weights."""
+        """Makes room for the products of some parts in other kinds (quantization.py), in place of their weights."""
         experts = {part: [getattr(layer, part) for layer in self.llm.layers] for part in ("und", "gen")}
-        layers = experts | {"vit": [*self.vit_encoder.layers]}
+        parts = experts | {"vit": [*self.vit_encoder.layers], "head": [self.llm.lm_head]}
         for part, kind in kinds.items():
-            for product in [m for layer in layers[part] for m in layer.modules() if isinstance(m, Linear)]:
+            for product in [m for module in parts[part] for m in module.modules() if isinstance(m, Linear)]:
                 product.quantize(kind)
 
     # ---- programs with layers: what enters the first, all of them, and what is made of the last one's output

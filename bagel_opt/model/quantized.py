@@ -1,14 +1,24 @@
-"""Products in 8 bits: weights in codes with a scale for each output channel, what comes in rounded alike for each token.
+"""Products with weights in 8 or 4 bits.
 
-The rounding of a token depends on nothing but that token, so neither neighbours nor padding can reach it. M tokens, C channels
-in, N channels out.
+In 8 bits: codes with a scale for each output channel, and what comes in rounded alike for each token, unless it is a row's
+only one: a token that is being decoded, where reading the weights takes all the time. In 4: codes with a scale for each
+group of input channels, and what comes in as it is. The rounding of a token depends on nothing but that token, so neither
+neighbours nor padding can reach it.
+
+M tokens, C channels in, N channels out, G groups, B bytes of a row.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+from bagel_opt.quantization import KINDS
+
+DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
 LEAST = 1e-12  # a scale: of a token of zeros
+GROUP = KINDS["int4"].group
+SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
+AT_ONCE = 2**20  # numbers that are quantised to 4 bits at a time
 
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -24,42 +34,107 @@ def _largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max if dtype.is_floating_point else 127.0
 
 
-# A custom op, of which runtime/quantized_products.py registers the kernels for GPUs; here is what it means.
+def to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes_NB in uint8, scale_NG in bfloat16): 16 levels, of which the largest number of a group has the outermost. A
+    byte has the codes of two channels, plus 8, the first in its low bits."""
+    rows = max(1, AT_ONCE // weight_NC.shape[1])
+    codes, scales = zip(*map(_to_groups, weight_NC.split(rows)), strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
+    x = F.pad(weight_NC.float(), (0, -weight_NC.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    outermost = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    found = None
+    for shrunk in SHRUNK:
+        scale = (outermost * (-shrunk / 8)).bfloat16().float()
+        codes = (x / scale.where(scale != 0, 1)).round().clamp(-8, 7)
+        error = ((codes * scale - x) / outermost).square().sum(-1, keepdim=True)  # whose squares have to be in range
+        if found is None:
+            found = error, codes, scale
+        else:
+            found = [
+                torch.where(error < found[0], new, old) for new, old in zip((error, codes, scale), found, strict=True)
+            ]
+    _, codes, scale = found
+    low, high = (codes.nan_to_num() + 8).to(torch.uint8).unflatten(2, (-1, 2)).unbind(-1)
+    return (low + 16 * high).flatten(1), scale.squeeze(-1).bfloat16()
+
+
+def from_groups(codes_NB: Tensor, scale_NG: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """The weight that codes stand for: [N, channels]."""
+    codes = torch.stack((codes_NB & 15, codes_NB >> 4), dim=-1).float().view(*scale_NG.shape, GROUP) - 8
+    return (codes * scale_NG.float()[..., None]).to(dtype).flatten(1)[:, :channels]
+
+
+def to_kind(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of a weight, as that kind stores it."""
+    return to_groups(weight_NC) if KINDS[kind].group else to_codes(weight_NC, DTYPES[kind])
+
+
+# Custom ops, of which runtime/quantized_products.py registers the kernels for GPUs; here is what they mean.
 @torch.library.custom_op("bagel_opt::quantized_product", mutates_args=())
 def quantized_product(
-    x_MC: Tensor, x_scale_M: Tensor, codes_NC: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_MC: Tensor,
+    x_scale_M: Tensor | None,
+    codes_NC: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(x_MC @ codes_NC.T) * scales + bias, from codes, added up in float32 and rounded once: [M, N] in dtype."""
-    out_MN = (x_MC.float() @ codes_NC.float().T) * x_scale_M[:, None] * scale_N
+    """(x_MC @ codes_NC.T) * scales + bias, added up in float32 and rounded once: [M, N] in dtype. x: codes where they have
+    a scale."""
+    out_MN = (x_MC.float() @ codes_NC.float().T) * scale_N
+    out_MN = out_MN if x_scale_M is None else out_MN * x_scale_M[:, None]
     return (out_MN if bias_N is None else out_MN + bias_N.float()).to(dtype)
 
 
 @quantized_product.register_fake
 def _(
-    x_MC: Tensor, x_scale_M: Tensor, codes_NC: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_MC: Tensor,
+    x_scale_M: Tensor | None,
+    codes_NC: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return x_MC.new_empty((x_MC.shape[0], codes_NC.shape[0]), dtype=dtype)
 
 
+@torch.library.custom_op("bagel_opt::int4_product", mutates_args=())
+def int4_product(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x_MC @ weight.T + bias, of a weight that codes stand for: [M, N] in the dtype of x."""
+    return F.linear(x_MC, from_groups(codes_NB, scale_NG, x_MC.shape[1], x_MC.dtype), bias_N)
+
+
+@int4_product.register_fake
+def _(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_MC.new_empty((x_MC.shape[0], codes_NB.shape[0]))
+
+
 class Quantized(nn.Module):
-    """The weight of a product in 8 bits. kind: "fp8" or "int8"."""
+    """The weight of a product in a kind of quantization.KINDS."""
 
     def __init__(self, kind: str, rows: int, channels: int, device: torch.device | str | None = None):
         super().__init__()
-        codes = torch.empty(rows, channels, dtype=DTYPES[kind], device=device)
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(rows, dtype=torch.float32, device=device), requires_grad=False)
+        stored = KINDS[kind]
+        for name, shape in zip(("codes", "scale"), stored.shapes((rows, channels)), strict=True):
+            empty = torch.empty(shape, dtype=getattr(torch, getattr(stored, name)), device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.kind, self.channels = kind, channels
 
     def store(self, weight_NC: Tensor) -> None:
-        codes, scale = to_codes(weight_NC.to(self.codes.device), self.codes.dtype)
+        codes, scale = to_kind(weight_NC.to(self.codes.device), self.kind)
         self.codes.data.copy_(codes)
         self.scale.data.copy_(scale)
 
     def forward(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
-        codes_MC, scale_M = to_codes(x.flatten(0, -2), self.codes.dtype)
-        if torch.compiler.is_compiling() and x.is_cuda and codes_MC.shape[0] == 1:
-            # A sum that a compiler fuses with what is around it; a kernel of its own reads the weights more slowly.
-            out_MN = (codes_MC.float() * self.codes.float()).sum(-1)[None] * scale_M * self.scale
-            return (out_MN if bias_N is None else out_MN + bias_N.float()).to(x.dtype).view(*x.shape[:-1], -1)
-        out_MN = quantized_product(codes_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
+        """x: [B, T, C], or [B, C] for a single token of each row."""
+        x_MC, scale_M = x.flatten(0, -2), None
+        if KINDS[self.kind].group:
+            out_MN = int4_product(x_MC, self.codes, self.scale, bias_N)
+        else:
+            if x.ndim > 2 and x.shape[1] > 1:
+                x_MC, scale_M = to_codes(x_MC, self.codes.dtype)
+            out_MN = quantized_product(x_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
         return out_MN.view(*x.shape[:-1], -1)

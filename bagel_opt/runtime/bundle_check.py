@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bagel_opt.errors import BundleError
 from bagel_opt.files.manifest import MANIFEST, WEIGHTS, Manifest, check_files
-from bagel_opt.files.parameters import compare, stored_shapes
+from bagel_opt.files.parameters import compare, stored_dtypes, stored_shapes
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import LAYERED, ROW, signatures
@@ -24,13 +24,14 @@ def check_bundle(
 ) -> None:
     """Checks what can be checked of a bundle without loading it: that its programs are those of its model and profiles, its
     files those of the manifest (`check_files`, which takes digests) and its weights those of the model. Raises BundleError."""
-    stored = stored_shapes(manifest.config, manifest.kind, manifest.device)
+    stored = stored_shapes(manifest.config, manifest.kind, manifest.device, manifest.quantization)
     wrong = _wrong(manifest, stored.keys())
     if wrong:
         raise BundleError(f"{folder / MANIFEST}: {wrong}; export the bundle again")
     check_files(folder, manifest, progress, digests)
     weights = folder / WEIGHTS
-    compare(weights, locate_weights(weights), stored, (manifest.dtype,), BundleError)
+    fixed = stored_dtypes(stored, manifest.quantization, manifest.kind == "onnx")
+    compare(weights, locate_weights(weights), stored, (manifest.dtype,), BundleError, fixed)
 
 
 def _wrong(manifest: Manifest, weights: Set[str]) -> str | None:
@@ -40,6 +41,9 @@ def _wrong(manifest: Manifest, weights: Set[str]) -> str | None:
         return f"attention {manifest.attention!r} is not for bundles of kind {kind!r}"
     if (kind, manifest.device, dtype) == ("onnx", "cpu", "bfloat16"):
         return "ONNX Runtime has no bfloat16 on the CPU"
+    kinds = set(manifest.quantization.values())
+    if kind == "onnx" and kinds and (manifest.device != "cpu" or dtype != "float32" or kinds - {"int8", "int4"}):
+        return f"quantization {manifest.quantization} is not for {dtype} in ONNX Runtime on {manifest.device}"
     if len(set(names)) < len(names) or set(names) != manifest.programs.keys():
         return f"there are programs for the profiles {list(manifest.programs)}, and the profiles are {names}"
     return next(filter(None, (_wrong_program(manifest, profile, weights) for profile in manifest.profiles)), None)

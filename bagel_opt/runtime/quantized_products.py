@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from bagel_opt.model.quantized import LEAST, quantized_product
 
-NEEDS = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability
+NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
+# Blocks of a product with one token: those that read fastest, of some tried on an H100.
+SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((4, 512, 2), (8, 1024, 4)))
+LONG_CHANNELS = 8192
 RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
 
 
@@ -33,28 +36,56 @@ def check_device(device: torch.device, kinds: Mapping[str, str]) -> None:
 
 @quantized_product.register_kernel("cuda")
 def _(
-    x_MC: Tensor, x_scale_M: Tensor, codes_NC: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_MC: Tensor,
+    x_scale_M: Tensor | None,
+    codes_NC: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     (m, c), n = x_MC.shape, codes_NC.shape[0]
-    if m > FEW and dtype == torch.bfloat16 and codes_NC.dtype == torch.float8_e4m3fn and c % 16 == n % 16 == 0:
+    floats, coded = codes_NC.dtype == torch.float8_e4m3fn, x_scale_M is not None
+    if m > FEW and dtype == torch.bfloat16 and floats and coded and c % 16 == n % 16 == 0:
         scales = x_scale_M[:, None], scale_N[None]
         return torch._scaled_mm(x_MC, codes_NC.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
-    out_MN = x_MC.new_empty((m, n), dtype=dtype)
+    x_MC, out_MN = x_MC.contiguous(), x_MC.new_empty((m, n), dtype=dtype)
+    bias = scale_N if bias_N is None else bias_N
+    if m == 1 and not coded:
+        sizes = LONG if c > LONG_CHANNELS else SHORT
+        given = x_MC, codes_NC, scale_N, bias, out_MN
+        _one_kernel[(triton.cdiv(n, sizes["BLOCK_N"]),)](*given, n, c, BIAS=bias_N is not None, **sizes)
+        return out_MN
     if m <= FEW:
         sizes = {"BLOCK_M": 16, "BLOCK_N": 16 if n < 2**13 else 32, "BLOCK_C": 256, "num_warps": 4, "num_stages": 5}
     else:
         sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
     grid = (triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
-    whole = codes_NC.dtype == torch.int8
-    given = x_MC, x_scale_M, codes_NC, scale_N, scale_N if bias_N is None else bias_N, out_MN
-    _product_kernel[grid](*given, m, n, c, BIAS=bias_N is not None, WHOLE=whole, **sizes)
+    given = x_MC, x_scale_M if coded else scale_N, codes_NC, scale_N, bias, out_MN
+    about = {"BIAS": bias_N is not None, "CODED": coded, "WHOLE": coded and not floats}
+    _product_kernel[grid](*given, m, n, c, **about, **sizes)
     return out_MN
+
+
+@triton.jit
+def _one_kernel(x, codes, scale, bias, out, n, c, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One token, as it is, and some channels out."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sum = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for start in range(0, c, BLOCK_C):
+        channels = start + tl.arange(0, BLOCK_C)
+        at = rows[:, None].to(tl.int64) * c + channels[None]
+        b = tl.load(codes + at, mask=(rows[:, None] < n) & (channels[None] < c), other=0.0).to(tl.float32)
+        sum += b * tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)[None]
+    y = tl.sum(sum, axis=1) * tl.load(scale + rows, mask=rows < n, other=0.0)
+    if BIAS:
+        y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
+    tl.store(out + rows, y.to(out.dtype.element_ty), mask=rows < n)
 
 
 @triton.jit
 def _product_kernel(
     x, x_scale, codes, scale, bias, out, m, n, c,
-    BIAS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr, CODED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One block of the product; those of eight rows of blocks go together, which share what they read."""
     across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
@@ -71,10 +102,11 @@ def _product_kernel(
         a = tl.load(x + at, mask=(rows[:, None] < m) & inside[None], other=0.0)
         at = columns[None].to(tl.int64) * c + start + channels[:, None]
         b = tl.load(codes + at, mask=(columns[None] < n) & inside[:, None], other=0.0)
-        sum = tl.dot(a, b, sum, out_dtype=tl.int32 if WHOLE else tl.float32)
-    by_row = tl.load(x_scale + rows, mask=rows < m, other=0.0)
-    by_column = tl.load(scale + columns, mask=columns < n, other=0.0)
-    y = sum.to(tl.float32) * by_row[:, None] * by_column[None]
+        b = b if CODED else b.to(a.dtype)
+        sum = tl.dot(a, b, sum, out_dtype=tl.int32 if WHOLE else tl.float32, input_precision="ieee")
+    y = sum.to(tl.float32) * tl.load(scale + columns, mask=columns < n, other=0.0)[None]
+    if CODED:
+        y *= tl.load(x_scale + rows, mask=rows < m, other=0.0)[:, None]
     if BIAS:
         y += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None]
     at = rows[:, None].to(tl.int64) * n + columns[None]

@@ -19,7 +19,11 @@ from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import slots_in_use
 from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.runtime.torch_setup import prepare
+from bagel_opt.runtime.torch_setup import prepare, register_kernels
+
+LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart on x86, each with all before it
+# Features that no compiler takes on its own, so that code which was compiled where they are does without.
+UNUSED = {"aes", "clflush", "clflushopt", "clwb", "fma4", "sha", "sse4a"}
 
 
 def open_package(path: Path | str, device: torch.device) -> Any:
@@ -40,6 +44,8 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = read_weights(folder / WEIGHTS, device)
+        if manifest.quantization:
+            register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         # the caches' shapes are compiled in; the mask is cut instead
         self.fixed_slots, self.free_rows, self.spare_slots = True, False, 0
@@ -122,9 +128,29 @@ def _flat(program: torch.export.ExportedProgram) -> Callable[[tuple, tuple], tup
 
 
 def machine(device: torch.device) -> str:
-    """The instruction set that code compiled here needs."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return cpu if device.type == "cpu" else "{} and sm_{}{}".format(cpu, *torch.cuda.get_device_capability(device))
+    """What code that is compiled here may need, as words: the compiler takes all that it finds (-march=native)."""
+    found, named = _features(), torch.backends.cpu.get_cpu_capability()
+    if named not in LEVELS:  # such as SVE256, whose length is compiled in
+        found.add(named)
+    if device.type == "cuda":
+        found.add("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    return " ".join(sorted(found))
+
+
+def lacking(needed: str, device: torch.device) -> list[str]:
+    """What of a bundle's `machine` this one has not. Bundles of format 6 name one of the LEVELS, joined by "and" with a
+    GPU's."""
+    named = torch.backends.cpu.get_cpu_capability()
+    levels = LEVELS[: LEVELS.index(named) + 1] if named in LEVELS else ()
+    return sorted({*needed.split()} - {"and", named, *levels, *machine(device).split()})
+
+
+def _features() -> set[str]:
+    try:
+        told = torch.cpu.get_capabilities()
+    except AttributeError:  # older torch
+        return {torch.backends.cpu.get_cpu_capability()}
+    return {name for name, there in told.items() if there is True and name not in UNUSED} | {told["architecture"]}
 
 
 def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> TorchRuntime:
@@ -135,6 +161,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
     with torch.device("meta"):
         model = Bagel(manifest.config)
+    model.quantize(manifest.quantization)
     model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)

@@ -30,8 +30,8 @@ class Prepared:
 
 def prepare(model: Bagel, compiled: bool = False) -> Prepared:
     """The model with its programs, eager or with the layers of the transformer and the ViT compiled, which changes it."""
-    if model.device.type == "cuda" and any(isinstance(module, Quantized) for module in model.modules()):
-        import bagel_opt.runtime.quantized_products  # noqa: F401  which registers its kernels
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        register_kernels(model.device)
     flex = model.ops.backend == "flex"
     if compiled or flex:
         # Each shape of each program compiles once, which is more than torch takes for normal.
@@ -64,10 +64,17 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
     )
 
 
+def register_kernels(device: torch.device) -> None:
+    """Those that quantised products take on a GPU."""
+    if device.type == "cuda":
+        import bagel_opt.runtime.int4_products
+        import bagel_opt.runtime.quantized_products  # noqa: F401
+
+
 def _two_streams(model: Bagel) -> LayerRunner:
     from bagel_opt.runtime.two_streams import TwoStreams  # which compiles as it is made
 
-    codes = any(isinstance(m, Quantized) and m.codes.dtype == torch.float8_e4m3fn for m in model.modules())
+    codes = any(isinstance(m, Quantized) and m.kind == "fp8" for m in model.modules())
     return TwoStreams(model.device, model.dtype, codes)
 
 

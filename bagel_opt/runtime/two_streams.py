@@ -15,7 +15,7 @@ from bagel_opt.model.attention import Visible
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.transformer import Expert, Layer
-from bagel_opt.runtime import fused_products
+from bagel_opt.runtime import fused_products, int4_products
 
 OPS = TorchOps("flash")
 
@@ -62,6 +62,14 @@ def reduced(product: Linear, x: Tensor, share_BK: Tensor) -> Tensor:
     return product.low_rank.reduced(x, share_BK)
 
 
+def whole(product: Linear, x: Tensor) -> Tensor:
+    """A product's weight as a kernel takes it."""
+    held = product.quantized
+    if held is None:
+        return product.weight
+    return int4_products.unpacked(held.codes, held.scale, held.channels, x.dtype)
+
+
 class Way:
     """An expert's way through a layer: compiled, or for many tokens on Hopper in products that others are fused into.
 
@@ -81,7 +89,7 @@ class Way:
     ) -> Tensor:
         if self._fuses_codes(expert, x, share_BK):
             return self._to_heads(expert, self.fp8.entered(expert, x), cos, sin, into)
-        if not self._fuses(expert, x):
+        if not self._fuses(expert, x, share_BK):
             return (self._enter_one if x.shape[:2] == (1, 1) else self._enter)(expert, x, cos, sin, into, share_BK)
         normed, weight = self._taken(expert.norm1, x, expert.qkv, share_BK)
         qkv = fused_products.product(normed, weight, expert.qkv.bias)
@@ -90,7 +98,7 @@ class Way:
     def leave(self, expert: Expert, x: Tensor, attended: Tensor, share_BK: Tensor | None) -> Tensor:
         if self._fuses_codes(expert, x, share_BK):
             return self.fp8.left(expert, x, attended)
-        if not self._fuses(expert, x):
+        if not self._fuses(expert, x, share_BK):
             return (self._leave_one if x.shape[:2] == (1, 1) else self._leave)(expert, x, attended, share_BK)
         x = self._add(expert.o, x, attended.flatten(2), share_BK)
         normed, weight = self._taken(expert.norm2, x, expert.gate_up, share_BK)
@@ -101,7 +109,7 @@ class Way:
         """What a fused product takes: the normed x and the weight, and where adapters are, theirs beside them."""
         adapters = product.low_rank
         if share_BK is None or adapters is None:
-            return self._norm(part, x).flatten(0, 1), product.weight
+            return self._norm(part, x).flatten(0, 1), whole(product, x)
         wide = x.new_empty(*x.shape[:2], adapters.wide.shape[1])
         normed, ranks = wide.split((x.shape[2], wide.shape[2] - x.shape[2]), dim=-1)
         self._norm_into(part, x, normed)
@@ -114,17 +122,21 @@ class Way:
         if share_BK is not None and product.low_rank is not None:
             ranks = self._reduced(product, x, share_BK).flatten(0, 1)
             sum_MN = fused_products.product(ranks, product.low_rank.up_NR, residual_MN=sum_MN)
-        return fused_products.product(x.flatten(0, 1), product.weight, residual_MN=sum_MN).view(residual.shape)
+        return fused_products.product(x.flatten(0, 1), whole(product, x), residual_MN=sum_MN).view(residual.shape)
 
-    def _fuses(self, expert: Expert, x: Tensor) -> bool:
-        """Those kernels take weights as they are stored."""
-        plain = expert.qkv.quantized is None and expert.qkv.weight.dtype == x.dtype
-        return self.fused and plain and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
+    def _fuses(self, expert: Expert, x: Tensor, share_BK: Tensor | None) -> bool:
+        """Those kernels take weights as they are stored, or unpacked from groups, beside which there is no room for adapters."""
+        product = expert.qkv
+        if product.quantized is None:
+            fits = product.weight.dtype == x.dtype
+        else:
+            fits = product.quantized.kind == "int4" and share_BK is None
+        return self.fused and fits and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
 
     def _fuses_codes(self, expert: Expert, x: Tensor, share_BK: Tensor | None) -> bool:
         """Those kernels have no room for adapters."""
         weight = expert.qkv.quantized
-        mine = weight is not None and weight.codes.dtype == torch.float8_e4m3fn
+        mine = weight is not None and weight.kind == "fp8"
         return bool(self.fp8) and mine and share_BK is None and x.shape[0] * x.shape[1] >= fused_products.LEAST_ROWS
 
 

@@ -18,6 +18,7 @@ from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
 from bagel_opt.programs.signatures import ROW
+from bagel_opt.sampling import nucleus
 from bagel_opt.sampling.adapters import as_inputs
 from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.flow import FlowStep
@@ -195,7 +196,16 @@ class Engine:
             choice = [self.batches.of(array, batch)[rows] for array in (temperature, uniform)]
             chosen = self.runtime.run("choose" + ending, [logits, *choice])[0]
             self.batches.of(ids, batch)[rows] = self.runtime.host(chosen)
+            self._sample_nuclei(logits, rows.start or 0, [job for job in jobs if job.main.batch == batch], ids)
         return [int(ids[self.batches.at(job.main)]) for job in jobs]
+
+    def _sample_nuclei(self, logits: Tensor, first: int, jobs: list[Job], ids: np.ndarray) -> None:
+        """Chooses again for those that sample from a part of the vocabulary. first: the row of the first logits."""
+        for job in jobs:
+            at, want = self.batches.at(job.main), job.want
+            if want.top_p < 1 and want.temperature and ids[at] >= 0:
+                row = self.runtime.host(logits, job.main.row - first)
+                ids[at] = nucleus.sample(row, want.temperature, want.top_p, want.uniform)
 
     def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """One flow step of each of these requests; (x_t, v_t) for those that watch."""

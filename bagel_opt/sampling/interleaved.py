@@ -47,6 +47,7 @@ class Interleaved:
 
     draws = writes = True
     thinks = False
+    resized = None
 
     @cached_property
     def phases(self) -> list[Plan]:
@@ -191,7 +192,8 @@ class Course:
         return contexts(plan.opening, self.items, self.images, draws, plan.negative)
 
     def _grid(self) -> tuple[int, int]:
-        """Of this round's picture: it has the size of the last image, or with "main" of the last input."""
+        """Of this round's picture: unless a size was asked for it has that of the last image, or with "main" of the last
+        input."""
         size = picture_size(self.plan.options, self.images, self.plan.config) if self.rebuilt else self.size
         return images.latent_grid(*size, self.plan.config)
 

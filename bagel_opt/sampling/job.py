@@ -31,6 +31,7 @@ class Token:
     id: int
     temperature: float
     uniform: float
+    top_p: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Job:
         before = context.kv_len, context.position
         while len(ids) < self.phase.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
-            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32))
+            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32), options.top_p)
             if token < 0:
                 raise FloatingPointError(f"the text's logits {NOT_FINITE}")
             context.kv_len, context.position = context.kv_len + 1, context.position + 1
@@ -252,12 +253,13 @@ class Job:
         return tokens
 
     def picture(self, tokens: np.ndarray) -> Image.Image:
-        """Latent tokens [tokens, channels] through the VAE."""
+        """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for."""
         latent = images.untokens(tokens, *self.phase.grid, self.config.latent_patch_size)
         picture, finite = map(self.runtime.host, self.runtime.run("vae_decode", [latent[None]]))
         if not finite.all():
             raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
-        return Image.fromarray(picture)
+        found, size = Image.fromarray(picture), self.phase.resized
+        return found if size is None else images.resize_to(found, size[::-1])
 
 
 def _alike(one: list[Block], other: list[Block]) -> int:

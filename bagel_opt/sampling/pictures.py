@@ -7,6 +7,7 @@ from PIL import Image
 
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
+from bagel_opt.errors import reason
 from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.sampling.flow import seeded_noise
@@ -24,24 +25,29 @@ def planned_image(size: tuple[int, int], config: BagelConfig, where: str) -> Inp
         raise ValueError(
             f"{where}: needs {last} places in the ViT's position table, which has {config.vit.num_positions}"
         )
-    return InputImage((first[1], first[0]), vae_grid, vit_grid)
+    return InputImage(size[::-1], first[::-1], vae_grid, vit_grid)
 
 
 def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImage:
-    """Resizes an input image for both encoders. Raises ValueError where it exceeds a position table."""
+    """Resizes an input image for both encoders. Raises ValueError where it exceeds a position table or cannot be read."""
     planned = planned_image(image.size, config, where)
-    first = images.resize(images.to_rgb(image), config.vae_resize)
+    try:
+        rgb = images.to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow decodes files only now, and raises many kinds for damaged ones
+        raise ValueError(f"{where}: the picture cannot be read: {reason(error)}") from None
+    first = images.resize(rgb, config.vae_resize)
     return dataclasses.replace(
         planned, vae=images.resize(first, config.vae_resize), vit=images.resize(first, config.vit_resize)
     )
 
 
 def picture_size(options: Options, inputs: list[InputImage], config: BagelConfig) -> tuple[int, int]:
-    """(height, width) to draw: the last input image's, else what was asked for."""
-    if inputs:
-        height, width = inputs[-1].size
-    else:
-        height, width = (config.default_size if size is None else size for size in (options.height, options.width))
+    """(height, width) to draw: what was asked for, else the last input image's, as it is read."""
+    own = inputs[-1].size if inputs else (config.default_size,) * 2
+    asked = options.height, options.width
+    height, width = (size if size is not None else default for size, default in zip(asked, own, strict=True))
     for name, size in (("height", height), ("width", width)):
         if size % config.token_pixels:
             raise ValueError(f"{name}={size}; allowed: a multiple of {config.token_pixels} pixels")
@@ -49,6 +55,15 @@ def picture_size(options: Options, inputs: list[InputImage], config: BagelConfig
         *images.latent_grid(height, width, config), config.latent_side, config.token_pixels, "height, width"
     )
     return height, width
+
+
+def size_to_give(options: Options, inputs: list[InputImage]) -> tuple[int, int] | None:
+    """(height, width) to which the picture is resized once it is drawn; None: it is as drawn. Raises ValueError."""
+    if options.size is None:
+        return None
+    if not inputs:
+        raise ValueError(f"size={options.size!r}; allowed only with an input picture, whose size it asks for")
+    return inputs[-1].original
 
 
 def draw_noise(

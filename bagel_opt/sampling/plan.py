@@ -21,6 +21,7 @@ class AnyPlan(Protocol):
 
     options: Options
     max_tokens: int
+    resized: tuple[int, int] | None
 
     @property
     def draws(self) -> bool: ...
@@ -57,6 +58,7 @@ class Plan:
     max_tokens: int = 0  # longest text to generate, the start token included
     noise: np.ndarray | None = None
     vae_noise: list[np.ndarray] = field(default_factory=list)
+    resized: tuple[int, int] | None = None  # (height, width) that the picture is given once it is drawn, if another
 
     @property
     def draws(self) -> bool:

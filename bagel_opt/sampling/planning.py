@@ -11,7 +11,7 @@ from bagel_opt.request import Request
 from bagel_opt.sampling.contexts import Block, Item, contexts, evaluated
 from bagel_opt.sampling.flow import schedule
 from bagel_opt.sampling.interleaved import Interleaved
-from bagel_opt.sampling.pictures import draw_noise, picture_size, read_image
+from bagel_opt.sampling.pictures import draw_noise, picture_size, read_image, size_to_give
 from bagel_opt.sampling.plan import Plan
 from bagel_opt.tokenizer import Tokenizer
 
@@ -77,6 +77,7 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         max_tokens,
         noise,
         vae_noise,
+        size_to_give(options, inputs),
     )
 
 

@@ -16,6 +16,7 @@ from bagel_opt.serve.app import create_app
 from bagel_opt.serve.connections import Connection
 from bagel_opt.serve.engine_thread import EngineThread
 from bagel_opt.serve.limits import Limits
+from bagel_opt.serve.links import Links
 from bagel_opt.serve.logs import Bounded, JsonLines
 from bagel_opt.serve.metrics import Metrics
 from bagel_opt.serve.patience import STALL
@@ -38,19 +39,23 @@ __all__ = [
 
 def make_app(
     model: Model,
-    name: str,
+    names: Sequence[str],
     *,
     keys: Sequence[str] = (),
     hosts: frozenset[str] | None = None,
+    origins: Sequence[str] = (),
     limits: Limits = Limits(),  # noqa: B008  frozen
     max_queue: int = 64,
     timeout: float = 600,
     remote: bool = False,
+    links: bool = True,
 ) -> FastAPI:
-    """The application of a model, with its engine. Logs JSON lines to stderr. keys, hosts: of Access."""
-    access = Access(tuple(keys), hosts)
+    """The application of a model, with its engine. Logs JSON lines to stderr. names: what clients may call the model. keys,
+    hosts, origins: of Access. links: whether answers may have addresses of pictures, which this process keeps."""
+    access = Access(tuple(keys), hosts, tuple(map(str.lower, origins)))
     log_as_json()
-    return create_app(Service(name, EngineThread(model, Metrics(), max_queue, timeout), limits, remote), access)
+    engine = EngineThread(model, Metrics(), max_queue, timeout)
+    return create_app(Service(tuple(names), engine, limits, remote, Links() if links else None), access)
 
 
 def log_as_json() -> None:
@@ -78,7 +83,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(
     model: Model,
-    name: str,
+    names: Sequence[str],
     host: str = "127.0.0.1",
     port: int = 8000,
     bound: socket.socket | None = None,
@@ -87,7 +92,7 @@ def serve(
     """Serves a model until SIGTERM or SIGINT, then finishes what runs and waits. bound: what `bind` made of host and port,
     if it was called before. settings: of make_app; hosts are by default those of a server on `host`."""
     settings.setdefault("hosts", allowed_hosts(host))
-    app = make_app(model, name, **settings)
+    app = make_app(model, names, **settings)
     shutdown = round(app.state.service.engine.timeout + 2 * STALL)
     options = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
     config = uvicorn.Config(app, http=Connection, timeout_graceful_shutdown=shutdown, **options)

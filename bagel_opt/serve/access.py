@@ -14,21 +14,29 @@ from bagel_opt.serve.errors import ApiError
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 NAME = re.compile(r"[\w.-]+|\[[0-9a-f:.]+\]", re.ASCII | re.IGNORECASE)
 HOST = re.compile(rf"({NAME.pattern})(:[0-9]+)?", re.ASCII | re.IGNORECASE)
+ORIGIN = re.compile(rf"https?://{HOST.pattern}", re.ASCII)  # as browsers write it
 KEY = re.compile(r"[!-~]+")  # what a header can carry
 
 
 @dataclass(frozen=True)
 class Access:
     """keys: with any, paths under /v1 need one of them as bearer token. hosts: names under which the server answers, for
-    itself and for the pages that call it; None is any."""
+    itself and for the pages that call it; None is any. origins: of pages elsewhere that a browser may let call it; "*" is
+    all."""
 
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self):
         for key in self.keys:
             if not KEY.fullmatch(key):
                 raise ValueError(f"an API key is {key!r}; allowed: at least one ASCII character, none of them a blank")
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--cors-origin {origin!r}: give https://NAME or http://NAME, with a port if any, or *"
+                )
 
     def refuses(self, path: str, headers: Headers) -> ApiError | None:
         return self._host(headers) or (self._key(headers) if self.keys and path.startswith("/v1/") else None)
@@ -53,8 +61,8 @@ class Access:
                 403, f"this server does not answer as {name}; see its option --allowed-host", code="bad_host"
             )
         for origin in headers.getlist("origin"):
-            if not self._own(origin.lower(), host):
-                message = "this server does not answer pages of other origins; see its option --allowed-host"
+            if not {origin.lower(), "*"}.intersection(self.origins) and not self._own(origin.lower(), host):
+                message = "this server does not answer pages of other origins; see its option --cors-origin"
                 return ApiError(403, message, code="bad_origin")
         return None
 

@@ -8,15 +8,19 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from bagel_opt import __version__
 from bagel_opt.serve import errors
 from bagel_opt.serve.access import Access
+from bagel_opt.serve.answers import ERRORS, ModelCard, ModelList
 from bagel_opt.serve.bodies import add_schemas
+from bagel_opt.serve.chat_bodies import ChatBody
+from bagel_opt.serve.image_bodies import ImageBody, JsonEditBody
 from bagel_opt.serve.middleware import Gate
 from bagel_opt.serve.page_options import page_options
-from bagel_opt.serve.routes import chat, images
-from bagel_opt.serve.schemas import ERRORS, ChatBody, ImageBody, ModelCard, ModelList
+from bagel_opt.serve.response_bodies import ResponsesBody
+from bagel_opt.serve.routes import chat, images, responses
 from bagel_opt.serve.service import Injected, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -45,18 +49,22 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
     app.state.service = service
     errors.install(app)
     app.add_middleware(Gate, service=service, access=access)
+    if access.origins:
+        headers = {"allow_headers": ["*"], "expose_headers": ["x-request-id", "retry-after"]}
+        settings = {"allow_methods": ["GET", "POST"], "allow_private_network": True, **headers}
+        app.add_middleware(CORSMiddleware, allow_origins=access.origins, **settings)
     app.include_router(images.router)
     app.include_router(chat.router)
+    app.include_router(responses.router)
 
     @app.get("/v1/models", responses=ERRORS)
     async def models(service: Injected) -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[_card(service)])
+        """The model that is served, once for each of its names."""
+        return ModelList(data=[_card(service, name) for name in service.names])
 
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str, service: Injected) -> ModelCard:
-        service.check_model(model)
-        return _card(service)
+        return _card(service, service.check_model(model))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -81,6 +89,17 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
     async def options(service: Injected) -> JSONResponse:
         return JSONResponse(page_options(service.limits, service.engine.model.defaults), headers=PAGE_HEADERS)
 
+    @app.head("/pictures/{name}", include_in_schema=False)
+    @app.get("/pictures/{name}", include_in_schema=False)
+    async def linked(name: str, service: Injected) -> Response:
+        data = service.links and service.links.get(name)
+        if not data:
+            raise errors.ApiError(
+                404, "there is no such picture; its address holds for an hour, and not for ever", "name"
+            )
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+        return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
+
     @app.get("/examples.json", include_in_schema=False)
     async def examples(service: Injected) -> JSONResponse:
         found = service.engine.model.examples
@@ -94,18 +113,16 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
             raise errors.ApiError(404, "this model has no example picture")
         return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
-    add_schemas(app, ImageBody, ChatBody)
+    add_schemas(app, ImageBody, JsonEditBody, ChatBody, ResponsesBody)
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app
 
 
-def _card(service: Service) -> ModelCard:
+def _card(service: Service, name: str) -> ModelCard:
     config = service.engine.model.config
     adapters = [*(service.engine.model.runtime.adapters or ())]
-    return ModelCard(
-        id=service.name, default_size=config.default_size, size_multiple=config.token_pixels, adapters=adapters
-    )
+    return ModelCard(id=name, default_size=config.default_size, size_multiple=config.token_pixels, adapters=adapters)
 
 
 def _serve_file(app: FastAPI, path: str, file: Path) -> None:

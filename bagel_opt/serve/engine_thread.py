@@ -67,9 +67,9 @@ class Ticket:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the picture to draw, in pixels."""
+        """(height, width) of the picture to answer with, in pixels."""
         side = self.engine.config.token_pixels
-        return self.plan.grid[0] * side, self.plan.grid[1] * side
+        return self.plan.resized or (self.plan.grid[0] * side, self.plan.grid[1] * side)
 
     def post(self, event: Any) -> None:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
@@ -122,17 +122,17 @@ class EngineThread:
 
     # ---- the event loop's side
 
-    def plan(self, request: Request) -> tuple[AnyPlan, Engine]:
+    def plan(self, request: Request, longest: int | None = None) -> tuple[AnyPlan, Engine]:
         """Checks a request; a ValueError says what is wrong with it. Takes a while: not for the event loop.
 
-        An answer whose length was not asked for gets the room that a picture in progress beside it leaves.
+        An answer whose length was not asked for gets the room that a picture in progress beside it leaves. longest: tokens
+        that it may have, which is no such wish.
         """
         plan = make_plan(request, self.model.config, self.model.tokenizer)
-        asked, side = (request.given.get("height"), request.given.get("width")), self.model.config.token_pixels
-        if plan.draws and None not in asked and asked != (drawn := tuple(side * tokens for tokens in plan.grid)):
-            raise ValueError(
-                "size={1}x{0}; allowed: the size of the last input picture, {3}x{2}".format(*asked, *drawn)
-            )
+        if longest is not None:
+            free = dataclasses.replace(plan.options, max_think_tokens=None)
+            most = min(longest, max(profile.slots for profile in self.model.profiles))
+            plan = dataclasses.replace(plan, options=free, max_tokens=most + 1)  # which counts the start token too
         profile, fitted = self.model.choose(plan)
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
         return plan.fitted(beside) if fits(plan, beside) else fitted, self.engines[profile]

@@ -2,15 +2,16 @@
 
 import logging
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from bagel_opt.errors import ProfileError
+from bagel_opt.errors import ProfileError, shown
+from bagel_opt.options import described
 from bagel_opt.serve.arrival import CancelledError, DeadlineError, QueueFullError, StalledError
 
 log = logging.getLogger("bagel_opt.serve")
@@ -24,10 +25,14 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
 
-def refused(error: ValueError) -> ApiError:
-    """What the model says of a bad request. Its messages begin with the option's name where one is to blame."""
-    named = re.match(r"(\w+)=", str(error))
-    return ApiError(400, str(error), named and named[1])
+def refused(error: ValueError, spelled: Mapping[str, str] = MappingProxyType({})) -> ApiError:
+    """What the model says of a bad request. Its messages begin with the option's name where one is to blame. spelled: the
+    client's fields of options that have another name."""
+    name, sign = re.match(r"(\w*)(=?)", str(error)).groups()
+    if not sign and name not in described():
+        return ApiError(400, str(error))
+    field = spelled.get(name, name)
+    return ApiError(400, f"{field}: {error}" if field != name else str(error), field)
 
 
 def body(error: ApiError) -> dict:
@@ -51,20 +56,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(499, "the client has gone", code="client_closed_request")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
-        case ValidationError() | RequestValidationError():
-            return _invalid(error)
         case ProfileError() | FloatingPointError():  # a thought or a guidance that led too far
             return refused(error)
     log.error("request failed: %s", type(error).__name__, exc_info=error)
     return ApiError(500, "the server failed on this request", code="internal_error")
-
-
-def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    unknown = first["type"] == "extra_forbidden"
-    message = "no such field; /openapi.json lists them" if unknown else first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, ".".join(where) or None)
 
 
 def response(error: Exception) -> JSONResponse:
@@ -78,8 +73,11 @@ def response(error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+    async def handle(http: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code in (404, 405) and not isinstance(error, ApiError):
+            paths = app.openapi()["paths"].items()
+            known = ", ".join(f"{method.upper()} {path}" for path, methods in paths for method in methods)
+            error.detail = f"there is no {http.method} {shown(http.url.path):.80}; there are {known}"
         return response(error)
 
-    for kind in (HTTPException, RequestValidationError):  # which FastAPI answers itself; all others reach the gate
-        app.add_exception_handler(kind, handle)
+    app.add_exception_handler(HTTPException, handle)  # which FastAPI answers itself; all others reach the gate

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Progress(BaseModel):
@@ -74,8 +74,19 @@ class Failure(BaseModel):
     error: dict[str, Any]
 
 
+class ResponseEvent(BaseModel):
+    """As OpenAI's: response.created, .in_progress, .output_item.added, what is added to it, .output_item.done, and
+    .completed or .incomplete with all of the response."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+
+
 IMAGE_EVENTS = (Progress, Thought, PartialImage, Completed, Failure)
 CHAT_EVENTS = (ChatChunk, Failure)
+RESPONSE_EVENTS = (ResponseEvent, Failure)
 
 
 def documented(*events: type[BaseModel]) -> dict:

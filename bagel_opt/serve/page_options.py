@@ -4,8 +4,8 @@ from typing import Any
 
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Text, Texts
 from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, Option, Options, described
+from bagel_opt.serve.fields import TEXT_LIMIT, WHOLE_LIMIT
 from bagel_opt.serve.limits import Limits
-from bagel_opt.serve.schemas import TEXT_LIMIT, WHOLE_LIMIT
 
 MODES = {
     PICTURE: ["draw", "edit", "interleave"],

@@ -11,23 +11,30 @@ from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-HEAD = re.compile(rb"data:image(\\?/)[\w.+-]+;base64,", re.IGNORECASE)
-ESCAPED = {b"\\/": b"/", b"\\u002f": b"/", b"\\u002b": b"+", b"\\u003d": b"="}  # as some JSON writers have them
-AT_ONCE = 2**20  # characters, a multiple of four: nothing else runs in Python meanwhile
+HEAD = re.compile(rb"data:[^,]{,120};base64,", re.IGNORECASE)  # of whatever kind: the picture itself says which it is
+# As some JSON writers have them; lines may be wrapped.
+ESCAPED = {b"\\/": b"/", b"\\u002f": b"/", b"\\u002b": b"+", b"\\u003d": b"=", b"\\n": b"", b"\\r": b""}
+AT_ONCE = 2**20  # characters: nothing else runs in Python meanwhile
 
 
 def decode_data_url(url: "memoryview | bytes", param: str) -> bytes:
-    """The bytes of a base64 data URL, as it stands in JSON."""
-    if not (head := HEAD.match(url)):
-        raise ApiError(400, f"{param}: not a data URL of a picture (data:image/png;base64,...)", param)
-    text = url[head.end() :]
+    """The bytes of a base64 data URL, or of its base64 alone, as it stands in JSON."""
+    if not (head := HEAD.match(url)) and b":" in bytes(url[:16]):
+        why = "addresses are not fetched here; give" if re.match(b"https?:", url) else "not"
+        raise ApiError(400, f"{param}: {why} a data URL of a picture (data:image/png;base64,...)", param)
+    text = url[head.end() if head else 0 :]
     if any(b"\\" in bytes(text[at : at + AT_ONCE]) for at in range(0, len(text), AT_ONCE)):
         text = bytes(text)
         for escaped, plain in ESCAPED.items():
             text = text.replace(escaped, plain).replace(escaped.upper().replace(b"U", b"u"), plain)
+    pieces, rest = [], b""
     try:
-        pieces = (text[at : at + AT_ONCE] for at in range(0, len(text), AT_ONCE))
-        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
+        for at in range(0, len(text), AT_ONCE):
+            piece = rest + bytes(text[at : at + AT_ONCE]).translate(None, b" \r\n")
+            whole = len(piece) - len(piece) % 4
+            pieces.append(base64.b64decode(piece[:whole], validate=True))
+            rest = piece[whole:]
+        return b"".join([*pieces, base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True)])
     except binascii.Error:
         raise ApiError(400, f"{param}: not valid base64", param) from None
 

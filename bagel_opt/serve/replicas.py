@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Replicas:
 class Replica:
     """One engine. load: makes its model, where it runs; settings: of make_app."""
 
-    def __init__(self, load: Callable[[], Model], name: str, settings: dict[str, Any]):
-        self.served = make_app(load(), name, **settings)
+    def __init__(self, load: Callable[[], Model], names: Sequence[str], settings: dict[str, Any]):
+        self.served = make_app(load(), names, links=False, **settings)
         self.gauges: dict[str, Gauge] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -53,7 +53,9 @@ class Replica:
             raise RuntimeError("the device failed repeatedly")
 
 
-def application(load: Callable[[], Model], name: str, replicas: Replicas, **settings: Any) -> serve.Application:
+def application(
+    load: Callable[[], Model], names: Sequence[str], replicas: Replicas, **settings: Any
+) -> serve.Application:
     """What `serve.run` takes. settings: of make_app."""
     if replicas.most > replicas.least:
         count = {
@@ -73,11 +75,11 @@ def application(load: Callable[[], Model], name: str, replicas: Replicas, **sett
         graceful_shutdown_timeout_s=settings["timeout"],
         **count,
     )(Replica)
-    return deployment.bind(load, name, settings)
+    return deployment.bind(load, names, settings)
 
 
 def serve_replicas(
-    load: Callable[[], Model], name: str, replicas: Replicas, host: str, port: int, **settings: Any
+    load: Callable[[], Model], names: Sequence[str], replicas: Replicas, host: str, port: int, **settings: Any
 ) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what runs. Starts Ray on this machine, or joins the cluster that
     RAY_ADDRESS names. Raises RuntimeError where a replica does not start."""
@@ -85,7 +87,7 @@ def serve_replicas(
     try:
         serve.start(http_options={"host": host, "port": port})
         try:
-            serve.run(application(load, name, replicas, **settings), name=NAME)  # returns when all answer
+            serve.run(application(load, names, replicas, **settings), name=NAME)  # returns when all answer
         except RuntimeError:
             why = serve.status().applications[NAME].deployments[NAME].message.strip().splitlines()[-1]
             raise RuntimeError(f"no replica starts: {why}") from None

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,6 +12,7 @@ from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
+from bagel_opt.errors import shown
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
 from bagel_opt.sampling.plan import AnyPlan
@@ -21,6 +22,7 @@ from bagel_opt.serve.budget import Budget
 from bagel_opt.serve.engine_thread import EngineThread, Ticket
 from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import Limits
+from bagel_opt.serve.links import Links
 from bagel_opt.serve.pictures import decode_data_url, decode_picture
 
 FETCHES = 8  # requests that have pictures fetched at a time
@@ -38,14 +40,33 @@ class Source:
     address: str | None = None
 
 
+@dataclass
+class Work:
+    """What a body asks of the engine. make: from its pictures to `count` requests; kind: for the metrics; reading: options
+    with which pictures are read; longest: tokens that a text may have, or fewer where there is no room for so many;
+    spelled: the body's fields of options that have another name; progress, partial_images: of a stream."""
+
+    sources: list[Source]
+    make: Callable[[list[InputImage]], list[Request]]
+    kind: str
+    reading: dict
+    count: int = 1
+    longest: int | None = None
+    spelled: dict[str, str] = field(default_factory=dict)
+    progress: bool = False
+    partial_images: int = 0
+
+
 @dataclass(frozen=True)
 class Service:
-    """name: the model's, as /v1/models lists it. remote: whether pictures may be fetched from public addresses."""
+    """names: the model's, as /v1/models lists them. remote: whether pictures may be fetched from public addresses. links:
+    for pictures that an answer has an address of; None where another process might be asked for them."""
 
-    name: str
+    names: tuple[str, ...]
     engine: EngineThread
     limits: Limits
     remote: bool = False
+    links: Links | None = field(default_factory=Links)
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES))
     planners: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "planner"))
     planning: dict[object, float] = field(default_factory=dict)  # since when each thread has had its request
@@ -54,10 +75,12 @@ class Service:
     def __post_init__(self):
         object.__setattr__(self, "bodies", Budget(self.limits.bodies_bytes))
 
-    def check_model(self, model: str | None) -> None:
-        if model not in (None, self.name):
-            message = f"the model {model!r} does not exist; there is {self.name!r}"
+    def check_model(self, model: str | None) -> str:
+        """-> the name under which it answers"""
+        if model is not None and model not in self.names:
+            message = f"the model {shown(model)!r:.80} does not exist; there is {', '.join(map(repr, self.names))}"
             raise errors.ApiError(404, message, "model", "model_not_found")
+        return model or self.names[0]
 
     def status(self) -> str:
         """ "ready", or why it is not."""
@@ -71,38 +94,30 @@ class Service:
         self.planners.shutdown(cancel_futures=True)
         self.engine.close()
 
-    async def submit(
-        self,
-        http: HttpRequest,
-        sources: list[Source],
-        make: Callable[[list[InputImage]], list[Request]],
-        count: int,
-        kind: str,
-        reading: dict,
-        progress: bool = False,
-        partial_images: int = 0,
-    ) -> list[Ticket]:
-        """Reads pictures with the options `reading`, makes `count` requests of them, plans those in a thread and puts them
-        in line; the sources are gone then. Raises ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
-        arrival = http.state.arrival
-        with self.engine.room(count):
-            planned = await arrival.while_wanted(http.receive, self._plan(sources, make, reading))
-            arrival.release()
-            return self.engine.submit(planned, kind, arrival, progress, partial_images)
+    def source(self, url: str, param: str, pictures: Mapping[str, memoryview]) -> Source:
+        """A picture in a data URL or, where that is allowed, at an address. pictures: data URLs that were cut out."""
+        if url in pictures or url[:5].lower() == "data:" or not self.remote:
+            return Source(param, pictures.get(url, url.encode()), data_url=True)
+        return Source(param, address=url)
 
-    async def _plan(
-        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
-    ) -> list:
-        remote = any(source.address for source in sources)
+    async def submit(self, http: HttpRequest, work: Work) -> list[Ticket]:
+        """Reads the pictures, plans the requests in a thread and puts them in line; the sources are gone then. Raises
+        ApiError, and QueueFullError, DeadlineError or CancelledError as the body's reading does."""
+        arrival = http.state.arrival
+        with self.engine.room(work.count):
+            planned = await arrival.while_wanted(http.receive, self._plan(work))
+            arrival.release()
+            return self.engine.submit(planned, work.kind, arrival, work.progress, work.partial_images)
+
+    async def _plan(self, work: Work) -> list:
+        remote = any(source.address for source in work.sources)
         async with self.fetching if remote else contextlib.nullcontext():
             left = self.limits.body_bytes
-            for source in sources:
+            for source in work.sources:
                 if source.address:
                     source.data = await self._fetched(source, left)
                     left -= len(source.data)
-            return await asyncio.get_running_loop().run_in_executor(
-                self.planners, self._plan_now, sources, make, reading
-            )
+            return await asyncio.get_running_loop().run_in_executor(self.planners, self._plan_now, work)
 
     async def _fetched(self, source: Source, most: int) -> bytes:
         try:
@@ -111,17 +126,15 @@ class Service:
             message = f"{source.param}: the picture's address: {error}"
             raise errors.ApiError(400, message, source.param) from None
 
-    def _plan_now(
-        self, sources: list[Source], make: Callable[[list[InputImage]], list[Request]], reading: dict
-    ) -> list:
+    def _plan_now(self, work: Work) -> list:
         pictures, key = [], object()
         self.planning[key] = time.monotonic()
         try:
-            while sources:
-                pictures.append(self._read(sources.pop(0), reading))
-            return [self.engine.plan(request) for request in make(pictures)]
+            while work.sources:
+                pictures.append(self._read(work.sources.pop(0), work.reading))
+            return [self.engine.plan(request, work.longest) for request in work.make(pictures)]
         except ValueError as error:
-            raise errors.refused(error) from None
+            raise errors.refused(error, work.spelled) from None
         finally:
             del self.planning[key]
 
@@ -165,3 +178,22 @@ def input_tokens(plan: AnyPlan) -> tuple[int, int]:
     """Slots that a request's texts and its pictures take."""
     text = sum(block.length for block in plan.main if block.kind == "text")
     return text, sum(block.length for block in plan.main) - text
+
+
+def token_counts(ticket: Ticket) -> tuple[int, int, int]:
+    """Of a request that is done: tokens that went in, that came out, and of those the texts'."""
+    side = ticket.engine.config.token_pixels
+    pictures = [output for output in ticket.outputs if not isinstance(output, str)]
+    grids = [ticket.plan.grid] if ticket.plan.resized else [(p.height // side, p.width // side) for p in pictures]
+    written = len(ticket.tokens)
+    return (
+        sum(input_tokens(ticket.plan)),
+        written + sum(rows * columns for rows, columns in grids),
+        written,
+    )
+
+
+def was_cut(ticket: Ticket) -> bool:
+    """Whether the last output is a text that had no room to end."""
+    written = len(ticket.tokens) - ticket.parted[-2 if len(ticket.parted) > 1 else -1]
+    return isinstance(ticket.outputs[-1], str) and written == ticket.plan.max_tokens - 1

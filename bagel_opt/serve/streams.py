@@ -58,11 +58,16 @@ def sse(data: Any, event: str | None = None) -> str:
 
 async def encoded(picture: Image.Image, file_format: str = "png", quality: int | None = None) -> str:
     """A picture's file in base64."""
+    return base64.b64encode(await filed(picture, file_format, quality)).decode()
+
+
+async def filed(picture: Image.Image, file_format: str, quality: int | None) -> bytes:
+    """A picture's file."""
     buffer = io.BytesIO()
     options = {"quality": quality} if quality is not None and file_format != "png" else {}
     save = functools.partial(picture.save, buffer, file_format, **options)
     await asyncio.get_running_loop().run_in_executor(ENCODERS, save)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 class TextStream:
@@ -78,6 +83,10 @@ class TextStream:
         text = before_stops(self.tokenizer.decode(self.ids).rstrip("\ufffd"), self.stops)
         held = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         return self.until(text[: len(text) - held])
+
+    def whole(self) -> str:
+        """The text, once no more comes."""
+        return before_stops(self.tokenizer.decode(self.ids), self.stops)
 
     def until(self, text: str) -> str:
         """What is missing of `text`."""

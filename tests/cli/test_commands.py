@@ -71,6 +71,7 @@ def test_generate_with_all_options(run, eager):
         "step_cache": "taylorseer",
         "max_think_tokens": 5,
         "text_temperature": 0.9,
+        "top_p": 0.9,
     }
     written = [[f"--{name}", *(value if isinstance(value, tuple) else [value])] for name, value in options.items()]
     flags = [str(part) for option in written for part in option]
@@ -144,6 +145,19 @@ def test_edit(run, eager):
     assert np.array_equal(Image.open("red.png"), want)
 
 
+def test_edit_in_sizes_of_ones_own(run, eager):
+    image = Image.open(PICTURE).resize((75, 50))
+    image.save("in.png")
+    for given, options in (
+        (["--size", "input"], {"size": "input"}),
+        (["--height", 32, "--width", 48], {"height": 32, "width": 48}),
+    ):
+        assert run("edit", "in.png", "a", *SMALL, *given, "-o", "out.png")[0] == 0
+        want = eager.edit(image, "a", num_timesteps=3, seed=0, **options)
+        assert np.array_equal(Image.open("out.png"), want)
+        assert want.size == (image.size if "size" in options else (48, 32))
+
+
 def test_edit_turns_the_picture_as_the_camera_was_held(run):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -204,7 +218,7 @@ def test_file_that_is_no_picture(fails, command):
     Path("words.txt").write_text("not a picture")
     err = fails(command, "words.txt", "a", "--checkpoint", CHECKPOINT)
     assert "words.txt" in err
-    assert "give a PNG, JPEG or WebP picture" in err
+    assert "give PNG, JPEG or WebP" in err
 
 
 def test_serving_needs_a_profile(fails):
@@ -218,7 +232,9 @@ def test_truncated_picture(fails):
 
 def test_picture_with_damaged_exif(fails):
     Image.new("RGB", (64, 64)).save("a.webp", exif=b"Exif\0\0garbage!")
-    assert "a.webp is a damaged picture" in fails("understand", "a.webp", "a", "--checkpoint", CHECKPOINT)
+    assert "the picture a.webp cannot be read: not a TIFF file" in fails(
+        "understand", "a.webp", "a", "--checkpoint", CHECKPOINT
+    )
 
 
 @pytest.mark.parametrize(

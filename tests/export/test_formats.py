@@ -1,6 +1,7 @@
 """Bundles of torch's formats."""
 
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,7 @@ from bagel_opt import BundleError, Profile
 from bagel_opt.export import export
 from bagel_opt.files.manifest import read_manifest
 from bagel_opt.model import attention
+from bagel_opt.runtime.torch_bundle import lacking, machine
 
 
 def run_alone(script, folder, **environment):
@@ -147,7 +149,8 @@ def test_an_export_to_aoti_end_to_end(tmp_path, eager):
         )
         answer = bagel_opt.load(folder).chat("tell me", max_think_tokens=9)
     manifest = read_manifest(folder)
-    assert (manifest.kind, manifest.machine) == ("aoti", torch.backends.cpu.get_cpu_capability())
+    assert (manifest.kind, manifest.machine) == ("aoti", machine(torch.device("cpu")))
+    assert platform.machine() in manifest.machine.split()
     assert set(manifest.programs["one"]) == set(few)
     assert told.count("compiling") == len(list(folder.glob("*.pt2"))) == 7
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -169,19 +172,63 @@ model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"machine": "Z80"}, "was compiled for instruction set Z80, and this is"),
+        ({"machine": "Z80 sse2"}, "was compiled for processors with Z80, which this one has not; export it here"),
+        ({"machine": "avx99_x y86"}, "was compiled for processors with avx99_x, y86, which this one has not"),
+        ({"machine": "AVX2 and sm_999"}, "was compiled for processors with sm_999, which"),  # as format 6 has it
         ({"versions": {"torch": "1.0"}}, r"was compiled for torch 1\.0, and this is"),
     ],
 )
-def test_code_for_another_machine_is_refused(small_bundle, tmp_path, change, message):
+def test_code_for_another_machine_is_refused(small_bundle, tmp_path, monkeypatch, change, message):
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in small_bundle.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    machine = torch.backends.cpu.get_cpu_capability()
-    rewrite(copy, **{"kind": "aoti", "machine": machine, **change})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX512)
+    rewrite(copy, **{"kind": "aoti", "machine": machine(torch.device("cpu")), **change})
     with pytest.raises(BundleError, match=message):
         bagel_opt.load(copy)
+
+
+FEATURES = {"sse2": True, "avx2": True, "avx512_f": False, "sse4a": True, "l2_cache_size": 1, "architecture": "x86_64"}
+AVX512 = {**FEATURES, "avx512_f": True, "sse4a": False}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "running", "lacks"),
+    [
+        (("AVX2", FEATURES), ("AVX2", FEATURES), []),
+        (("AVX2", FEATURES), ("AVX512", AVX512), []),  # fewer features; no compiler takes sse4a on its own
+        (("AVX512", AVX512), ("AVX2", FEATURES), ["avx512_f"]),
+        (("SVE256", {"sve": True, "architecture": "aarch64"}), ("AVX2", FEATURES), ["SVE256", "aarch64", "sve"]),
+        (("DEFAULT", {"architecture": "aarch64"}), ("SVE256", {"sve": True, "architecture": "aarch64"}), []),
+        # format 6
+        ("AVX2", ("AVX512", AVX512), []),
+        ("AVX2", ("AVX2", FEATURES), []),
+        ("DEFAULT", ("AVX2", FEATURES), []),
+        ("AVX512", ("AVX2", FEATURES), ["AVX512"]),
+        ("AVX512 and sm_90", ("AVX512", AVX512), ["sm_90"]),
+        ("SVE256", ("SVE256", {"architecture": "aarch64"}), []),
+    ],
+)
+def test_code_for_fewer_features_runs(monkeypatch, compiled, running, lacks):
+    def on(named, features):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: named)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+
+    if not isinstance(compiled, str):
+        on(*compiled)
+        compiled = machine(torch.device("cpu"))
+    on(*running)
+    assert lacking(compiled, torch.device("cpu")) == lacks
+
+
+def test_features_of_an_older_torch(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert machine(torch.device("cpu")) == "AVX2"
+    assert lacking("AVX2", torch.device("cpu")) == lacking("DEFAULT", torch.device("cpu")) == []
+    assert lacking("AVX512", torch.device("cpu")) == ["AVX512"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints in 8 bits: written once, read as they are."""
+"""Checkpoints in 8 and 4 bits: written once, read as they are."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.quantized import Quantized
 
-TABLE = {"gen": "fp8", "vit": "int8"}
+TABLE = {"gen": "fp8", "vit": "int8", "head": "int4"}
 Q = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
 FILES = {
     "ae.safetensors",
@@ -102,6 +102,7 @@ SLOW = {"dfloat11": pytest.mark.second}
     ("source", "quantization"),
     [
         ("golden", "fp8"),
+        ("golden", "int4"),
         ("golden", TABLE),
         *(pytest.param(source, "int8", marks=SLOW.get(source, ())) for source in SOURCES),
     ],
@@ -189,16 +190,16 @@ def refused(match, call, *arguments, error=ValueError, **settings):
 
 def test_arguments_that_it_does_not_take(written, adapter, tmp_path):
     for quantization in ("fp8", {"gen": "int8"}):
-        refused(r"quantized is in 8 bits, .* cannot change", load, written, quantization=quantization)
-    refused(r"is in 8 bits, and lora go into plain weights: load what", load, written, lora=adapter)
-    refused(r"is in 8 bits, and weights go into plain weights", load, written, weights=CHECKPOINT)
+        refused(r"quantized is quantised, .* cannot change", load, written, quantization=quantization)
+    refused(r"is quantised, and lora go into plain weights: load what", load, written, lora=adapter)
+    refused(r"is quantised, and weights go into plain weights", load, written, weights=CHECKPOINT)
     for over in (written, written / "model.safetensors"):
-        refused(r"is a whole model in 8 bits; give it as the checkpoint", load, CHECKPOINT, weights=over)
-    refused(r"is in 8 bits already; quantise the checkpoint", quantize, written, tmp_path / "out", "int8")
-    refused(r"is in 8 bits, of which there are no bundles yet; export what", export, written, tmp_path / "out", "demo")
+        refused(r"is a whole quantised model; give it as the checkpoint", load, CHECKPOINT, weights=over)
+    refused(r"is quantised already; quantise the checkpoint", quantize, written, tmp_path / "out", "int8")
+    refused(r"is quantised, which ONNX bundles cannot be yet; export what", export, written, tmp_path / "out", "demo")
     for nothing in ({}, None):
         refused(r"quantization=.* leaves all as it is", quantize, CHECKPOINT, tmp_path / "out", nothing)
-    refused(r"quantization='int4'; allowed", quantize, CHECKPOINT, tmp_path / "out", "int4")
+    refused(r"quantization='nf4'; allowed", quantize, CHECKPOINT, tmp_path / "out", "nf4")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +209,7 @@ def test_arguments_that_it_does_not_take(written, adapter, tmp_path):
         {"version": 2},
         {"version": None},
         {"parts": {}},
-        {"parts": {"und": "int4"}},
+        {"parts": {"und": "nf4"}},
         {"parts": {"vae": "int8"}},
         {"parts": ["und"]},
         {"parts": {"und": ["int8"]}},
@@ -345,12 +346,12 @@ def test_one_that_is_killed_leaves_nothing_that_loads(tmp_path):
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # so that no long path wraps
     out = tmp_path / "out"
-    assert main(["quantize", str(CHECKPOINT), "--quantization", "gen=fp8,vit=int8", "--out", str(out)]) == 0
+    assert main(["quantize", str(CHECKPOINT), "--quantization", "gen=fp8,vit=int8,head=int4", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert Checkpoint(out).kinds == TABLE
     assert main(["inspect", str(out), "--profile", "tiny"]) == 0
     shown = capsys.readouterr().out
-    assert "BAGEL as `bagel-opt quantize` writes it, gen in fp8, vit in int8" in shown
+    assert "BAGEL as `bagel-opt quantize` writes it, gen in fp8, vit in int8, head in int4" in shown
     assert f"--checkpoint {out}" in shown
     assert main(["quantize", str(CHECKPOINT), "--quantization", "fp4", "--out", str(out / "b")]) == 1
     assert capsys.readouterr().err.startswith("bagel-opt: quantization='fp4'; allowed")

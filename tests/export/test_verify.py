@@ -1,6 +1,9 @@
 """`export --verify`: a bundle that differs from the eager model never gets into place."""
 
+import platform
+import re
 import shutil
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import BundleError, Profile
+from bagel_opt.cli.commands import main
 from bagel_opt.export import export, onnx
 from bagel_opt.export.verify import _largest, relative, verify
 from bagel_opt.files.manifest import read_manifest
@@ -25,7 +29,7 @@ def test_a_right_bundle_passes_and_every_program_is_compared(bundle):
     assert min(errors[name] for name in ("text", "generate", "vit", "drawing", "editing")) > 0
 
 
-def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, monkeypatch):
+def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, monkeypatch, capsys):
     right, manifest = onnx.Shapes.as_stored, read_manifest(bundle)
 
     def wrong(shapes, name, weight):
@@ -43,7 +47,15 @@ def test_a_wrong_bundle_is_named_and_does_not_get_into_place(tmp_path, bundle, m
         export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(onnx.Shapes, "as_stored", right)
-    assert bagel_opt.load(export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True))
+    folder = export(CHECKPOINT, tmp_path / "bundle", manifest.profiles, verify=True)
+    assert bagel_opt.load(folder)
+    tried = {"onnxruntime": metadata.version("onnxruntime"), "machine": platform.machine()}
+    assert (read_manifest(folder).tried, manifest.tried) == (tried, {})
+    for place, told in ((folder, f"onnxruntime {tried['onnxruntime']}, {tried['machine']}"), (bundle, "not recorded;")):
+        assert main(["inspect", str(place), "--no-check"]) == 0
+        shown = capsys.readouterr().out
+        assert re.search(rf"tried with +│ +{re.escape(told)}", shown)
+        assert re.search(rf"made with +│ +(bagel-opt .*, )?torch {re.escape(manifest.versions['torch'])}, onnx ", shown)
 
 
 def test_nan_anywhere_is_the_largest_error():

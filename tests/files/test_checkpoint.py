@@ -123,7 +123,7 @@ def test_repo_id(small, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(a) or str(small))
     assert Checkpoint("owner/name").folder == small
-    assert asked == [("owner/name",)]
+    assert asked == [("owner/name",)] * 2
 
 
 def test_fields_that_the_official_code_ignores(folder):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from bundles import SMALL, cached_export, few_programs
 from checkpoints import edit_json
+from PIL import Image
 from support import CHECKPOINT
 
 import bagel_opt
@@ -52,6 +53,21 @@ def test_it_counts_where_a_request_gives_nothing(folder, eager):
     assert same(model.generate("a cat", **FEW, cfg_renorm_min=0.0), plain)
     assert model.defaults.cfg_renorm_min == 1.0
     assert model.defaults.cfg_text_scale == 4.0
+
+
+def test_sizes_that_are_recommended(folder):
+    """height and width for pictures without an input image, size for those with one; what is asked for counts in both."""
+    checkpoint = Checkpoint(folder({"height": 64, "width": 48, "size": "input"}))
+
+    def drawn(*inputs, **given):
+        plan = make_plan(Request(inputs, **given), checkpoint.config, checkpoint.tokenizer)
+        return plan.grid, plan.resized
+
+    image = Image.new("RGB", (100, 70))
+    assert drawn("a") == ((4, 3), None)
+    assert drawn("a", height=32) == ((2, 3), None)
+    assert drawn(image, "a") == ((4, 6), (70, 100))
+    assert drawn(image, "a", height=32, size=None) == ((2, 6), None)
 
 
 def test_all_that_can_be_recommended_reaches_the_plan(folder):

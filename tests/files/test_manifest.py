@@ -9,7 +9,7 @@ from bundles import rewrite
 
 import bagel_opt
 from bagel_opt import BundleError
-from bagel_opt.files.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
+from bagel_opt.files.manifest import FORMAT, MANIFEST, READ, WEIGHTS, _digest, _dump, read_manifest
 
 
 @pytest.fixture
@@ -49,11 +49,25 @@ def test_a_missing_or_truncated_file_is_refused(copy, name):
         bagel_opt.load(copy)
 
 
-def test_a_newer_format_is_refused(copy):
-    for version, advice in ((FORMAT + 1, "upgrade it"), (FORMAT - 1, "export the bundle again"), ("x", "export")):
+def test_formats_that_are_refused(copy):
+    first, last = READ[0], FORMAT
+    for version, advice in ((last + 1, "upgrade it"), (first - 1, "export the bundle again"), ("x", "export")):
         rewrite(copy, format=version)
-        with pytest.raises(BundleError, match=f"bundle format {version}; this bagel_opt reads {FORMAT}, so {advice}"):
+        with pytest.raises(
+            BundleError, match=f"bundle format {version}; this bagel_opt reads {first} to {last}, so {advice}"
+        ):
             bagel_opt.load(copy)
+
+
+def test_format_6_is_read(copy):
+    """It is as 7 but for what a bundle was tried with."""
+    assert read_manifest(copy).tried == {}  # exported without --verify
+    data = json.loads((copy / MANIFEST).read_text())
+    del data["tried"], data["sha256"]
+    data["format"] = 6
+    (copy / MANIFEST).write_text(_dump({**data, "sha256": _digest(data)}))
+    assert bagel_opt.load(copy).chat("hello", max_think_tokens=2)
+    assert read_manifest(copy).tried == {}
 
 
 def test_files_outside_the_bundle_are_refused(copy):

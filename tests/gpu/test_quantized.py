@@ -1,11 +1,12 @@
-"""Kernels of products in 8 bits, on a GPU: against what they mean (bagel_opt/model/quantized.py)."""
+"""Kernels of products in 8 and 4 bits, on a GPU: against what they mean (bagel_opt/model/quantized.py)."""
 
 import pytest
 import torch
 from torch import nn
 
 from bagel_opt.config import LLMConfig
-from bagel_opt.model.quantized import DTYPES, quantized_product, to_codes
+from bagel_opt.model.linear import Linear
+from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups
 from bagel_opt.model.transformer import Expert
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -22,7 +23,7 @@ def kernels():
     return pytest.importorskip("bagel_opt.runtime.quantized_products")
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize(("m", "c", "n"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_product(kind, m, c, n, dtype):
@@ -34,6 +35,47 @@ def test_product(kind, m, c, n, dtype):
         got = quantized_product(x_codes, x_scale, codes, scale, given, dtype)
         assert got.dtype == dtype
         assert error(got, want) < 5e-3  # Hopper adds 8-bit floats up in less than float32
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize(("m", "c", "n"), [*SIZES, (1, 18944, 3584), (3, 4304, 1152), (1, 4304, 1152)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_product_with_what_is_not_rounded(kind, m, c, n, dtype):
+    x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((m, c), (n, c), (n,)))
+    (codes, scale), x = to_codes(weight, DTYPES[kind]), x.to(dtype)
+    for given in (None, bias.to(dtype)):
+        want = (x.double() @ codes.double().T) * scale + (0 if given is None else given)
+        got = quantized_product(x, None, codes, scale, given, dtype)
+        assert got.dtype == dtype
+        assert error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize(("m", "c", "n"), [*SIZES, (3, 4304, 1152), (40, 4304, 1152)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_product_in_groups(kernels, m, c, n, dtype):
+    from bagel_opt.runtime.int4_products import unpacked
+
+    x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((m, c), (n, c), (n,)))
+    codes, scale = to_groups(weight)
+    assert torch.equal(unpacked(codes, scale, c, dtype), from_groups(codes, scale, c, dtype))
+    held, x = from_groups(codes, scale, c, torch.float64), x.to(dtype)
+    for given in (None, bias.to(dtype)):
+        want = x.double() @ held.T + (0 if given is None else given)
+        got = int4_product(x, codes, scale, given)
+        assert got.dtype == dtype
+        assert error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("channels", [64, 3584, 4304])
+def test_one_token_in_compiled_code(kernels, kind, channels):
+    layer = Linear(channels, 256, device="cuda").to(torch.bfloat16).requires_grad_(False)
+    weight = layer.weight
+    layer.quantize(kind)
+    layer.quantized.store(weight)
+    x = torch.randn(1, 1, channels, device="cuda", dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    assert error(torch.compile(layer, dynamic=False, fullgraph=True)(x), layer(x)) < 1e-2
 
 
 @pytest.mark.parametrize("c", [64, 3584, 18944])

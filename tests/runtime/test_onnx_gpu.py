@@ -80,7 +80,7 @@ def bundle(request):
     """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
         shapes, fused = exporter.Shapes, request.param == "fused"
-        patch.setattr(exporter, "Shapes", lambda *settings: shapes(*settings[:3], fused=fused))
+        patch.setattr(exporter, "Shapes", lambda *settings, **more: shapes(*settings[:3], fused, *settings[4:], **more))
         return cached_export(CHECKPOINT, PROFILE, name=request.param, device="cuda")
 
 

@@ -152,14 +152,17 @@ def test_rebuilt_is_a_loop_of_single_requests(eager, inputs, more):
 
 
 def test_the_size_of_what_is_drawn(eager):
-    """Rebuilt, it is that of the last image as it is read; with main alone, that of the last input or what was asked for."""
-    for inputs, rule, sizes in (
-        (["a"], "rebuilt", [32, 64, 64]),
-        (["a"], "main", [32, 32, 32]),
-        ([INPUT.resize((96, 96)), "a"], "main", [96, 96, 96]),
-        (["a", INPUT.resize((48, 48))], "rebuilt", [64, 64, 64]),
+    """What was asked for; else, rebuilt, that of the last image as it is read, and with main alone that of the last input."""
+    asked, small = {"height": 32, "width": 32}, INPUT.resize((48, 48))
+    for inputs, rule, given, sizes in (
+        (["a"], "rebuilt", asked, [32, 32, 32]),
+        (["a"], "main", asked, [32, 32, 32]),
+        ([INPUT.resize((96, 96)), "a"], "main", {}, [96, 96, 96]),
+        (["a", small], "rebuilt", {}, [64, 64, 64]),
+        (["a", small], "rebuilt", asked, [32, 32, 32]),
+        ([small, "a"], "main", asked, [32, 32, 32]),
     ):
-        options = {**BOTH[rule], "max_think_tokens": 3, "height": 32, "width": 32, "vae_min_size": 64}
+        options = {**BOTH[rule], **given, "max_think_tokens": 3, "vae_min_size": 64}
         outputs = eager.run(inputs, output="interleaved", **options)
         assert [picture.size for picture in outputs[1::2]] == [(size, size) for size in sizes]
 

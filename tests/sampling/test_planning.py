@@ -156,7 +156,51 @@ def test_size_of_the_picture(plan, options, message):
 def test_default_sizes(plan):
     assert plan("a").grid == (8, 8)  # as far as the table reaches
     assert plan("a", height=32).grid == (2, 8)
-    assert plan([SQUARE, WIDE, "a"], height=32).grid == (4, 8)  # the last input image's
+    assert plan([WIDE, SQUARE, "a"]).grid == (4, 4)  # the last input image's
+
+
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [
+        ({}, (4, 8)),
+        ({"height": 128, "width": 32}, (8, 2)),
+        ({"height": 32}, (2, 8)),
+        ({"width": 48}, (4, 3)),
+        ({"cfg_text_scale": 1, "height": 16}, (1, 8)),
+    ],
+)
+def test_an_edit_at_a_chosen_size(plan, options, grid):
+    """The input is read as ever."""
+    p, alone = plan([SQUARE, WIDE, "a"], **options, seed=1), plan([SQUARE, WIDE, "a"])
+    assert (p.grid, p.noise.shape, p.resized) == (grid, (grid[0] * grid[1], 64), None)
+    assert p.main == alone.main
+    assert p.latents() == max(grid[0] * grid[1], 32)
+
+
+def test_sizes_of_an_edit_that_are_refused(plan):
+    for options, message in (
+        ({"height": 60}, "height=60; allowed: a multiple of 16 pixels"),
+        ({"width": 144}, "64x144 pixels .* at most 128 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan([SQUARE, "a"], **options)
+
+
+@pytest.mark.parametrize("size", [(50, 70), (64, 64), (333, 100), (1, 150)])
+def test_the_size_that_an_input_came_in(plan, size):
+    image = Image.new("RGB", size)
+    p = plan([WIDE, image, "a"], size="input")
+    assert (p.resized, p.grid) == (size[::-1], plan([image, "a"]).grid)
+    assert plan([WIDE, image, "a"], size="input", height=32, width=32).grid == (2, 2)  # what is drawn
+    assert plan([WIDE, image, "a"]).resized is None
+
+
+def test_the_size_of_an_input_that_is_not_there(plan):
+    with pytest.raises(ValueError, match="size='input'; allowed only with an input picture"):
+        plan("a", size="input")
+    plan([SQUARE, "a"], size="input", output="text")  # as height: nothing is drawn
+    with pytest.raises(ValueError, match="size='input'; an interleaved request's pictures are as they are drawn"):
+        Request([SQUARE, "a"], size="input", output="interleaved")
 
 
 def test_image_beyond_the_tables(checkpoint):

@@ -134,3 +134,35 @@ def test_hosts_elsewhere(model):
             allowed_hosts("127.0.0.1", [bad])
     with serving(model) as server:
         assert status(server, Host="example.org", Origin="http://example.net") == 200
+
+
+def test_pages_of_other_origins(model):
+    """Off by default; where an origin is named, with and without a preflight, and in errors too."""
+    page, other = "https://page.example.org", "https://other.example.org:8443"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+    def call(server, method, origin, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request(method, "/v1/models", headers={"Origin": origin, **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.headers["access-control-allow-origin"]
+
+    with serving(model, hosts=allowed_hosts("127.0.0.1")) as server:
+        assert call(server, "OPTIONS", page, **asked) == (403, None)
+    with serving(model, hosts=allowed_hosts("127.0.0.1"), keys=["key"], origins=[page]) as server:
+        assert call(server, "OPTIONS", page, **asked) == (200, page)
+        assert call(server, "OPTIONS", other, **asked) == (400, None)
+        assert call(server, "GET", page, Authorization="Bearer key") == (200, page)
+        assert call(server, "GET", page) == (401, page)  # so that the page sees why
+        assert call(server, "GET", other, Authorization="Bearer key") == (403, None)
+    with serving(model, hosts=allowed_hosts("127.0.0.1"), origins=["*"]) as server:
+        assert call(server, "GET", other) == (200, "*")
+        assert status(server, Host="example.org", Origin=other) == 403  # a name that was made to point here
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://a/", "https://", "", "null", "ftp://a"])
+def test_origins_that_are_none(origin, capsys):
+    with pytest.raises(ValueError, match="--cors-origin"):
+        Access(origins=(origin,))
+    assert main(["serve", "--cors-origin", origin]) == 1
+    assert "--cors-origin" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What the server refuses: sizes, bombs, and a thousand malformed requests."""
 
+import contextlib
 import http.client
 import io
 import json
@@ -97,6 +98,38 @@ def test_formats_that_are_not_decoded(server):
             server.client().images.edit(image=buffer.getvalue(), prompt="a", extra_body=FEW)
 
 
+def odd_pictures(rng, most):
+    """Of all kinds that Pillow can write, some of them damaged."""
+    good = []
+    for kind in ("png", "jpeg", "webp", "tiff", "gif", "bmp", "ico"):
+        for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"):
+            for size in ((1, 1), (2, 200), (48, 32)):
+                buffer = io.BytesIO()
+                with contextlib.suppress(OSError, ValueError, SystemError):  # which it cannot
+                    Image.new(mode, size).save(buffer, kind)
+                    good.append(buffer.getvalue())
+    for _ in range(most):
+        data = bytearray(rng.choice(good))
+        if rng.random() < 0.3:
+            data = data[: rng.randrange(1, len(data))]
+        elif rng.random() < 0.5:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        yield bytes(data)
+
+
+def test_odd_pictures(server, thorough):
+    """Three hundred, or thirty in the first tier: each is taken, or refused as what it is."""
+    rng, found = random.Random(0), []
+    for data in odd_pictures(rng, 300 if thorough else 30):
+        status, _, answer = post(server, {"messages": ask(data), "max_tokens": 2}, "/v1/chat/completions")
+        found.append(status)
+        if status != 200:
+            error = json.loads(answer)["error"]
+            assert (status, error["param"]) == (400, "messages.0.content.1.image_url"), error
+            assert error["message"].startswith(f"{error['param']}: ")
+    assert set(found) == {200, 400}
+
+
 def test_malformed_requests(server, thorough):
     """A thousand, or two hundred in the first tier. Every one is answered with a 4xx in the format of errors, and the server works afterwards."""
     rng, picture = random.Random(0), png(64)
@@ -149,6 +182,8 @@ def test_malformed_requests(server, thorough):
             body = {"messages": rng.choice([[message], message, values]), "temperature": rng.choice([9, "a", -1])}
             status, _, answer = post(server, body, "/v1/chat/completions")
         assert 400 <= status < 500, (kind, answer)
-        assert json.loads(answer)["error"]["message"]
+        error = json.loads(answer)["error"]
+        assert error["message"]
+        assert error["param"] is None or error["param"] in error["message"]
     assert server.client().images.generate(prompt="a", extra_body=FEW).data
     assert server.rows_in_use() == 0

@@ -104,12 +104,16 @@ def test_answer_about_a_picture(client, model):
 
 def test_sampled_answers_repeat_with_the_seed(client, model):
     answers = [
-        client.chat.completions.create(model="test", messages=ask(text="hello"), seed=9, temperature=1.5, max_tokens=9)
+        client.chat.completions.create(
+            model="test", messages=ask(text="hello"), seed=9, temperature=1.5, top_p=0.9, max_tokens=9
+        )
         for _ in range(2)
     ]
     texts = [answer.choices[0].message.content for answer in answers]
-    want = model.chat("hello", seed=9, do_sample=True, text_temperature=1.5, max_think_tokens=10)
+    options = {"seed": 9, "do_sample": True, "text_temperature": 1.5, "max_think_tokens": 10}
+    want = model.chat("hello", top_p=0.9, **options)
     assert texts == [want, want]
+    assert want != model.chat("hello", **options)
 
 
 def test_streamed_answer(client):
@@ -246,21 +250,21 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"size": "100x64"}, "width"),
-        ({"size": "6400x6400"}, None),
+        ({"size": "100x64"}, "size"),
+        ({"size": "6400x6400"}, "size"),
         ({"size": "big"}, "size"),
         ({"n": 99}, "n"),
         ({"n": 0}, "n"),
-        ({"n": 2, "stream": True}, None),
+        ({"n": 2, "stream": True}, "n"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "word " * 3000}, None),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "url", "stream": True}, "response_format"),
         ({"background": "transparent"}, "background"),
         ({"extra_body": {"num_timesteps": 10**6}}, "num_timesteps"),
         ({"extra_body": {"num_timesteps": "many"}}, "num_timesteps"),
         ({"extra_body": {"cfg_text_scale": -1}}, "cfg_text_scale"),
         ({"extra_body": {"cfg_interval": [0.9, 0.1]}}, "cfg_interval"),
-        ({"extra_body": {"height": 64}}, None),
+        ({"extra_body": {"height": 64}}, "width"),
         ({"extra_body": {"seed": -1}}, "seed"),
         ({"extra_body": {"nonsense": 1}}, "nonsense"),
     ],
@@ -279,7 +283,7 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"messages": []}, 400),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400),
         ({"messages": [{"role": "user", "content": []}]}, 400),
-        ({"top_p": 0.5}, 400),
+        ({"top_p": 1.5}, 400),
         ({"n": 2}, 400),
         ({"stop": ["a"] * 5}, 400),
         ({"stop": ""}, 400),
@@ -292,7 +296,7 @@ def test_what_cannot_be_done_is_refused(client, options, param):
         ({"extra_body": {"output": "interleaved"}, "modalities": ["image"]}, 400),
         ({"extra_body": {"output": "interleaved", "max_rounds": 8}, "max_tokens": 500}, 400),
         ({"temperature": 1, "extra_body": {"do_sample": True}}, 400),
-        ({"max_tokens": 10**6}, 400),
+        ({"extra_body": {"max_think_tokens": 10**6}}, 400),
         ({"model": "gpt-4"}, 404),
     ],
 )
@@ -303,10 +307,32 @@ def test_what_chat_refuses(client, options, status):
     assert refused.value.body["message"]
 
 
-def test_the_size_of_an_edit_is_its_pictures(client):
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.images.edit(image=png(64), prompt="a", size="128x128", extra_body=FEW)
+def test_the_size_of_an_edit(client, model):
+    """That of its picture as it is read, what was asked for, or that of its picture as it came."""
+    image = Image.open(io.BytesIO(png(50)))
+    options = {"seed": 1, **FEW}
+    for size, own, told in (
+        ("auto", {}, "48x48"),
+        ("128x64", {"width": 128, "height": 64}, "128x64"),
+        ("input", {"size": "input"}, "50x50"),
+    ):
+        answer = client.images.edit(image=png(50), prompt="a", size=size, extra_body=options)
+        assert equal(picture(answer.data[0].b64_json), model.edit(image, "a", **own, **options))
+        assert answer.size == told
+    body = {"modalities": ["image"], "size": "input", **options}
+    drawn = client.chat.completions.create(model="test", messages=ask(png(50), "a"), extra_body=body)
+    url = drawn.choices[0].message.images[0]["image_url"]["url"]
+    assert picture(url.partition(",")[2]).size == (50, 50)
+    assert drawn.usage.completion_tokens == 9  # as many as were drawn
+    with pytest.raises(openai.BadRequestError, match="size='input'; allowed only with an input picture") as refused:
+        client.images.generate(prompt="a", size="input", extra_body=FEW)
     assert refused.value.param == "size"
+    with pytest.raises(openai.BadRequestError, match="height=100; allowed: a multiple of 16") as refused:
+        client.images.edit(image=png(), prompt="a", size="128x100", extra_body=FEW)
+    assert refused.value.param == "size"
+
+
+def test_masks_are_refused(client):
     with pytest.raises(openai.BadRequestError, match="mask"):
         client.images.edit(image=png(64), mask=png(64), prompt="a", extra_body=FEW)
 

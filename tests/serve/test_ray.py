@@ -88,6 +88,8 @@ def test_errors_and_streams_pass_through(server):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="cfg_interval"):
         client.images.generate(prompt="a ring", extra_body={"cfg_interval": [2, 1]})
+    with pytest.raises(openai.BadRequestError, match="replicas give no addresses"):  # another would be asked for it
+        client.images.generate(prompt="a ring", response_format="url")
     events = client.images.generate(prompt="a ring", stream=True, partial_images=1, extra_body={"num_timesteps": 4})
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds.count("progress") == 3
@@ -119,7 +121,7 @@ def test_options_of_a_config_file_are_those_of_the_command():
 
     found = cluster_settings({"max-replicas": "4", "gpus_per_replica": "0.5", "remote-images": "true", "timeout": "9"})
     assert (found["replicas"].least, found["replicas"].most, found["replicas"].gpus) == (1, 4, 0.5)
-    assert (found["remote"], found["timeout"], found["name"]) == (True, 9, "bagel-demo")
+    assert (found["remote"], found["timeout"], found["names"]) == (True, 9, ["bagel-demo"])
     assert not cluster_settings({"remote-images": "false"})["remote"]
     with pytest.raises(ValueError, match="remote-images='maybe'; allowed are true and false"):
         cluster_settings({"remote-images": "maybe"})

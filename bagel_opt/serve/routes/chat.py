@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -10,15 +10,14 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.requests import Request as HttpRequest
 
-from bagel_opt.images import InputImage
 from bagel_opt.options import DEFAULT_ROUNDS
-from bagel_opt.request import Request
+from bagel_opt.serve.answers import ERRORS, ChatResponse
 from bagel_opt.serve.bodies import documented_body, json_body
+from bagel_opt.serve.chat_bodies import ChatBody, ImagePart, TextPart
 from bagel_opt.serve.engine_thread import Step, Ticket
-from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import CHAT_EVENTS, documented
-from bagel_opt.serve.schemas import ERRORS, PARTS, TEXT_LIMIT, ChatBody, ChatResponse, ImagePart, TextPart
-from bagel_opt.serve.service import Injected, Service, Source, input_tokens
+from bagel_opt.serve.said import Said, as_work, in_turn
+from bagel_opt.serve.service import Injected, Service, token_counts, was_cut
 from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
 
 router = APIRouter(prefix="/v1/chat", responses=ERRORS)
@@ -33,30 +32,17 @@ router = APIRouter(prefix="/v1/chat", responses=ERRORS)
 async def completions(http: HttpRequest, service: Injected, body: Annotated[ChatBody, json_body(ChatBody)]) -> Response:
     """Answers, or with modalities ["image"] draws: the picture is a data URL in message.images. With output "interleaved"
     texts and pictures are the parts of message.content."""
-    service.check_model(body.model)
-    parts = _parts(body)
-    images = sum(isinstance(part, ImagePart) for part, _ in parts)
+    model = service.check_model(body.model)
     options, defaults = body.drawing_options() | body.text_options(), service.engine.model.defaults
-    timesteps = 0 if body.kind == "text" else body.num_timesteps or defaults.num_timesteps
     if body.output and body.max_rounds is None and (defaults.max_rounds or DEFAULT_ROUNDS) > service.limits.pictures:
         options["max_rounds"] = service.limits.pictures
     options |= body.interleaving_options()
-    service.limits.check(body.max_rounds or 1, timesteps, images, image="messages", drawn="max_rounds")
-    sources = [
-        _source(part, service, where, http.state.pictures) for part, where in parts if isinstance(part, ImagePart)
-    ]
-    texts = [part.text if isinstance(part, TextPart) else None for part, _ in parts]
-    http.state.pictures.clear()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
-
-    def make(pictures: list[InputImage]) -> list[Request]:
-        coming = iter(pictures)
-        items = [next(coming) if text is None else text for text in texts]
-        return [Request(items, output=body.kind, **options)]
-
-    progress = body.stream and bool(body.output)
-    [ticket] = await service.submit(http, sources, make, 1, f"chat_{body.kind}", body.reading_options(), progress)
-    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    work = as_work(http, service, _said(body), body.kind, options, body.reading_options())
+    work.longest = body.longest
+    work.progress = body.stream and bool(body.output)
+    [ticket] = await service.submit(http, work)
+    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
     if body.stream:
         return EventStream(service, ticket, _events(service, body, ticket, about))
     [outputs] = await service.results(http, [ticket])
@@ -77,6 +63,7 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
     yield chunk({"role": "assistant", "content": ""})
     text = TextStream(service.engine.model.tokenizer, stops)
     field = "reasoning_content" if body.kind == "image" else "content"
+    pictures = "content" if body.picture_parts else "images"
     async for event in ticket:
         if isinstance(event, int):
             if delta := text.push(event):
@@ -88,41 +75,38 @@ async def _events(service: Service, body: ChatBody, ticket: Ticket, about: dict)
                 yield chunk({"content": rest})
             text = TextStream(service.engine.model.tokenizer)
         else:
-            yield chunk({"images": [await _image(event.output)]})
+            yield chunk({pictures: [await _image(event.output)]})
     if not body.output:
         if isinstance(ticket.outputs[0], str) and (rest := text.until(ticket.outputs[0])):
             yield chunk({field: rest})
         if body.kind == "image":
-            yield chunk({"images": [await _image(ticket.outputs[-1])]})
+            yield chunk({pictures: [await _image(ticket.outputs[-1])]})
     yield chunk({}, _reason(ticket))
     if usage:
         yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(ticket)})
     yield "data: [DONE]\n\n"
 
 
-def _parts(body: ChatBody) -> list[tuple[TextPart | ImagePart, str]]:
-    """What was said, in order, each with its place. Where a message has one text, its pictures come before it, as the
-    official code feeds them."""
-    found: list[tuple[TextPart | ImagePart, str]] = []
+def _said(body: ChatBody) -> list[Said]:
+    """All that was said, in order."""
+    found = []
     for index, message in enumerate(body.messages):
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        parts = [*(parts or []), *(message.images or [])]
-        if sum(isinstance(part, TextPart) for part in parts) == 1:
-            parts.sort(key=lambda part: isinstance(part, TextPart))
-        found += [(part, f"messages.{index}") for part in parts]
-    if not found:
-        raise ApiError(400, "messages: nothing was said", "messages")
-    if len(found) > PARTS or sum(len(p.text) for p, _ in found if isinstance(p, TextPart)) > TEXT_LIMIT:
-        raise ApiError(400, f"messages: more than {PARTS} parts or {TEXT_LIMIT} characters", "messages")
+        where = f"messages.{index}"
+        if isinstance(message.content, str):
+            parts = [Said(f"{where}.content", message.content)]
+        else:
+            parts = [_part(part, f"{where}.content.{place}") for place, part in enumerate(message.content or [])]
+        parts += [_part(part, f"{where}.images.{place}") for place, part in enumerate(message.images or [])]
+        found += in_turn(parts)
     return found
 
 
-def _source(part: ImagePart, service: Service, param: str, pictures: Mapping[str, memoryview]) -> Source:
-    """A picture in a data URL or, where that is allowed, at an address."""
-    url = part.image_url.url
-    if url in pictures or url[:5].lower() == "data:" or not service.remote:
-        return Source(param, pictures.get(url, url.encode()), data_url=True)
-    return Source(param, address=url)
+def _part(part: TextPart | ImagePart, where: str) -> Said:
+    return (
+        Said(f"{where}.text", part.text)
+        if isinstance(part, TextPart)
+        else Said(f"{where}.image_url", url=part.image_url.url)
+    )
 
 
 async def _message(body: ChatBody, outputs: list[str | Image.Image]) -> dict:
@@ -133,7 +117,9 @@ async def _message(body: ChatBody, outputs: list[str | Image.Image]) -> dict:
     *thought, last = outputs
     if isinstance(last, str):
         return {"content": last}
-    return {"content": None, "images": [await _image(last)]} | ({"reasoning_content": thought[0]} if thought else {})
+    drawn = [await _image(last)]
+    message = {"content": drawn} if body.picture_parts else {"content": None, "images": drawn}
+    return message | ({"reasoning_content": thought[0]} if thought else {})
 
 
 async def _image(picture: Image.Image) -> dict:
@@ -142,14 +128,10 @@ async def _image(picture: Image.Image) -> dict:
 
 def _reason(ticket: Ticket) -> str:
     """ "length" where a text was cut, or where no more rounds were allowed."""
-    written = len(ticket.tokens) - ticket.parted[-2 if len(ticket.parted) > 1 else -1]
-    cut = isinstance(ticket.outputs[-1], str) and written == ticket.plan.max_tokens - 1
     unfinished = ticket.plan.options.output == "interleaved" and not isinstance(ticket.outputs[-1], str)
-    return "length" if cut or unfinished else "stop"
+    return "length" if was_cut(ticket) or unfinished else "stop"
 
 
 def _usage(ticket: Ticket) -> dict:
-    prompt, side = sum(input_tokens(ticket.plan)), ticket.engine.config.token_pixels
-    pictures = [output for output in ticket.outputs if not isinstance(output, str)]
-    written = len(ticket.tokens) + sum((p.width // side) * (p.height // side) for p in pictures)
+    prompt, written, _ = token_counts(ticket)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -8,18 +8,20 @@ from typing import Annotated
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
-from bagel_opt.serve.bodies import documented_body, json_body
+from bagel_opt.serve.answers import ERRORS, ImagesResponse
+from bagel_opt.serve.bodies import documented_body, json_body, read_json
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import IMAGE_EVENTS, documented
-from bagel_opt.serve.schemas import ERRORS, EditBody, ImageBody, ImagesResponse
-from bagel_opt.serve.service import Injected, Service, Source, input_tokens
-from bagel_opt.serve.streams import EventStream, TextStream, encoded, sse
+from bagel_opt.serve.forms import read_form
+from bagel_opt.serve.image_bodies import EditBody, ImageBody, JsonEditBody
+from bagel_opt.serve.problems import checked
+from bagel_opt.serve.service import Injected, Service, Source, Work, input_tokens
+from bagel_opt.serve.streams import EventStream, TextStream, encoded, filed, sse
 
 router = APIRouter(prefix="/v1/images", responses=ERRORS)
 
@@ -51,51 +53,61 @@ FORM["required"].append("image")
     "/edits",
     response_model=ImagesResponse,
     responses=documented(*IMAGE_EVENTS),
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": FORM},
+                **documented_body(JsonEditBody)["requestBody"]["content"],
+            },
+        }
+    },
 )
 async def edits(http: HttpRequest, service: Injected) -> Response:
-    """Draws a changed picture, of the last input picture's size."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(415, "send multipart/form-data with the picture in `image`")
-    fields: dict = {}
-    files: list[bytes] = []
-    async with http.form(max_files=service.limits.images + 1, max_fields=64) as form:
-        for name, value in form.multi_items():
-            if name in ("image", "image[]") and isinstance(value, UploadFile):
-                files.append(await value.read())
-            elif isinstance(value, UploadFile) or name in ("image", "image[]"):
-                raise ApiError(
-                    400, f"{name}: {'not supported' if isinstance(value, UploadFile) else 'not a file'}", name
-                )
-            elif name.endswith("[]"):
-                fields.setdefault(name[:-2], []).append(value)
-            elif name in fields:
-                raise ApiError(400, f"{name}: given twice", name)
-            else:
-                fields[name] = value
+    """Draws a changed picture: unless a size is given, of the last input picture's as it is read."""
+    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        body = await read_json(http, JsonEditBody, ", or as multipart/form-data with the picture in `image`")
+        urls = [(one.image_url, f"images.{place}.image_url") for place, one in enumerate(body.images)]
+        sources = [service.source(*one, http.state.pictures) for one in urls]
+        http.state.pictures.clear()
+        return await _draw(service, http, body, sources, "image_edit")
+    fields, files = await read_form(http, ("image", "image[]"))
     if not files:
         raise ApiError(400, "image: missing", "image")
-    return await _draw(service, http, EditBody.model_validate(fields), files, "image_edit")
+    names = [f"image.{place}" for place in range(len(files))] if len(files) > 1 else ["image"]
+    sources = [Source(name, files.pop(0)) for name in names]
+    return await _draw(service, http, checked(EditBody, fields), sources, "image_edit")
 
 
-async def _draw(service: Service, http: HttpRequest, body: ImageBody, files: list[bytes], kind: str) -> Response:
+async def _draw(service: Service, http: HttpRequest, body: ImageBody, sources: list[Source], kind: str) -> Response:
     service.check_model(body.model)
-    service.limits.check(body.n, body.num_timesteps or service.engine.model.defaults.num_timesteps, len(files))
+    if body.response_format == "url" and not service.links:
+        message = (
+            "response_format: replicas give no addresses, since any of them may be asked for a picture; use b64_json"
+        )
+        raise ApiError(400, message, "response_format")
+    field = sources[0].param.partition(".")[0] if sources else "image"
+    timesteps = body.num_timesteps or service.engine.model.defaults.num_timesteps
+    service.limits.check(body.n, timesteps, len(sources), field)
     seed = secrets.randbits(32) if body.seed is None else body.seed
     options = body.drawing_options() | body.text_options()
 
     def make(pictures: list[InputImage]) -> list[Request]:
         return [Request([*pictures, body.prompt], seed=(seed + i) % 2**63, **options) for i in range(body.n)]
 
-    sources = [Source("image", data) for data in files]
-    files.clear()
-    streamed = body.stream, body.partial_images
-    tickets = await service.submit(http, sources, make, body.n, kind, body.reading_options(), *streamed)
+    work = Work(sources, make, kind, body.reading_options(), body.n, spelled=body.spelled())
+    work.progress, work.partial_images = body.stream, body.partial_images
+    tickets = await service.submit(http, work)
     if body.stream:
         return EventStream(service, tickets[0], _events(service, body, tickets[0], kind))
     data = []
     for ticket, (*thought, picture) in zip(tickets, await service.results(http, tickets), strict=True):
-        data.append({"b64_json": await _encoded(picture, body), "seed": ticket.plan.options.seed})
+        if body.response_format == "url":
+            file = await filed(picture, body.output_format, body.output_compression)
+            data.append({"url": f"{http.base_url}pictures/{service.links.keep(file, body.output_format)}"})
+        else:
+            data.append({"b64_json": await _encoded(picture, body)})
+        data[-1]["seed"] = ticket.plan.options.seed
         data[-1] |= {"thought": thought[0]} if thought else {}
     about = _about(body, tickets[0])
     return JSONResponse({"created": int(time.time()), "data": data, **about, "usage": _usage(tickets)})
