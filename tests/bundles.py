@@ -84,8 +84,21 @@ def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None,
         compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
     else:
         programs = settings.pop("programs", ())
-        with few_programs(*programs) if programs else contextlib.nullcontext():
+        with few_programs(*programs) if programs else contextlib.nullcontext(), traced_here():
             export(checkpoint, out, profiles, **settings)
+
+
+@contextlib.contextmanager
+def traced_here() -> Iterator[None]:
+    """Exports to ONNX trace in this process meanwhile: those that they start take longer to import torch than to trace."""
+    from bagel_opt.export import onnx
+
+    def here(_: str, common: object, tasks: list) -> Iterator:
+        return onnx.write_programs(common, tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "in_processes", here)
+        yield
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from hypothesis import settings
 pytest.register_assert_rewrite("support", "bundles")
 
 import bundles  # noqa: E402  after the rewrite is registered
-from bundles import BUNDLES, PROFILES, cached_export, few_programs  # noqa: E402
+from bundles import BUNDLES, ONE, PROFILES, cached_export, few_programs  # noqa: E402
 from support import CHECKPOINT  # noqa: E402
 
 import bagel_opt  # noqa: E402
@@ -90,5 +90,14 @@ def two():
     small = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
     large = Profile("large", rows=3, slots=512, text=16, patches=16, latents=64)
     folder = cached_export(CHECKPOINT, [large, small], name="two", format="export", programs=programs)
+    with few_programs(*programs):
+        yield folder
+
+
+@pytest.fixture
+def small_bundle():
+    """The folder of a bundle for tests that ask what becomes of its files, and run none; it loads in this test."""
+    programs = ("choose", "step")
+    folder = cached_export(CHECKPOINT, ONE, name="small", format="export", programs=programs)
     with few_programs(*programs):
         yield folder

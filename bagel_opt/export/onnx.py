@@ -3,6 +3,7 @@
 Graphs are made from shapes alone: no weight is read for them.
 """
 
+import copy
 import dataclasses
 import logging
 import warnings
@@ -10,17 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.given import Given
 from bagel_opt.export.onnx_free_sizes import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
@@ -37,6 +39,7 @@ from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import ONE_ROW, Signature, cache_names
 
 OPSET = 24
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
 
 
 class Program(nn.Module):
@@ -165,16 +168,21 @@ def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
 TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_nearest2d.vec: upsample}
 
 
-class Recorded(TorchDispatchMode):
-    """Which tensors operators are given."""
+@contextmanager
+def translations_made_once() -> Iterator[None]:
+    """torch.onnx.export makes its table of all translations anew for each program, which takes longer than a small
+    program does. In this block it gets copies of one table."""
+    made = ONNXRegistry.from_torchlib(opset_version=OPSET)
 
-    def __init__(self):
-        super().__init__()
-        self.given: set[int] = set()
+    def copied(opset_version: int = OPSET) -> ONNXRegistry:
+        if opset_version != OPSET:
+            raise ValueError(f"translations to opset {opset_version}; these are to {OPSET}")
+        table = copy.copy(made)
+        table.functions = {target: list(found) for target, found in made.functions.items()}
+        return table
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001  torch's signature
-        self.given.update(map(id, tree_leaves((args, kwargs))))
-        return func(*args, **(kwargs or {}))
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
 
 
 @contextmanager
@@ -183,13 +191,13 @@ def only_used_parameters(
 ) -> Iterator[None]:
     """Leaves the parameters that a call has no use for as mere attributes of a model for a while: the exporter makes each
     parameter an input, and its time grows with their square."""
-    with fake, Recorded() as recorded:
+    with fake, Given() as given:
         call(*inputs)
     unused = [
         (module, name, p)
         for module in model.modules()
         for name, p in module._parameters.items()
-        if p is not None and id(p) not in recorded.given
+        if p is not None and id(p) not in given.ids
     ]
     for module, name, p in unused:
         module._parameters[name], module.__dict__[name] = None, p.data
@@ -213,7 +221,6 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
     tensors = (*inputs, *caches)
     with warnings.catch_warnings(), torch.no_grad(), only_used_parameters(shapes.model, shapes.fake, call, tensors):
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
         exported = torch.onnx.export(
             Program(shapes.model, call).eval(),
             tensors,
@@ -270,11 +277,12 @@ def write_programs(
     config, dtype, device, fused, kinds, profile = model
     shapes = Shapes(config, getattr(torch, dtype), device, fused, kinds)
     calls = programs(shapes.model)
-    for name, signature, path in tasks:
-        exported = export_program(shapes, name, calls[name], signature, profile)
-        used = used_weights(exported.graph, shapes.stored)
-        if device == "cpu":
-            point_outside(exported.graph, path.parent, used)
-        strip(exported)
-        ir.save(exported, path)
-        yield name, used
+    with translations_made_once():
+        for name, signature, path in tasks:
+            exported = export_program(shapes, name, calls[name], signature, profile)
+            used = used_weights(exported.graph, shapes.stored)
+            if device == "cpu":
+                point_outside(exported.graph, path.parent, used)
+            strip(exported)
+            ir.save(exported, path)
+            yield name, used

@@ -13,9 +13,11 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_unflatten
 
 from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.given import Given
 from bagel_opt.export.parts import Functional, Part, cut
 from bagel_opt.export.processes import ProcessDiedError, in_processes
 from bagel_opt.model.bagel import Bagel
@@ -31,9 +33,12 @@ UNLOADABLE = (
 
 
 def export_part(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """(graph, names of the parameters it takes): traced with all of the owner's, and again with those in use."""
+    """(graph, names of the parameters it takes): traced with those that a first run has a use for, and again where the
+    graph has none for some of them."""
     parameters = dict(part.owner.named_parameters())
-    used = list(parameters)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Given() as given:
+        part.call(*part.inputs)
+    used = [name for name, parameter in parameters.items() if id(parameter) in given.ids]
     while True:
         weights = tuple(parameters[name].detach() for name in used)
         shapes = (part.free, (None,) * len(weights)) if part.free else None

@@ -22,7 +22,7 @@ import torch
 from checkpoints import edit_weights
 from PIL import Image
 from rich.table import Table
-from support import CHECKPOINT, GOLDEN
+from support import CHECKPOINT, GOLDEN, exit_with, speak_to
 
 import bagel_opt
 from bagel_opt import BundleError, CheckpointError, Options, ProfileError
@@ -54,14 +54,16 @@ def plain(query):
 
 def in_terminal(tmp_path, answers, *argv, **environment):
     """Runs a command in a terminal of 40 x 100 cells: (what it wrote there, what it was asked, standard error)."""
-    env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "bagel_opt", *map(str, argv)]
+    for name in [name for name in sys.modules if name.startswith("textual_image")]:
+        del sys.modules[name]  # it asks as it is imported
     with (tmp_path / "stderr").open("wb") as errors:
         process, master = pty.fork()
         if not process:
-            os.dup2(errors.fileno(), 2)
+            speak_to(1, errors.fileno())
+            sys.stdin = os.fdopen(0)
+            os.environ.update({"TERM": "xterm-256color", **environment})
             os.chdir(tmp_path)
-            os.execve(sys.executable, command, env)
+            exit_with(main, list(map(str, argv)))
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     shown, asked, rest, end = b"", [], b"", time.monotonic() + 120
     while time.monotonic() < end and select.select([master], [], [], 120)[0]:

@@ -160,6 +160,8 @@ def small(tokenizer):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, monkeypatch):
+    corpus = texts.corpus
+    monkeypatch.setattr(texts, "corpus", lambda rng, count: corpus(rng, count // 10))
     whole = train.train(tmp_path / "whole", small, "cpu")
     with pytest.raises(loop.Stopped, match=r"vae: stopped after step 1 of 2"):
         train.train(tmp_path / "parts", small, "cpu", stop_after=0)

@@ -178,10 +178,10 @@ model.generate("a red circle", seed=3, num_timesteps=4, height=64, width=64)
         ({"versions": {"torch": "1.0"}}, r"was compiled for torch 1\.0, and this is"),
     ],
 )
-def test_code_for_another_machine_is_refused(two, tmp_path, monkeypatch, change, message):
+def test_code_for_another_machine_is_refused(small_bundle, tmp_path, monkeypatch, change, message):
     copy = tmp_path / "copy"
     copy.mkdir()
-    for path in two.iterdir():
+    for path in small_bundle.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX512)

@@ -1,54 +1,42 @@
 """Exports that find no space: one line, nothing left behind, and the old bundle whole."""
 
-import os
+import resource
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
-from bundles import ONE
-from support import CHECKPOINT, ROOT
+from bundles import ONE, few_programs, traced_here
+from support import CHECKPOINT, forked
 
 import bagel_opt
-from bagel_opt.export import export, placing
-
-# No file may grow beyond some bytes, from the moment at which weights or programs are written: as on a full disk, writing
-# fails, with another number.
-FULL = """
-import resource, sys
-import bundles
 from bagel_opt.cli.commands import main
-from bagel_opt.export import bundle
+from bagel_opt.export import bundle, export, placing
 from bagel_opt.files import torch_weights
 
-checkpoint, out, format, where = sys.argv[1:]
-module = {"_write_programs": bundle, "write_weights": torch_weights}[where]
-write = getattr(module, where)
 
-def fills(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
-    return write(*arguments)
+def export_to_a_full_disk(out, format, where):
+    """No file may grow beyond some bytes, from the moment at which weights or programs are written: as on a full disk,
+    writing fails, with another number."""
+    module = {"_write_programs": bundle, "write_weights": torch_weights}[where]
+    write = getattr(module, where)
 
-setattr(module, where, fills)
-with bundles.few_programs("choose"):
-    raise SystemExit(main(["export", "--checkpoint", checkpoint, "--out", out, "--format", format, "--profile", "tiny"]))
-"""
+    def fills(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+        return write(*arguments)
+
+    setattr(module, where, fills)
+    words = ["export", "--checkpoint", CHECKPOINT, "--out", out, "--format", format, "--profile", "tiny"]
+    with few_programs("choose"), traced_here():
+        return main(list(map(str, words)))
 
 
 @pytest.mark.parametrize(
     ("format", "where"), [("export", "_write_programs"), ("onnx", "_write_programs"), ("export", "write_weights")]
 )
-def test_a_full_disk_is_told_in_one_line(tmp_path, two, format, where):
+def test_a_full_disk_is_told_in_one_line(tmp_path, small_bundle, format, where):
     """torch 2.13's writer of archives ends the process where it cannot write."""
-    out = shutil.copytree(two, tmp_path / "bundle")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, CHECKPOINT, out, format, where],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    out = shutil.copytree(small_bundle, tmp_path / "bundle")
+    done = forked(export_to_a_full_disk, out, format, where)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"bagel-opt: [Errno 27] File too large: '{out}'"]
     assert list(tmp_path.iterdir()) == [out]

@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from bundles import traced_here
 from support import CHECKPOINT, cases
 
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.cli.commands import main
 from bagel_opt.export import export, onnx_graph
-from bagel_opt.export import onnx as exporter
 from bagel_opt.export.onnx_free_sizes import free_sizes, rows_to_trace
 from bagel_opt.export.verify import verify
 from bagel_opt.files.manifest import WEIGHTS, read_manifest
@@ -97,8 +97,8 @@ def test_one_program_serves_all_rows_and_profiles(half):
 def test_of_a_large_model_what_one_program_needs_is_packed(tmp_path, monkeypatch):
     """All other weights may be given anew in each run, so that ONNX Runtime does not prepare copies of them."""
     monkeypatch.setattr(onnx_graph, "ALL_PACKED_BELOW", 0)
-    monkeypatch.setattr(exporter, "in_processes", lambda _, model, tasks: exporter.write_programs(model, tasks))
-    folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE)
+    with traced_here():
+        folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE)
     users = Counter()
     for program in (*CACHED, "vit", "vae_encode", "vae_decode"):
         entry, there = read_manifest(folder).programs["test"][program], graph(folder, program)

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bundles import export_quickly
-from support import ROOT
+from support import exit_with
 
 import bagel_opt
 from bagel_opt.export import placing
@@ -19,11 +18,11 @@ from bagel_opt.files.manifest import MANIFEST
 
 
 @pytest.mark.parametrize("old", ["bundle", "empty", "none"])
-def test_what_came_there_meanwhile_stays(tmp_path, two, old):
+def test_what_came_there_meanwhile_stays(tmp_path, small_bundle, old):
     """And so does the old bundle; the new one lies beside."""
     out = tmp_path / "bundle"
     if old == "bundle":
-        shutil.copytree(two, out)
+        shutil.copytree(small_bundle, out)
     elif old == "empty":
         out.mkdir()
 
@@ -34,7 +33,7 @@ def test_what_came_there_meanwhile_stays(tmp_path, two, old):
     with pytest.raises(
         FileExistsError, match=r"no export wrote my notes.*; the new bundle is in .*bundle\.new-1$"
     ) as told:
-        export_quickly(two, tmp_path, meanwhile=meanwhile)
+        export_quickly(small_bundle, tmp_path, meanwhile=meanwhile)
     assert "\n" not in str(told.value)
     assert (out / "my notes" / "a.txt").read_text() == "precious"
     assert (out / MANIFEST).exists() == (old == "bundle")
@@ -44,9 +43,9 @@ def test_what_came_there_meanwhile_stays(tmp_path, two, old):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.new-1"]
 
 
-def test_what_comes_there_in_the_last_moment_stays(tmp_path, two, monkeypatch):
+def test_what_comes_there_in_the_last_moment_stays(tmp_path, small_bundle, monkeypatch):
     """Between the last look and the renaming."""
-    out, check = shutil.copytree(two, tmp_path / "bundle"), placing.check_replaceable
+    out, check = shutil.copytree(small_bundle, tmp_path / "bundle"), placing.check_replaceable
     checks = []
 
     def late(folder):
@@ -57,17 +56,17 @@ def test_what_comes_there_in_the_last_moment_stays(tmp_path, two, monkeypatch):
 
     monkeypatch.setattr(placing, "check_replaceable", late)
     with pytest.raises(FileExistsError, match=r"bundle is the new bundle; .* is in .*-old$") as told:
-        export_quickly(two, tmp_path)
+        export_quickly(small_bundle, tmp_path)
     bagel_opt.load(out)
     left = Path(str(told.value).rpartition(" ")[2])
     assert [path.name for path in left.iterdir()] == ["notes.txt"]
-    export_quickly(two, tmp_path)  # which cleans up
+    export_quickly(small_bundle, tmp_path)  # which cleans up
     assert (left / "notes.txt").read_text() == "precious"
 
 
-def test_where_it_cannot_be_put_the_new_bundle_lies_beside(tmp_path, two, monkeypatch):
+def test_where_it_cannot_be_put_the_new_bundle_lies_beside(tmp_path, small_bundle, monkeypatch):
     """As where the folder is one that the system holds."""
-    out, rename = shutil.copytree(two, tmp_path / "bundle"), Path.rename
+    out, rename = shutil.copytree(small_bundle, tmp_path / "bundle"), Path.rename
 
     def refuse(path, to):
         if to == out and "partial" in path.name and "old" not in path.name:
@@ -76,22 +75,22 @@ def test_where_it_cannot_be_put_the_new_bundle_lies_beside(tmp_path, two, monkey
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError, match=r"Permission denied.*; the new bundle is in .*bundle\.new-1$"):
-        export_quickly(two, tmp_path)
+        export_quickly(small_bundle, tmp_path)
     for folder in (out, tmp_path / "bundle.new-1"):
         bagel_opt.load(folder)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_folders_with_like_names_are_left_alone(tmp_path, two):
+def test_folders_with_like_names_are_left_alone(tmp_path, small_bundle):
     others = [tmp_path / name for name in ("bundle.old-1", "bundle-partial", "bundlepartial-1", "bundle2.partial-1")]
     for folder in others:
-        shutil.copytree(two, folder)
-    export_quickly(two, tmp_path)
+        shutil.copytree(small_bundle, folder)
+    export_quickly(small_bundle, tmp_path)
     for folder in (*others, tmp_path / "bundle"):
         bagel_opt.load(folder)
 
 
-def test_of_two_exports_at_once_in_threads_one_is_refused(tmp_path, two):
+def test_of_two_exports_at_once_in_threads_one_is_refused(tmp_path, small_bundle):
     first, second = threading.Event(), threading.Event()
 
     def hold(_):
@@ -99,11 +98,11 @@ def test_of_two_exports_at_once_in_threads_one_is_refused(tmp_path, two):
         assert second.wait(60)
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(export_quickly, two, tmp_path, meanwhile=hold)
+        running = pool.submit(export_quickly, small_bundle, tmp_path, meanwhile=hold)
         try:
             assert first.wait(60)
             with pytest.raises(FileExistsError, match=r"another export to .*bundle runs; wait for it") as told:
-                export_quickly(two, tmp_path)
+                export_quickly(small_bundle, tmp_path)
             assert "\n" not in str(told.value)
         finally:
             second.set()
@@ -112,50 +111,38 @@ def test_of_two_exports_at_once_in_threads_one_is_refused(tmp_path, two):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-HOLDS = """
-import sys
-from pathlib import Path
-import bundles
-
-def meanwhile(partial):
-    print("written", flush=True)
-    sys.stdin.readline()
-
-bundles.export_quickly(*map(Path, sys.argv[1:]), meanwhile=meanwhile)
-"""
-
-
 @pytest.mark.parametrize("killed", [False, True])
-def test_of_two_exports_at_once_in_processes_one_is_refused(tmp_path, two, killed):
+def test_of_two_exports_at_once_in_processes_one_is_refused(tmp_path, small_bundle, killed):
     """Until the other has ended, however it ends."""
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, two, tmp_path],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert other.stdout.readline() == "written\n"
+    (written, tell), (wait, go_on) = os.pipe(), os.pipe()
+    other = os.fork()
+    if not other:
+        os.close(go_on)
+        exit_with(export_quickly, small_bundle, tmp_path, None, lambda _: (os.write(tell, b"!"), os.read(wait, 1)))
+    os.close(tell)
+    assert os.read(written, 1)
     with pytest.raises(FileExistsError, match=r"another export to .*bundle runs"):
-        export_quickly(two, tmp_path)
+        export_quickly(small_bundle, tmp_path)
     if killed:
-        other.kill()
-    other.communicate("\n", timeout=60)
-    assert (other.returncode == 0) == (not killed)
+        os.kill(other, signal.SIGKILL)
+    os.close(go_on)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == (-9 if killed else 0)
+    for end in (written, wait):
+        os.close(end)
     assert (tmp_path / "bundle").exists() == (not killed)
-    export_quickly(two, tmp_path)
+    export_quickly(small_bundle, tmp_path)
     bagel_opt.load(tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_many_at_once_leave_a_whole_bundle(tmp_path, two):
+def test_many_at_once_leave_a_whole_bundle(tmp_path, small_bundle):
     """Each ends well or is refused, and one ends well."""
 
     def one(number):
         time.sleep(number / 100)
         with placing.put_in_place(tmp_path / "bundle") as partial:
-            shutil.copytree(two, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-            shutil.copy(two / MANIFEST, partial / placing.UNFINISHED)
+            shutil.copytree(small_bundle, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+            shutil.copy(small_bundle / MANIFEST, partial / placing.UNFINISHED)
 
     with ThreadPoolExecutor(8) as pool:
         ends = [future.exception() for future in [pool.submit(one, number) for number in range(24)]]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import FILE, PEFT, adapted
-from bundles import few_programs
+from bundles import few_programs, traced_here
 from safetensors.torch import load_file, save_file
 from support import CHECKPOINT
 
@@ -116,7 +116,7 @@ def test_in_other_runtimes(adapter, tmp_path):
     eager = velocities(bagel_opt.load(CHECKPOINT, lora=adapter, device="cpu"))
     assert np.abs(eager - velocities(bagel_opt.load(CHECKPOINT, device="cpu"))).max() > 0.1
     profile = Profile("tiny", rows=3, slots=160, text=16, patches=16, latents=16)
-    with few_programs("text", "generate", "generate_row", "step", "vae_decode"):
+    with few_programs("text", "generate", "generate_row", "step", "vae_decode"), traced_here():
         bundle = export(CHECKPOINT, tmp_path / "bundle", profile, lora=[(adapter, 1.0)])
         ours = velocities(bagel_opt.load(bundle))
     assert np.linalg.norm(ours - eager) / np.linalg.norm(eager) < 1e-4

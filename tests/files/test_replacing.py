@@ -3,14 +3,13 @@
 import errno
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import CHECKPOINT, ROOT
+from support import CHECKPOINT, forked
 
+from bagel_opt.cli.commands import main
 from bagel_opt.files.replacing import replacing
 
 
@@ -74,16 +73,14 @@ def test_devices_are_written_to():
 def test_a_drawn_picture_leaves_the_old_one_where_there_is_no_space(tmp_path, name):
     Image.new("RGB", (8, 8), "red").save(tmp_path / name)
     before = (tmp_path / name).read_bytes()
-    size = "--height", "64", "--width", "64", "--num-timesteps", "2"
-    done = subprocess.run(
-        [sys.executable, "-m", "bagel_opt", "generate", "a", "--checkpoint", CHECKPOINT, *size, "--out", name],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),  # bytes that a file may have
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    size = ["--height", "64", "--width", "64", "--num-timesteps", "2"]
+
+    def draw():
+        os.chdir(tmp_path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # bytes that a file may have
+        return main(["generate", "a", "--checkpoint", str(CHECKPOINT), *size, "--out", name])
+
+    done = forked(draw)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"bagel-opt: [Errno {errno.EFBIG}] File too large: '{name}'\n"
     assert (tmp_path / name).read_bytes() == before

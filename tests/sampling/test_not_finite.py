@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from bundles import BACKENDS, BUNDLES, SMALL, cached_export, few_programs, needs_compiler
+from bundles import BACKENDS, PROFILES
 from PIL import Image
 from support import CHECKPOINT
 
@@ -65,26 +65,19 @@ def test_commands_say_so_in_one_line(poisoned, command, capsys, monkeypatch, tmp
     "backend", [pytest.param(b, marks=pytest.mark.second if b == "aoti" else ()) for b in BACKENDS]
 )
 def test_every_runtime_sees_them(load, backend):
-    if backend in BUNDLES:
-        if backend == "aoti":
-            needs_compiler(backend)
-        programs = ("choose", "choose_row", "vae_decode")
-        with few_programs(*programs):
-            model = bagel_opt.load(cached_export(CHECKPOINT, SMALL, name="finite", format=backend, programs=programs))
-    else:
-        model = load(CHECKPOINT, backend)
-    runtime, vocabulary = model.runtime.for_profile(SMALL), model.config.llm.vocab_size
-    plain = np.random.default_rng(0).standard_normal((SMALL.rows, vocabulary), np.float32)
+    model, profile = load(CHECKPOINT, backend), PROFILES[CHECKPOINT]
+    runtime, vocabulary = model.runtime.for_profile(profile), model.config.llm.vocab_size
+    plain = np.random.default_rng(0).standard_normal((profile.rows, vocabulary), np.float32)
     for value in (np.nan, np.inf, -np.inf):
         for place in (0, vocabulary // 2, vocabulary - 1):
             for temperature in (0.0, 0.7):
                 logits = plain.copy()
                 logits[1, place] = value
-                numbers = np.full(2, temperature, np.float32), np.full(2, 0.3, np.float32)
+                numbers = [np.full(profile.rows, number, np.float32) for number in (temperature, 0.3)]
                 want = runtime.host(runtime.run("choose", [plain, *numbers])[0])
                 got = runtime.host(runtime.run("choose", [logits, *numbers])[0])
-                assert got.tolist() == [want[0], -1]
-                one = [x[1:] for x in (logits, *numbers)]
+                assert got.tolist() == [want[0], -1, want[2]]
+                one = [x[1:2] for x in (logits, *numbers)]
                 assert runtime.host(runtime.run("choose_row", one)[0]).tolist() == [-1]
     latent = np.random.default_rng(0).standard_normal((1, model.config.vae.z_channels, 8, 8), np.float32)
     for value, finite in ((0.0, 1), (np.nan, 0), (np.inf, 0)):

@@ -58,7 +58,7 @@ def test_a_thought_is_safe_from_others_that_draw(eager):
         case.check_outputs(outputs)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, *(pytest.param(rows, marks=pytest.mark.second) for rows in (2, 3)), 8])
 def test_all_together_in_few_and_many_rows(eager, rows):
     profile = Profile("test", rows, 768, 64, 64, 64)
     check_together(eager, bagel_opt.load(CHECKPOINT, device="cpu", profile=profile))

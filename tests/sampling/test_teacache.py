@@ -92,7 +92,13 @@ def test_runtimes_agree_and_keep_no_state(load):
         assert np.abs(picture.astype(int) - found[0][1]).max() <= 1
 
 
-@pytest.mark.parametrize(("rows", "call"), [(None, 0), (1, 0), (2, 0), (3, 0), ("export", 0), ("export", 1e18)])
+@pytest.mark.parametrize(
+    ("rows", "call"),
+    [
+        *[(None, 0), (1, 0), ("export", 0), ("export", 1e18)],
+        *(pytest.param(rows, 0, marks=pytest.mark.second) for rows in (2, 3)),
+    ],
+)
 def test_together_as_alone(load, eager, monkeypatch, rows, call):
     """Beside requests that are evaluated in each step, that TaylorSeer predicts, and of other lengths; in one batch, or in
     several of few rows; where rows are computed one by one, and where a call costs so much that all are."""
