@@ -93,6 +93,8 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
     about = _table(f"bundle {folder}", "", "")
     for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
         about.add_row(*row)
+    for part, kind in manifest.quantization.items():
+        about.add_row(f"{part} in", kind)
     for profile in manifest.profiles:
         for name, value in vars(profile).items():
             about.add_row(f"profile {name}", str(value))
@@ -113,8 +115,8 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
         files = {part["file"] for part in (entry, *entry.get("parts", {}).values()) if "file" in part}
         size = _size(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
         programs.add_row(name, size, "\n".join(inputs), "\n".join(outputs))
-    parameters = sum(math.prod(place.shape) for place in locate_weights(folder / WEIGHTS).values())
-    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, parameters * DTYPES[manifest.dtype].bytes)
+    held = sum(place.length for place in locate_weights(folder / WEIGHTS).values())
+    memory = _memory(manifest.config, manifest.profiles, manifest.dtype, held)
     return [about, programs, _config(manifest.config), memory]
 
 

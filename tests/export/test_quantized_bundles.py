@@ -1,6 +1,7 @@
 """Bundles with weights in 8 and 4 bits."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from bagel_opt.export.quantize import quantize
 from bagel_opt.export.recipe import load_recipe
 from bagel_opt.export.verify import verify
 from bagel_opt.files.manifest import WEIGHTS, read_manifest
+from bagel_opt.files.weights import locate_weights
 
 TABLE = {"gen": "fp8", "und": "int4", "vit": "int8", "head": "int8"}
 PROGRAMS = ("text", "decode_row", "choose_row")
@@ -88,6 +90,16 @@ def test_weights_of_other_kinds_than_it_says(bundle, tmp_path):
     rewrite(folder, quantization=TABLE | {"head": "nf4"})
     with pytest.raises(BundleError, match=r"quantization\.head must be one of \['fp8', 'int8', 'int4'\]"):
         bagel_opt.load(folder)
+
+
+def test_inspect_tells_it(bundle, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with few_programs(*PROGRAMS):
+        assert main(["inspect", str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"{part} in +│ +{kind} ", shown) for part, kind in TABLE.items())
+    held = sum(place.length for place in locate_weights(bundle / WEIGHTS).values())
+    assert f"│ {held / 1e6:.3g} MB │" in shown
 
 
 def test_recipes_and_the_command(tmp_path, monkeypatch):
