@@ -15,7 +15,7 @@ from bagel_opt.model.attention import Visible
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.transformer import Expert, Layer
-from bagel_opt.runtime import fused_products, int4_products
+from bagel_opt.runtime import fused_products
 
 OPS = TorchOps("flash")
 
@@ -67,7 +67,9 @@ def whole(product: Linear, x: Tensor) -> Tensor:
     held = product.quantized
     if held is None:
         return product.weight
-    return int4_products.unpacked(held.codes, held.scale, held.channels, x.dtype)
+    from bagel_opt.runtime.int4_products import unpacked  # Triton comes with torch for GPUs alone
+
+    return unpacked(held.codes, held.scale, held.channels, x.dtype)
 
 
 class Way:

@@ -138,9 +138,8 @@ def test_what_it_says_of_others(bundle, tmp_path):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize("quantization", [*KINDS, TABLE], ids=str)
-def test_all_its_programs_are_near_the_models(tmp_path, quantization):
-    folder = export(CHECKPOINT, tmp_path / "bundle", ONE, quantization=quantization)
+def test_all_its_programs_are_near_the_models(tmp_path):
+    folder = export(CHECKPOINT, tmp_path / "bundle", ONE, quantization=TABLE)
     errors = verify(folder, CHECKPOINT)
     assert 1e-3 < max(errors.values()) < 0.2
     assert np.isfinite(list(errors.values())).all()
