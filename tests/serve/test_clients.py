@@ -1,8 +1,4 @@
-"""Other clients, unchanged: LangChain and LiteLLM; and what Open WebUI and LibreChat send, as their code of 2026-11 has it.
-
-LiteLLM needs python-dateutil 2, where other tests' packages bring 4; so it is tried where it is installed, and what it
-sends is here as well.
-"""
+"""Other clients, unchanged: LangChain and LiteLLM; and what Open WebUI and LibreChat send, as their code of 2026-11 has it."""
 
 import asyncio
 import base64
@@ -164,7 +160,9 @@ def test_langchain_shows_what_is_wrong(langchain):
 @pytest.fixture(scope="module")
 def litellm():
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing from the net
-    return pytest.importorskip("litellm")
+    import litellm
+
+    return litellm
 
 
 def test_litellm(litellm, server, model, drawn):
