@@ -50,10 +50,11 @@ def load(
     profile: a Profile, a TOML file or a name; None fits the shapes to each call.
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
-    apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both experts, or
-    an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read, and a folder of `quantize` has
-    them so already. Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's
-    files with their sha256, which takes a while where they are huge. progress(done, total) in tensors or files.
+    apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both
+    experts, or an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read,
+    and a folder of `quantize` has them so already. Which files were taken is logged to "bagel_opt", where there was a
+    choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
+    total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument and ImportError for a missing package.

@@ -36,6 +36,8 @@ KINDS = {
 PARTS = ("und", "gen", "vit", "head")
 BY_DEFAULT = ("und", "gen")  # where one kind is named for all
 
+IN_ONNX = {"int8", "int4"}  # kinds for which ONNX Runtime has products, on the CPU in float32
+
 Quantization = str | Mapping[str, str]
 
 
@@ -52,3 +54,8 @@ def kinds_of_parts(quantization: Quantization | None) -> dict[str, str]:
             f"{', '.join(map(repr, PARTS))} to these"
         )
     return dict(found)
+
+
+def fits_onnx(kinds: Mapping[str, str], device: str, dtype: str) -> bool:
+    """Whether an ONNX bundle can have parts in these kinds."""
+    return not kinds or ((device, dtype) == ("cpu", "float32") and IN_ONNX.issuperset(kinds.values()))

@@ -20,7 +20,7 @@ from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, l
 from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
-from bagel_opt.quantization import Quantization, kinds_of_parts
+from bagel_opt.quantization import Quantization, fits_onnx, kinds_of_parts
 from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def export(
     """
     check_settings(format, dtype, attention, device)
     onnx, kinds = format == "onnx", kinds_of_parts(quantization)
-    if onnx and (set(kinds.values()) - {"int8", "int4"} or (kinds and (device, dtype) != ("cpu", "float32"))):
+    if onnx and not fits_onnx(kinds, device, dtype):
         raise ValueError(f"quantization={quantization!r}; ONNX bundles take 'int8' and 'int4', on the CPU in float32")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:

@@ -18,7 +18,6 @@ import torch
 from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
@@ -171,7 +170,12 @@ TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_n
 @contextmanager
 def translations_made_once() -> Iterator[None]:
     """torch.onnx.export makes its table of all translations anew for each program, which takes longer than a small
-    program does. In this block it gets copies of one table."""
+    program does. In this block it gets copies of one table, where this torch still has its own so."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # no public part of torch
+        yield
+        return
     made = ONNXRegistry.from_torchlib(opset_version=OPSET)
 
     def copied(opset_version: int = OPSET) -> ONNXRegistry:

@@ -14,7 +14,7 @@ from bagel_opt.model.quantized import GROUP, LEAST, to_kind
 from bagel_opt.quantization import KINDS
 
 Node = torch.onnx.ops.symbolic
-# Of a token's codes: from 64 - 63 to 64 + 63. ONNX Runtime 1.30 adds two products at a time in 16 bits on processors without
+# Of a token's codes: from 64 - 63 to 64 + 63. ONNX Runtime 1.32 adds two products at a time in 16 bits on processors without
 # VNNI, and cuts off what does not fit: with all 8 bits of both sides they do not.
 LARGEST, ZERO = 63, 64
 COMPUTE_IN_8_BITS = 4  # MatMulNBits' accuracy_level

@@ -11,6 +11,7 @@ from bagel_opt.files.parameters import compare, stored_dtypes, stored_shapes
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import LAYERED, ROW, signatures
+from bagel_opt.quantization import fits_onnx
 
 # Programs in parts, and what the names of a layer's weights begin with (export/parts.py).
 LAYERS = {"vit": "vit_encoder.layers.{}.", **dict.fromkeys(LAYERED, "llm.layers.{}.")}
@@ -41,8 +42,7 @@ def _wrong(manifest: Manifest, weights: Set[str]) -> str | None:
         return f"attention {manifest.attention!r} is not for bundles of kind {kind!r}"
     if (kind, manifest.device, dtype) == ("onnx", "cpu", "bfloat16"):
         return "ONNX Runtime has no bfloat16 on the CPU"
-    kinds = set(manifest.quantization.values())
-    if kind == "onnx" and kinds and (manifest.device != "cpu" or dtype != "float32" or kinds - {"int8", "int4"}):
+    if kind == "onnx" and not fits_onnx(manifest.quantization, manifest.device, dtype):
         return f"quantization {manifest.quantization} is not for {dtype} in ONNX Runtime on {manifest.device}"
     if len(set(names)) < len(names) or set(names) != manifest.programs.keys():
         return f"there are programs for the profiles {list(manifest.programs)}, and the profiles are {names}"

@@ -1,5 +1,7 @@
 """ONNX bundles with weights in 8 and 4 bits, in ONNX Runtime."""
 
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -124,8 +126,6 @@ def test_it_loads_and_reads(bundle):
 
 
 def test_what_it_says_of_others(bundle, tmp_path):
-    import shutil
-
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     for wrong, match in (
         (TABLE | {"gen": "fp8"}, r"quantization .* is not for float32 in ONNX Runtime on cpu"),
