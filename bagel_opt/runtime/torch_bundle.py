@@ -17,7 +17,7 @@ from bagel_opt.files.torch_weights import read_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import slots_in_use
+from bagel_opt.programs.interface import in_use
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
 
@@ -91,7 +91,7 @@ class PackagedRuntime(TorchRuntime):
             if caches and self.device.type == "cpu":
                 # cut to the slots in use; a GPU would have to wait for the lengths
                 new = sum(x.shape[1] for x in state)
-                used = slots_in_use(int(inputs[-1].max()), new, caches[0].shape[1])
+                used = in_use(int(inputs[-1].max()) + new, caches[0].shape[1])
                 shared = *shared[:-1], shared[-1][..., :used].contiguous()
             for number, weights in enumerate(layers):
                 mine = (caches[number], caches[len(layers) + number], inputs[-1]) if caches else ()
