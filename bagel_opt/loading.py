@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bagel_opt.api import Model
+from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
@@ -97,7 +99,8 @@ def load(
     for note in checkpoint.notes:
         log.info(note)
     check_kinds(where, kinds or checkpoint.kinds)
-    model = checkpoint.load(where, kind, progress, kinds)
+    with _warming_up(checkpoint.config, where, kind) if backend == "compile" else nullcontext():
+        model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
     runtime.set_adapters(adapters)
@@ -174,6 +177,14 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         if wrong:
             raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
     return PackagedRuntime(folder, manifest, where)
+
+
+def _warming_up(config: BagelConfig, device: "torch.device", dtype: "torch.dtype") -> AbstractContextManager:
+    if device.type != "cuda":
+        return nullcontext()
+    from bagel_opt.runtime.warm_up import warming_up
+
+    return warming_up(config.llm, device, dtype)
 
 
 def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:

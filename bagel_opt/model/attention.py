@@ -9,7 +9,9 @@ Attention (opset 24) with `nonpad_kv_seqlen`. Grouped queries are never expanded
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -108,6 +110,16 @@ def attention(
     return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
 
 
+def cache_folder() -> Path:
+    """Where FlashAttention 4 keeps what it has compiled: beside torch, unless its own variables say otherwise. By itself it
+    would compile in each process, 10 s in all."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    name = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    return Path(os.environ.setdefault(name, str(Path(cache_dir()) / "flash_attention")))
+
+
 @functools.cache
 def flash_package() -> str | None:
     """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn).
@@ -126,6 +138,7 @@ def flash_package() -> str | None:
 def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
     package = flash_package()
     if package == "flash_attn.cute":
+        cache_folder()
         from flash_attn.cute import flash_attn_varlen_func
 
         # despite its name it takes padded batches; causal is aligned to the end of seqused_k

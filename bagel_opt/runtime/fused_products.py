@@ -7,6 +7,9 @@ import functools
 import importlib.util
 import logging
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,18 +51,39 @@ def _call(x_MK: Tensor, weight_NK: Tensor, tile: dict, **given: object) -> Tenso
     return gemm_act(x_MK, weight_NK.T, store_preact=False, tuned=False, config=config, **given)[1]
 
 
+def cache_folder() -> Path:
+    """Where quack-kernels keeps what it has compiled: beside torch, unless its own variable says otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(os.environ.setdefault("QUACK_CACHE_DIR", str(Path(cache_dir()) / "quack")))
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """A call of each kernel that a layer may want."""
+    cache_folder()
+    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
+    bias = weight[:, 0].contiguous()
+    calls = [functools.partial(gated_product, x, weight)]
+    for tile in (NARROW, WIDE):
+        calls.append(functools.partial(_call, x, weight, tile, bias=bias, C=None))
+        calls.append(functools.partial(_call, x, weight[:64], tile, bias=None, C=x))
+    return calls
+
+
+def possible(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are installed, and there are such for this GPU."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(device)[0] == 9 and bool(importlib.util.find_spec("quack"))
+
+
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels are installed and run here, which is tried."""
-    if dtype not in (torch.float16, torch.bfloat16) or torch.cuda.get_device_capability(device)[0] != 9:
+    if not possible(device, dtype):
         return False
-    if not importlib.util.find_spec("quack"):
-        return False
-    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
     try:
-        product(x, weight, weight[:, 0].contiguous())
-        product(x, weight[:64], residual_MN=x)
-        gated_product(x, weight)
+        for call in kernels(device, dtype):
+            call()
         torch.cuda.synchronize(device)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
