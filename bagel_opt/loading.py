@@ -99,7 +99,8 @@ def load(
     for note in checkpoint.notes:
         log.info(note)
     check_kinds(where, kinds or checkpoint.kinds)
-    with _warming_up(checkpoint.config, where, kind) if backend == "compile" else nullcontext():
+    warming = _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds)
+    with warming if backend == "compile" and chosen == "flash" else nullcontext():
         model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
@@ -179,12 +180,17 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     return PackagedRuntime(folder, manifest, where)
 
 
-def _warming_up(config: BagelConfig, device: "torch.device", dtype: "torch.dtype") -> AbstractContextManager:
+def _warming_up(
+    config: BagelConfig, device: "torch.device", dtype: "torch.dtype", kinds: Mapping[str, str]
+) -> AbstractContextManager:
     if device.type != "cuda":
         return nullcontext()
+    from bagel_opt.runtime.torch_setup import register_kernels
     from bagel_opt.runtime.warm_up import warming_up
 
-    return warming_up(config.llm, device, dtype)
+    if kinds:
+        register_kernels(device)
+    return warming_up(config.llm, device, dtype, kinds)
 
 
 def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:

@@ -47,8 +47,9 @@ class PackagedRuntime(TorchRuntime):
         if manifest.quantization:
             register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
-        # the caches' shapes are compiled in; the mask is cut instead
-        self.fixed_slots, self.free_rows, self.spare_slots = True, False, 0
+        # compiled code expects caches in plain memory order; the mask is cut instead
+        self.fixed_slots, self.spare_slots = True, 0
+        self.free_rows = self.free_sizes = manifest.free_sizes
         self._replay(device.type == "cuda")
         self.programs: Any = self
         self.profile = manifest.profiles[0].name
@@ -82,16 +83,21 @@ class PackagedRuntime(TorchRuntime):
             layers.append(self._weights(named["layer"], len(layers)))
         start_weights, end_weights = self._weights(named["start"]), self._weights(named["end"])
         start, layer, end, count = parts["start"], parts["layer"], parts["end"], len(entry["inputs"])
+        markers = 2 if "n" in entry["inputs"] else 0  # of an image block
 
         def run(*tensors: Tensor) -> tuple:
             inputs, caches = typed(tensors[:count]), tensors[count:]
-            started = start(inputs, start_weights)
+            looked_at = ()
+            if caches:
+                slots = caches[0].shape[1]
+                new = inputs[0].shape[1] + markers if inputs[0].ndim > 1 else 1
+                # the slots in use; a GPU would have to wait for the lengths
+                used = in_use(int(inputs[-1].max()) + new, slots) if self.device.type == "cpu" else slots
+                looked_at = (torch.empty(used, dtype=torch.uint8, device=self.device),) if self.free_sizes else ()
+            started = start((*inputs, *looked_at), start_weights)
             shared = 3 if caches else 1
             state, shared = started[:-shared], started[-shared:]
-            if caches and self.device.type == "cpu":
-                # cut to the slots in use; a GPU would have to wait for the lengths
-                new = sum(x.shape[1] for x in state)
-                used = in_use(int(inputs[-1].max()) + new, caches[0].shape[1])
+            if caches and not self.free_sizes and self.device.type == "cpu":
                 shared = *shared[:-1], shared[-1][..., :used].contiguous()
             for number, weights in enumerate(layers):
                 mine = (caches[number], caches[len(layers) + number], inputs[-1]) if caches else ()

@@ -7,6 +7,7 @@ B rows, T tokens of a row, M tokens of all rows, R slots of all rows, G key-valu
 model/transformer.py.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def reduced(product: Linear, x: Tensor, share: Tensor) -> Tensor:
     return product.low_rank.reduced(x, share)
 
 
+@functools.cache
 def compiled(piece: Callable) -> Callable:
     """The piece, compiled for any number of tokens and of slots, which are the first axis of a tensor that is longer than 1."""
     made = torch.compile(piece, dynamic=False, fullgraph=True)
@@ -109,6 +111,23 @@ def whole(product: Linear, x: Tensor) -> Tensor:
     from bagel_opt.runtime.int4_products import unpacked  # Triton comes with torch for GPUs alone
 
     return unpacked(held.codes, held.scale, held.channels, x.dtype)
+
+
+def run_pieces(layer: Layer, rows: int, length: int) -> None:
+    """Runs every piece that such tokens may take, so that it is compiled: enter and leave, or what stands between products."""
+    expert, c = layer.gen, layer.gen.qkv.in_features
+    (heads, kv_heads, _), like = expert.qkv.heads, expert.norm1.weight
+    channels = like.new_zeros(0, expert.q_norm.weight.shape[0])
+    x = like.new_zeros(rows, length, c)
+    cos = channels.new_zeros(rows, length, 1, channels.shape[1] // 2, dtype=torch.float32)
+    slot_M = torch.arange(rows * length, device=like.device)
+    caches = Caches(*(channels.new_zeros(rows * length + 1, kv_heads, channels.shape[1]) for _ in range(2)))
+    tokens = Tokens(cos, cos, slot_M, None)
+    q = compiled(enter)(expert, x, tokens, caches)
+    compiled(leave)(expert, x, q, None)
+    if length > 1:
+        compiled(norm)(expert.norm1, x)
+        compiled(to_heads)(expert, x.new_zeros(rows, length, expert.qkv.out_features), tokens, caches)
 
 
 class Way:

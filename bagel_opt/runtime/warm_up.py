@@ -9,22 +9,28 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
-from bagel_opt.runtime import fused_products
+from bagel_opt.model.linear import Linear
+from bagel_opt.model.transformer import Layer
+from bagel_opt.runtime import fused_products, one_token
 
 PARTS = 3  # processes: one for attention, two for the products
 PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is wanted
 
 
 @contextlib.contextmanager
-def warming_up(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Starts all that, and waits for it at the end. Whether it succeeds shows in nothing but the time."""
-    compiler = threading.Thread(target=_start_compiler, args=(device,), daemon=True)
+def warming_up(
+    config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
+    """Starts all that, and waits for it at the end. kinds: of the parts that are quantised. Whether it succeeds shows in
+    nothing but the time."""
+    compiler = threading.Thread(target=_compile_pieces, args=(config, device, dtype, kinds), daemon=True)
     compiler.start()
     processes = _start_processes(config, device, dtype)
     try:
@@ -39,9 +45,26 @@ def warming_up(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> I
             process.wait()
 
 
-def _start_compiler(device: torch.device) -> None:
-    with contextlib.suppress(Exception):  # it shows again where it matters
-        torch.compile(torch.nn.functional.silu, fullgraph=True)(torch.zeros(8, 8, device=device))
+def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
+    """With a layer of their own, whose memory is free again at the end."""
+    from bagel_opt.runtime.two_streams import run_pieces
+
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
+        # (rows, tokens): of text, and tokens of one row and of several
+        for rows, length in ((1, 64), (1, 1), (2, 1)):
+            for kind in {kinds.get("und"), kinds.get("gen")} if length > 1 else {kinds.get("und")}:
+                run_pieces(_layer(config, device, dtype, kind), rows, length)
+
+
+def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: str | None) -> Layer:
+    with torch.device("meta"):
+        layer = Layer(config).to(dtype)
+    del layer.und
+    for product in [module for module in layer.modules() if isinstance(module, Linear)]:
+        if kind:
+            product.quantize(kind)
+        product.multiply = one_token.linear
+    return layer.to_empty(device=device).eval().requires_grad_(False)
 
 
 def _start_processes(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> list[subprocess.Popen]:
