@@ -179,10 +179,12 @@ def write_bundle(
         copy_examples(examples, folder)
     programs, compiled_for = _write_programs(model, profiles, folder, format, progress), ""
     if format == "aoti":
+        from bagel_opt.export.compile_cache import keep_attention_kernels
         from bagel_opt.export.torch_packages import compile_all
         from bagel_opt.runtime.torch_bundle import machine
 
         compiled_for = machine(model.device)
+        keep_attention_kernels(model, folder)
         del model  # its memory may be what compiling wants
         compile_all(folder, progress)
     progress("sha256", 0, 0)

@@ -6,7 +6,7 @@ tokenizer.json
 examples.json         and the picture that it names, where the checkpoint has them (bagel_opt/examples.py)
 NAME.onnx             of an ONNX bundle: graphs whose weights are external data inside weights.safetensors
 NAME.ROLE.pt2         of an aoti or export bundle: parts of programs (export/parts.py), whose weights are inputs
-cache/                of a compile bundle: what torch.compile compiled
+cache/                of a compile bundle what torch.compile compiled, and on a GPU kernels of FlashAttention 4 and quack-kernels
 
 ONNX graphs are data. The programs of the other kinds are code, or become it: load only those of people you trust.
 """

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+KEPT = "flash_attention"  # a folder in torch's cache
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
 
 # Compiled, since it would otherwise materialise all scores; where it is first used, since importing torch's compiler takes
@@ -117,7 +118,7 @@ def cache_folder() -> Path:
 
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     name = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-    return Path(os.environ.setdefault(name, str(Path(cache_dir()) / "flash_attention")))
+    return Path(os.environ.setdefault(name, str(Path(cache_dir()) / KEPT)))
 
 
 @functools.cache

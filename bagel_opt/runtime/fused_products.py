@@ -18,6 +18,7 @@ from torch import Tensor
 # H100 both reach some 700 TFLOP/s where they fill it; still narrower ones, of 128x128, 450.
 WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
 NARROW = {"tile_m": 128, "tile_n": 192, "pingpong": True}
+KEPT = "quack"  # a folder in torch's cache
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
 
@@ -55,7 +56,7 @@ def cache_folder() -> Path:
     """Where quack-kernels keeps what it has compiled: beside torch, unless its own variable says otherwise."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(os.environ.setdefault("QUACK_CACHE_DIR", str(Path(cache_dir()) / "quack")))
+    return Path(os.environ.setdefault("QUACK_CACHE_DIR", str(Path(cache_dir()) / KEPT)))
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:

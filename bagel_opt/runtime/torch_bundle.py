@@ -44,6 +44,7 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = read_weights(folder / WEIGHTS, device)
+        _join_cache(folder)
         if manifest.quantization:
             register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
@@ -162,9 +163,7 @@ def _features() -> set[str]:
 def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> TorchRuntime:
     """The model under torch.compile. What the bundle's cache holds joins this machine's, so that it need not compile;
     torch looks up its entries by source, version and processor, and compiles what does not fit."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
+    _join_cache(folder)
     with torch.device("meta"):
         model = Bagel(manifest.config)
     model.quantize(manifest.quantization)
@@ -172,6 +171,13 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)
     return TorchRuntime(prepare(model, compiled=True))
+
+
+def _join_cache(folder: Path) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if (folder / CACHE).is_dir():
+        shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
 
 
 def _copy_missing(source: str, target: str) -> None:

@@ -115,19 +115,17 @@ def whole(product: Linear, x: Tensor) -> Tensor:
 
 def run_pieces(layer: Layer, rows: int, length: int) -> None:
     """Runs every piece that such tokens may take, so that it is compiled: enter and leave, or what stands between products."""
-    expert, c = layer.gen, layer.gen.qkv.in_features
-    (heads, kv_heads, _), like = expert.qkv.heads, expert.norm1.weight
-    channels = like.new_zeros(0, expert.q_norm.weight.shape[0])
-    x = like.new_zeros(rows, length, c)
-    cos = channels.new_zeros(rows, length, 1, channels.shape[1] // 2, dtype=torch.float32)
-    slot_M = torch.arange(rows * length, device=like.device)
-    caches = Caches(*(channels.new_zeros(rows * length + 1, kv_heads, channels.shape[1]) for _ in range(2)))
+    expert, zeros = layer.gen, layer.gen.norm1.weight.new_zeros
+    kv_heads, channels, count = expert.qkv.heads[1], expert.q_norm.weight.shape[0], rows * length
+    x = zeros(rows, length, expert.qkv.in_features)
+    cos, slot_M = zeros(rows, length, 1, channels // 2, dtype=torch.float32), torch.arange(count, device=x.device)
+    caches = Caches(*(zeros(count + 1, kv_heads, channels) for _ in range(2)))
     tokens = Tokens(cos, cos, slot_M, None)
     q = compiled(enter)(expert, x, tokens, caches)
     compiled(leave)(expert, x, q, None)
     if length > 1:
         compiled(norm)(expert.norm1, x)
-        compiled(to_heads)(expert, x.new_zeros(rows, length, expert.qkv.out_features), tokens, caches)
+        compiled(to_heads)(expert, zeros(rows, length, expert.qkv.out_features), tokens, caches)
 
 
 class Way:
