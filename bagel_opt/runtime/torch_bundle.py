@@ -174,9 +174,9 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
 
 
 def _join_cache(folder: Path) -> None:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     if (folder / CACHE).is_dir():
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
         shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
 
 
