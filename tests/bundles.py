@@ -105,7 +105,7 @@ def traced_here() -> Iterator[None]:
 def few_programs(*names: str) -> Iterator[None]:
     """Exports have these programs alone meanwhile, and take less; and bundles of them load."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("export.bundle", "runtime.bundle_check"):
+        for module in ("export.bundle", "export.torch_packages", "runtime.bundle_check"):
             patch.setattr(
                 f"bagel_opt.{module}.signatures",
                 lambda *given: {name: one for name, one in signatures(*given).items() if name in names},

@@ -105,9 +105,9 @@ def export_packaged(
     calls, traced, known = programs(model), profile_to_trace(model.config, _sides(model)), {}
     for profile in profiles:
         few = profile.batches > 1
-        rows = profile.rows if few else traced.rows
-        wanted = signatures(model.config, dataclasses.replace(traced, rows=traced.rows))
-        wanted["step"] = signatures(model.config, dataclasses.replace(traced, rows=rows))["step"]
+        wanted = signatures(model.config, traced)
+        if few and "step" in wanted:
+            wanted["step"] = signatures(model.config, dataclasses.replace(traced, rows=profile.rows))["step"]
         for done, (name, signature) in enumerate(wanted.items()):
             ending = f"-{profile.batches}" if few and name == "step" else ""
             if name.endswith(ROW) or name + ending in known:

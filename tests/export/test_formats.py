@@ -56,11 +56,21 @@ def test_weights_are_copied_since_mapped_ones_are_slower(load):
     assert str(weights) not in Path("/proc/self/maps").read_text()
 
 
-def test_on_the_cpu_layers_can_look_at_the_slots_in_use_alone(load):
-    folder = load(CHECKPOINT, "export").runtime.folder
-    layers = {path.name.split(".")[0]: torch.export.load(path) for path in folder.glob("*.layer.pt2")}
-    assert {"text", "vit_context", "decode", "decode_row", "generate", "generate_row"} < layers.keys()
-    assert {name for name, program in layers.items() if not program.range_constraints} == {"vit"}
+def test_one_set_of_programs_serves_all_profiles_and_sizes(load):
+    """But for "step", whose inputs are as many as there are batches."""
+    folder = bundles.cached_export(CHECKPOINT, [ONE, SMALL, bundles.PROFILES[CHECKPOINT]], format="export")
+    one, small, tiny = read_manifest(folder).programs.values()
+    for name, entry in tiny.items():
+        base = tiny[name.removesuffix("_row")]["parts"]
+        assert entry["parts"] == base
+        assert name.endswith("_row") or name == "step" or one[name]["parts"] == small[name]["parts"] == base
+    assert [entries["step"]["parts"]["whole"]["file"] for entries in (one, small, tiny)] == [
+        "step-3.whole.pt2",
+        "step-2.whole.pt2",
+        "step.whole.pt2",
+    ]
+    for path in folder.glob("*.pt2"):
+        assert torch.export.load(path).range_constraints, path  # lengths that are free
 
 
 @pytest.mark.second
