@@ -100,33 +100,30 @@ def check_loads(path: str, device: torch.device) -> None:
 def export_packaged(
     model: Bagel, profiles: Sequence[Profile], folder: Path, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, dict]]:
-    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, once for all profiles, since all their
-    sizes are free but for the number of batches in "step". -> each profile's programs, as the manifest has them"""
+    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, once for all profiles, since their sizes
+    are free but for the rows of some. -> each profile's programs, as the manifest has them"""
     calls, traced, known = programs(model), profile_to_trace(model.config, _sides(model)), {}
+    found: dict[str, dict[str, dict]] = {}
     for profile in profiles:
-        few = profile.batches > 1
-        wanted = signatures(model.config, traced)
-        if few and "step" in wanted:
-            wanted["step"] = signatures(model.config, dataclasses.replace(traced, rows=profile.rows))["step"]
+        wanted, found[profile.name] = signatures(model.config, profile), {}
         for done, (name, signature) in enumerate(wanted.items()):
-            ending = f"-{profile.batches}" if few and name == "step" else ""
-            if name.endswith(ROW) or name + ending in known:
-                continue
-            progress(f"exporting {name}{ending}", done, len(wanted))
-            known[name + ending] = _export(model, name, calls[name], signature, traced, ending, folder)
+            rows, base = _rows(name, profile), name.removesuffix(ROW)
+            file = f"{base}-{rows}" if rows else base
+            if file not in known:
+                progress(f"exporting {file}", done, len(wanted))
+                shapes = signatures(model.config, dataclasses.replace(traced, rows=rows or traced.rows))[base]
+                known[file] = _export(model, file, base, calls[base], shapes, traced, folder)
+            found[profile.name][name] = {"parts": known[file], **dataclasses.asdict(signature)}
         progress("exported", len(wanted), len(wanted))
-    return {
-        profile.name: {
-            name: {"parts": known[_file_of(name, profile)], **dataclasses.asdict(signature)}
-            for name, signature in signatures(model.config, profile).items()
-        }
-        for profile in profiles
-    }
+    return found
 
 
-def _file_of(name: str, profile: Profile) -> str:
-    """The program's name in the names of its files."""
-    return f"step-{profile.batches}" if name == "step" and profile.batches > 1 else name.removesuffix(ROW)
+def _rows(name: str, profile: Profile) -> int | None:
+    """How many rows a program has; None is any number. "step" has inputs for each batch, of which there is one from three rows
+    on. Scans of any number of rows are none that torch 2.11 can compile for a GPU."""
+    if name.startswith("choose"):
+        return 1 if name.endswith(ROW) else profile.rows
+    return profile.rows if name == "step" and profile.batches > 1 else None
 
 
 def _sides(model: Bagel) -> set[int]:
@@ -134,9 +131,9 @@ def _sides(model: Bagel) -> set[int]:
 
 
 def _export(
-    model: Bagel, name: str, call: Callable, signature: Signature, traced: Profile, ending: str, folder: Path
+    model: Bagel, file: str, name: str, call: Callable, signature: Signature, traced: Profile, folder: Path
 ) -> dict[str, dict]:
-    """A program's parts, by role: the file, and the weights that it takes."""
+    """A program's parts, by role: the file, and the weights that it takes. file: what files' names begin with."""
     inputs, caches, free = example_inputs(model.config, signature, traced, model.dtype, model.device)
     sides = frozenset() if name.startswith("vae") else free_sides(traced)
     parts = {}
@@ -144,12 +141,12 @@ def _export(
         cuts = list(cut(model, name, call, tuple(inputs), caches, tuple(free), sides))
     for part in cuts:
         graph, used = export_part(part)
-        file = f"{name}{ending}.{part.role}.pt2"
+        part_file = f"{file}.{part.role}.pt2"
         graph.example_inputs = None  # it would be saved, weights and all
         written = io.BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(graph, written)
-        (folder / file).write_bytes(written.getbuffer())
-        parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
+        (folder / part_file).write_bytes(written.getbuffer())
+        parts[part.role] = {"file": part_file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
     return parts
 
 

@@ -62,12 +62,13 @@ def cache_folder() -> Path:
 def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
     """A call of each kernel that a layer may want."""
     cache_folder()
-    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
-    bias = weight[:, 0].contiguous()
-    calls = [functools.partial(gated_product, x, weight)]
-    for tile in (NARROW, WIDE):
-        calls.append(functools.partial(_call, x, weight, tile, bias=bias, C=None))
-        calls.append(functools.partial(_call, x, weight[:64], tile, bias=None, C=x))
+    calls = []
+    for tile, size in ((NARROW, 128), (WIDE, 256)):  # of the same sizes, the second would be taken for the first
+        x, weight = (torch.ones(n, size, device=device, dtype=dtype) for n in (size, 2 * size))
+        if tile is NARROW:
+            calls.append(functools.partial(gated_product, x, weight))
+        calls.append(functools.partial(_call, x, weight, tile, bias=weight[:, 0].contiguous(), C=None))
+        calls.append(functools.partial(_call, x, weight[:size], tile, bias=None, C=x))
     return calls
 
 

@@ -57,19 +57,17 @@ def test_weights_are_copied_since_mapped_ones_are_slower(load):
 
 
 def test_one_set_of_programs_serves_all_profiles_and_sizes(load):
-    """But for "step", whose inputs are as many as there are batches."""
+    """But for "step", whose inputs are as many as there are batches, and "choose"."""
     folder = bundles.cached_export(CHECKPOINT, [ONE, SMALL, bundles.PROFILES[CHECKPOINT]], format="export")
     one, small, tiny = read_manifest(folder).programs.values()
     for name, entry in tiny.items():
-        base = tiny[name.removesuffix("_row")]["parts"]
-        assert entry["parts"] == base
-        assert name.endswith("_row") or name == "step" or one[name]["parts"] == small[name]["parts"] == base
-    assert [entries["step"]["parts"]["whole"]["file"] for entries in (one, small, tiny)] == [
-        "step-3.whole.pt2",
-        "step-2.whole.pt2",
-        "step.whole.pt2",
-    ]
-    for path in folder.glob("*.pt2"):
+        if not name.startswith(("choose", "step")):
+            base = name.removesuffix("_row")
+            assert entry["parts"] == one[base]["parts"] == small[name]["parts"]
+    for name, files in (("step", ("step-1", "step-2", "step")), ("choose", ("choose-1", "choose-2", "choose-3"))):
+        assert [p[name]["parts"]["whole"]["file"] for p in (one, small, tiny)] == [f"{f}.whole.pt2" for f in files]
+    assert small["choose_row"]["parts"] == tiny["choose_row"]["parts"] == one["choose"]["parts"]
+    for path in set(folder.glob("*.pt2")) - set(folder.glob("choose*")):
         assert torch.export.load(path).range_constraints, path  # lengths that are free
 
 

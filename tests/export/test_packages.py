@@ -23,7 +23,7 @@ def archives():
     return bundles.cached_export(CHECKPOINT, PROFILES[CHECKPOINT], format="export")
 
 
-@pytest.fixture(scope="module", params=["text.layer.pt2", "choose.whole.pt2"])
+@pytest.fixture(scope="module", params=["text.layer.pt2", "choose-3.whole.pt2"])
 def package(request, archives, compiled):
     """An archive and the package that was made of it."""
     return archives / request.param, compiled / request.param
@@ -34,7 +34,7 @@ def compiled(archives, tmp_path_factory):
     """A program's layer and a whole program: compiling all of a bundle takes two minutes."""
     bundles.needs_compiler("aoti")
     folder = tmp_path_factory.mktemp("packages")
-    for name in ("text.layer.pt2", "choose.whole.pt2"):
+    for name in ("text.layer.pt2", "choose-3.whole.pt2"):
         shutil.copy(archives / name, folder)
     told = []
     with pytest.MonkeyPatch.context() as patch:
