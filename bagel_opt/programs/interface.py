@@ -33,6 +33,9 @@ class Runtime(Protocol):
     adapters: Mapping[str, float] | None
     free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
 
+    def active(self) -> dict[str, str]:
+        """What computes here, as runtime/active.py words it."""
+
     def set_adapters(self, adapters: Mapping[str, Any]) -> None:
         """Keeps these adapters apart in place of those before, where weights are not fixed. Raises as `load` does."""
 

@@ -18,6 +18,7 @@ from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import slots_in_use
+from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
 
@@ -57,6 +58,10 @@ class PackagedRuntime(TorchRuntime):
         other = copy.copy(self)
         other.programs, other.profile = other, profile.name
         return other
+
+    def active(self) -> dict[str, str]:
+        m = self.manifest
+        return torch_active(m.kind, self.device, self.dtype, m.attention, m.quantization)
 
     def __getitem__(self, name: str) -> Callable:
         """A program as `TorchRuntime.run` calls it."""
@@ -153,8 +158,8 @@ def _features() -> set[str]:
     return {name for name, there in told.items() if there is True and name not in UNUSED} | {told["architecture"]}
 
 
-def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> TorchRuntime:
-    """The model under torch.compile. What the bundle's cache holds joins this machine's, so that it need not compile;
+def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device, compiled: bool) -> TorchRuntime:
+    """The model under torch.compile, or eager where nothing compiles. What the bundle's cache holds joins this machine's, so that it need not compile;
     torch looks up its entries by source, version and processor, and compiles what does not fit."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -165,7 +170,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)
-    return TorchRuntime(prepare(model, compiled=True))
+    return TorchRuntime(prepare(model, compiled))
 
 
 def _copy_missing(source: str, target: str) -> None:

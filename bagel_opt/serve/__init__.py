@@ -55,6 +55,8 @@ def make_app(
     access = Access(tuple(keys), hosts, tuple(map(str.lower, origins)))
     log_as_json()
     engine = EngineThread(model, Metrics(), max_queue, timeout)
+    told = "; ".join(f"{name.replace('_', ' ')} {what}" for name, what in engine.facts.items())
+    logging.getLogger("bagel_opt.serve").info("active: %s", told, extra={"fields": {"active": engine.facts}})
     return create_app(Service(tuple(names), engine, limits, remote, Links() if links else None), access)
 
 

@@ -1,0 +1,39 @@
+"""Packages that are installed and broken: small ones that a test writes."""
+
+import contextlib
+import sys
+
+from bagel_opt import installed
+from bagel_opt.model import attention
+from bagel_opt.runtime import fused_products
+
+CACHED = (
+    *(installed.fault, attention.flash_package),
+    *(fused_products.fault, fused_products.fault_fp8, fused_products.usable, fused_products.usable_fp8),
+)
+
+
+@contextlib.contextmanager
+def packages(monkeypatch, folder, **files):
+    """Modules by their dotted names with __ for a dot, and what stands in them; what was tried before is forgotten, then and
+    afterwards."""
+    tops = set()
+    for name, text in files.items():
+        *above, last = name.split("__")
+        place = folder.joinpath(*above, last)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").write_text(text)
+        tops.add((above or [last])[0])
+    monkeypatch.syspath_prepend(folder)
+    _forget(tops)
+    try:
+        yield
+    finally:
+        _forget(tops)
+
+
+def _forget(tops):
+    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        del sys.modules[name]
+    for cached in CACHED:
+        cached.cache_clear()
