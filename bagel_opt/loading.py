@@ -102,7 +102,7 @@ def load(
     for note in checkpoint.notes:
         log.info(note)
     check_kinds(where, kinds or checkpoint.kinds)
-    for note in faster(where, kind, chosen, asked=device is not None):
+    for note in faster(where, chosen, asked=device is not None):
         log.info(note)
     model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
@@ -165,12 +165,15 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         raise missing(f"a bundle of kind {manifest.kind!r}", "torch", error, "torch") from None
     check_version("torch", torch.__version__)
     from bagel_opt.model.attention import choose
+    from bagel_opt.runtime.facts import faster
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device)
     check_kinds(where, manifest.quantization)
     if manifest.attention == "flash":
         choose("flash", where, torch_dtype(manifest.dtype, torch.float32))  # warns of what is broken now, not in a run
+        for note in faster(where, "flash", asked=True):
+            log.info(note)
     if manifest.kind == "compile":
         return compiled_runtime(folder, manifest, where, compiles(where))
     if manifest.kind == "aoti":

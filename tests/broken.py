@@ -25,15 +25,16 @@ def packages(monkeypatch, folder, **files):
         (place / "__init__.py").write_text(text)
         tops.add((above or [last])[0])
     monkeypatch.syspath_prepend(folder)
-    _forget(tops)
+    there = _forget(tops)
     try:
         yield
     finally:
         _forget(tops)
+        sys.modules.update(there)
 
 
 def _forget(tops):
-    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-        del sys.modules[name]
     for cached in CACHED:
         cached.cache_clear()
+    names = [name for name in sys.modules if name.partition(".")[0] in tops]
+    return {name: sys.modules.pop(name) for name in names}

@@ -61,7 +61,7 @@ def facts() -> dict[str, Any]:
         return {"versions": versions, "devices": [_cpu(), *gpus], "unused": unused}
 
 
-def faster(device: "torch.device", dtype: "torch.dtype", attention: str, asked: bool) -> list[str]:
+def faster(device: "torch.device", attention: str, asked: bool) -> list[str]:
     """What is missing here that would make a model faster, in a line each. asked: whether the device was chosen."""
     unused = None
     if device.type == "cpu" and not asked and "CUDA_VISIBLE_DEVICES" not in os.environ:

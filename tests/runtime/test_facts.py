@@ -99,10 +99,10 @@ def test_a_hopper_gpu_on_which_all_is_missing(gpu, absent, tmp_path, monkeypatch
     absent("triton", "quack", "cuda")
     with packages(monkeypatch, tmp_path):
         found = facts()
-        assert faster(CUDA, torch.bfloat16, "flash", asked=True) == [
+        assert faster(CUDA, "flash", asked=True) == [
             "flash-attn-4 is not installed, so attention is torch's FlashAttention 2; pip install 'bagel-opt[flash]'"
         ]
-        assert faster(CUDA, torch.float32, "sdpa", asked=True) == []
+        assert faster(CUDA, "sdpa", asked=True) == []
     assert [device["device"] for device in found["devices"]] == ["cpu", "cuda:0", "cuda:1"]
     about = found["devices"][1]
     assert (about["model"], about["capability"], about["memory_bytes"]) == ("Some GPU", "9.0", 8 * 10**10)
@@ -131,7 +131,7 @@ def test_a_hopper_gpu_on_which_all_is_there(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_why_no_cuda_provider", lambda: None)
     with packages(monkeypatch, tmp_path, flash_attn__cute=works, triton=""):
         found = facts()
-        assert faster(CUDA, torch.bfloat16, "flash", asked=True) == []
+        assert faster(CUDA, "flash", asked=True) == []
     uses = found["devices"][1]["uses"]
     assert uses["attention, bfloat16"] == "flash-attn-4"
     assert uses["fused products"] == "quack-kernels"
@@ -148,7 +148,7 @@ def test_a_broken_flash_attention_is_told_of_and_no_note_says_it_again(gpu, tmp_
             "flash-attn-4 cannot be imported (undefined symbol), so attention is torch's FlashAttention 2",
             "pip install 'bagel-opt[flash]' installs what was tried together",
         )
-        assert faster(CUDA, torch.bfloat16, "flash", asked=True) == []
+        assert faster(CUDA, "flash", asked=True) == []
 
 
 def test_an_old_gpu(gpu, tmp_path, monkeypatch):
@@ -168,9 +168,9 @@ def test_a_gpu_that_torch_does_not_see(smi, monkeypatch):
     assert why == f"torch {torch.__version__} is built without CUDA and does not see the NVIDIA H100 80GB HBM3"
     assert do.startswith("pip uninstall torch; pip install 'bagel-opt[torch]'")
     assert found["devices"][1]["memory_bytes"] == 81559 * 2**20
-    [line] = faster(cpu, torch.float32, "sdpa", asked=False)
+    [line] = faster(cpu, "sdpa", asked=False)
     assert line == f"{why}; {do}"
-    assert faster(cpu, torch.float32, "sdpa", asked=True) == []  # "cpu" was asked for
+    assert faster(cpu, "sdpa", asked=True) == []  # "cpu" was asked for
 
     def fails():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)\nmore")
@@ -186,7 +186,7 @@ def test_a_gpu_that_torch_does_not_see(smi, monkeypatch):
         "CUDA_VISIBLE_DEVICES='' hides it",
         "unset CUDA_VISIBLE_DEVICES",
     )
-    assert faster(cpu, torch.float32, "sdpa", asked=False) == []
+    assert faster(cpu, "sdpa", asked=False) == []
 
 
 def test_a_driver_that_fails(smi, tmp_path):
