@@ -15,6 +15,7 @@ from typing import NamedTuple
 from bagel_opt.errors import reason
 
 ABSENT = "not installed"
+KERNELS = {"flash_attention": "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "quack": "QUACK_CACHE_DIR"}
 FLASH = "pip install 'bagel-opt[flash]'"
 
 
@@ -38,7 +39,7 @@ def fault(module: str, *names: str) -> str | None:
     It is imported, which may take seconds: a library that is there may still lack another one, or be built for another
     version of it, and raise anything."""
     try:
-        if not _is_there(module):
+        if not is_there(module):
             return ABSENT
         found = importlib.import_module(module)
     except Exception as error:
@@ -47,8 +48,8 @@ def fault(module: str, *names: str) -> str | None:
     return f"it has no {lacking[0]}" if lacking else None
 
 
-def _is_there(module: str) -> bool:
-    """Without importing what it lies in, which may be broken itself. A folder without code of its own, such as flash_attn
+def is_there(module: str) -> bool:
+    """Whether it is installed, without importing it or what it lies in, which may be broken. A folder without code of its own, such as flash_attn
     where flash-attn-4 alone is installed, is no module."""
     top, *parts = module.split(".")
     found = importlib.util.find_spec(top)
@@ -56,6 +57,18 @@ def _is_there(module: str) -> bool:
         places = found.submodule_search_locations if found else None
         found = PathFinder.find_spec(f"{found.name}.{part}", places) if places else None
     return found is not None and found.origin is not None
+
+
+def kernel_folder(name: str) -> Path:
+    """Where FlashAttention 4 ("flash_attention") or quack-kernels ("quack") keeps what it has compiled: beside torch, unless
+    its own variable says otherwise. By itself the first would compile in each process, 10 s in all. Both variables are read as
+    the packages are imported, and the first imports the second, so this is to be called before."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    for folder, variable in KERNELS.items():
+        os.environ.setdefault(variable, str(Path(cache_dir()) / folder))
+    return Path(os.environ[KERNELS[name]])
 
 
 def mend_flash() -> str:

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bagel_opt.api import Model
+from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
@@ -104,7 +106,9 @@ def load(
     check_kinds(where, kinds or checkpoint.kinds)
     for note in faster(where, chosen, asked=device is not None):
         log.info(note)
-    model = checkpoint.load(where, kind, progress, kinds)
+    warming = compiled and chosen == "flash"
+    with _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds) if warming else nullcontext():
+        model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
     runtime = TorchRuntime(prepare(model, compiled))
     runtime.set_adapters(adapters)
@@ -194,6 +198,19 @@ def compiles(device: "torch.device") -> bool:
     if found.why:
         log.warning("nothing is compiled (%s), so all runs eager, more slowly; %s", found.why, found.do)
     return not found.why
+
+
+def _warming_up(
+    config: BagelConfig, device: "torch.device", dtype: "torch.dtype", kinds: Mapping[str, str]
+) -> AbstractContextManager:
+    if device.type != "cuda":
+        return nullcontext()
+    from bagel_opt.runtime.torch_setup import register_kernels
+    from bagel_opt.runtime.warm_up import warming_up
+
+    if kinds:
+        register_kernels(device)
+    return warming_up(config.llm, device, dtype, kinds)
 
 
 def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:

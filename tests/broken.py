@@ -24,6 +24,11 @@ def packages(monkeypatch, folder, **files):
         place.mkdir(parents=True, exist_ok=True)
         (place / "__init__.py").write_text(text)
         tops.add((above or [last])[0])
+    if "triton" in tops:
+        import torch._dynamo  # noqa: F401  which asks for Triton once, and would take the false one for it
+    for variable in ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", *installed.KERNELS.values()):
+        monkeypatch.setenv(variable, "")  # so that it is as before, afterwards
+        monkeypatch.delenv(variable)
     monkeypatch.syspath_prepend(folder)
     there = _forget(tops)
     try:

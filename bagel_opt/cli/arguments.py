@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bagel_opt import __version__
+from bagel_opt.cli.argument_types import adapter, count, kept_apart, port, quantization, sizes
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
@@ -102,7 +103,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         ("tokens", 32, "timed tokens per answer (32)"),
         ("repeats", 3, "runs after the warm-up (3)"),
     ):
-        time_.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=text)
+        time_.add_argument(f"--{name}", type=count, default=value, metavar="N", help=text)
     for name in ("device", "dtype", "profile"):
         time_.add_argument(f"--{name}", help="as for the other commands")
     time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
@@ -121,18 +122,6 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
     _no_check(show)
     return top
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text[:6]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; they go from 0 to 65535")
-    return int(text)
 
 
 def _options(sub: argparse.ArgumentParser, title: str, *groups: str) -> None:
@@ -191,7 +180,7 @@ def _weights(group: argparse._ActionsContainer) -> None:
         "--lora",
         metavar="FILE[=FACTOR]",
         action="append",
-        type=_adapter,
+        type=adapter,
         default=[],
         help="an adapter's file or folder, as peft writes them; may be given several times",
     )
@@ -205,31 +194,6 @@ def _quantization(group: argparse._ActionsContainer, required: bool = False) -> 
         required=required,
         help="fp8, int8 or int4: weights of both experts in 8 or 4 bits; or by part, as gen=fp8,und=int4,vit=int8,head=int8",
     )
-
-
-def quantization(text: str) -> str | dict[str, str]:
-    """Of `load`: a kind, or PART=KIND with commas."""
-    pairs = [pair.partition("=")[::2] for pair in text.split(",")] if "=" in text else []
-    if len(found := dict(pairs)) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names a part twice")
-    return found or text
-
-
-def _adapter(text: str) -> tuple[str, float]:
-    place, _, factor = text.rpartition("=")
-    if not place or Path(text).exists():
-        return text, 1.0
-    try:
-        return place, float(factor)
-    except ValueError:
-        return text, 1.0
-
-
-def _kept_apart(text: str) -> tuple[str, tuple[str, float]]:
-    name, sign, place = text.partition("=")
-    if not (name and sign and place):
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=FILE")
-    return name, (place, 0.0)  # counts where a request asks for it
 
 
 def _no_check(group: argparse._ActionsContainer) -> None:
@@ -255,13 +219,13 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         dest="adapters",
         metavar="NAME=FILE",
         action="append",
-        type=_kept_apart,
+        type=kept_apart,
         default=[],
         help="an adapter that is kept apart, for requests that ask for it: adapters={NAME: scale}; may be given several times",
     )
     group = sub.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
-    group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
+    group.add_argument("--port", type=port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
     group.add_argument(
         "--allowed-host",
         action="append",
@@ -290,10 +254,17 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--remote-images", action="store_true", help="fetch input pictures from public http(s) addresses too"
     )
+    group.add_argument(
+        "--warm",
+        type=sizes,
+        default=(),
+        metavar="SIZES",
+        help="draw, edit and ask about pictures of these sizes, as 1024x1024,768x1024, before the first request (none)",
+    )
     many = sub.add_argument_group("replicas, on Ray Serve")
-    many.add_argument("--replicas", type=_count, metavar="N", help="engines with a model each, behind one address")
-    many.add_argument("--max-replicas", type=_count, metavar="N", help="start more while requests wait, up to so many")
-    many.add_argument("--requests-per-replica", type=_count, metavar="N", help="that autoscaling aims at (4)")
+    many.add_argument("--replicas", type=count, metavar="N", help="engines with a model each, behind one address")
+    many.add_argument("--max-replicas", type=count, metavar="N", help="start more while requests wait, up to so many")
+    many.add_argument("--requests-per-replica", type=count, metavar="N", help="that autoscaling aims at (4)")
     many.add_argument("--cpus-per-replica", type=float, metavar="N", help="cores, and threads, of each (1)")
     many.add_argument("--gpus-per-replica", type=float, metavar="N", help="GPUs of each (0)")
     limits = sub.add_argument_group("limits")
@@ -306,4 +277,4 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("max-n", 8, "pictures that one request may ask for, as n or max_rounds"),
         ("max-timesteps", 200, "largest num_timesteps of a request"),
     ):
-        limits.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (%(default)s)")
+        limits.add_argument(f"--{name}", type=count, default=value, metavar="N", help=f"{text} (%(default)s)")

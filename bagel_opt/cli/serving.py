@@ -59,6 +59,7 @@ def server_settings(a: argparse.Namespace) -> dict:
         "max_queue": a.max_queue,
         "timeout": a.timeout,
         "remote": a.remote_images,
+        "warm": a.warm,
     }
 
 

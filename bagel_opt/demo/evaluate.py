@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import bagel_opt
-from bagel_opt.cli.arguments import quantization
+from bagel_opt.cli.argument_types import quantization
 from bagel_opt.cli.console import guarded
 from bagel_opt.demo import texts
 from bagel_opt.demo.checker import shows

@@ -179,10 +179,12 @@ def write_bundle(
         copy_examples(examples, folder)
     programs, compiled_for = _write_programs(model, profiles, folder, format, progress), ""
     if format == "aoti":
+        from bagel_opt.export.compile_cache import keep_attention_kernels
         from bagel_opt.export.torch_packages import compile_all
         from bagel_opt.runtime.torch_bundle import machine
 
         compiled_for = machine(model.device)
+        keep_attention_kernels(model, folder)
         del model  # its memory may be what compiling wants
         compile_all(folder, progress)
     progress("sha256", 0, 0)
@@ -197,6 +199,7 @@ def write_bundle(
         versions=_versions(LIBRARIES),
         machine=compiled_for,
         files=list_files(folder),
+        free_sizes=format in ("aoti", "export"),
         quantization=dict(kinds),
     ).write(folder)
 
@@ -223,11 +226,13 @@ def _write_programs(
 
         warm(model, profiles, folder, progress)
         return {p.name: {n: dataclasses.asdict(s) for n, s in signatures(model.config, p).items()} for p in profiles}
-    if format == "onnx":
-        from bagel_opt.export.onnx import export_onnx as write
-    else:
-        from bagel_opt.export.torch_packages import export_packaged as write
-    free = format == "onnx" and model.device == "cpu"
+    if format != "onnx":
+        from bagel_opt.export.torch_packages import export_packaged
+
+        return export_packaged(model, profiles, folder, progress)
+    from bagel_opt.export.onnx import export_onnx
+
+    free = model.device == "cpu"
     known, programs = {}, {}
     for number, profile in enumerate(profiles):
         wanted = signatures(model.config, profile)
@@ -237,7 +242,7 @@ def _write_programs(
         }
         missing = {as_[0]: as_[1] for name, as_ in made.items() if keys[name] not in known}
         suffix = f"-{number + 1}" if number else ""
-        written = write(model, missing, suffix, profile, folder, progress)
+        written = export_onnx(model, missing, suffix, profile, folder, progress)
         for name, key in keys.items():
             known.setdefault(key, written.get(made[name][0]))
         programs[profile.name] = {name: {**known[keys[name]], **dataclasses.asdict(s)} for name, s in wanted.items()}

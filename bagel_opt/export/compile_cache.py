@@ -1,4 +1,5 @@
-"""torch.compile's caches, filled at export so that the process that loads the bundle need not compile."""
+"""What compilers have made, kept in bundles so that the process that loads one need not compile: torch.compile's caches, and
+the kernels of FlashAttention 4 and of quack-kernels."""
 
 import os
 import shutil
@@ -10,15 +11,18 @@ import torch
 from torch._inductor.utils import clear_caches
 
 from bagel_opt.files.manifest import CACHE
+from bagel_opt.model import attention
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
 from bagel_opt.programs.exercise import run_programs
+from bagel_opt.runtime import fused_products
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
 
 
 def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable[[str, int, int], None]) -> None:
     """Runs every program of all profiles once, compiled, into an empty cache, and keeps the cache in folder/cache."""
+    kernels = _kernel_folders(model)  # named before torch's own is another
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
@@ -35,8 +39,37 @@ def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable
             else:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
             torch.compiler.reset()
-        for path in Path(empty).rglob("*"):  # copytree would go on where the disk is full, and list every file
-            if path.is_file() and path.suffix != ".lock":
-                to = folder / CACHE / path.relative_to(empty)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, to)
+        _copy(Path(empty), folder / CACHE)
+    for name, source in kernels.items():
+        _copy(source, folder / CACHE / name)
+
+
+def keep_attention_kernels(model: Bagel, folder: Path) -> None:
+    """For a bundle whose programs call FlashAttention: compiles its kernels, and keeps them in folder/cache."""
+    c = model.config.llm
+    for name, source in _kernel_folders(model).items():
+        if name == attention.KEPT:
+            from bagel_opt.runtime.warm_up import compile_part
+
+            compile_part(model.device, model.dtype, (c.num_attention_heads, c.num_key_value_heads, c.head_dim), 0)
+            _copy(source, folder / CACHE / name)
+
+
+def _kernel_folders(model: Bagel) -> dict[str, Path]:
+    """Where those packages keep what they compile, by the names of these folders in a bundle's cache; of those that the model
+    uses."""
+    if model.ops.backend != "flash" or attention.flash_package() != "flash_attn.cute":
+        return {}
+    found = {attention.KEPT: attention.cache_folder()}
+    if fused_products.possible(model.device, model.dtype):
+        found[fused_products.KEPT] = fused_products.cache_folder()
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Every file. copytree would go on where the disk is full, and list them all."""
+    for path in source.rglob("*"):
+        if path.is_file() and path.suffix != ".lock":
+            to = target / path.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, to)

@@ -2,13 +2,15 @@
 compiles one layer and runs it with each layer's weights, which are inputs like any other.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from bagel_opt.export.examples import free_axes
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.programs.signatures import ROW
@@ -23,9 +25,9 @@ class Part:
 
     role: "whole", "start", "layer" or "end". prefix: what goes before the owner's names in the bundle, with {} for the
     layer's number. A start returns the layers' state and then what all layers share; a layer takes both, its caches
-    and the valid slots, and returns the new state; an end takes the state and the program's inputs. The mask that a
-    layer takes may cover the first slots alone, those in use; with FlashAttention it takes each row's number of visible
-    keys instead. free: dimensions of inputs that are not static.
+    and the valid slots, and returns the new state; an end takes the state and the program's inputs. A start of a program
+    with caches takes one more tensor, as long as there are slots to look at, the first ones, and its mask covers those;
+    with FlashAttention layers take each row's number of visible keys instead. free: dimensions of inputs that are not static.
     """
 
     role: str
@@ -43,14 +45,19 @@ def cut(
     inputs: tuple[Tensor, ...],
     caches: list[Tensor],
     free: tuple[dict | None, ...],
+    sides: Set[int],
 ) -> Iterator[Part]:
-    """The parts of a program, with example inputs. Attention is the model's: SDPA with the mask as a tensor, or flash."""
+    """The parts of a program, with example inputs. Attention is the model's: SDPA with the mask as a tensor, or flash.
+    sides: the sizes of inputs that are free."""
     if name == "vit":
-        yield from _vit(model, inputs)
+        parts = _vit(model, inputs)
     elif caches:
-        yield from _transformer(model, name, inputs, caches)
+        parts = _transformer(model, name, inputs, caches)
     else:
-        yield Part("whole", getattr(call, "__self__", call), "", call, inputs, free if any(free) else ())
+        parts = iter([Part("whole", getattr(call, "__self__", call), "", call, inputs, free if any(free) else ())])
+    for part in parts:
+        found = part.free or tuple(free_axes(x, sides) for x in part.inputs)
+        yield dataclasses.replace(part, free=found if any(found) else ())
 
 
 def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
@@ -58,10 +65,10 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
         x_BPC, seen = model.start_vit(*inputs)
-        return x_BPC.contiguous(), seen.mask.contiguous()
+        return x_BPC.contiguous(), twice(seen.mask).contiguous()
 
     def run(x_BPC: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (layer(x_BPC, Visible(None, False, mask), model.ops.vit),)
+        return (layer(x_BPC, Visible(None, False, mask[:, :1]), model.ops.vit),)
 
     def end(x_BPC: Tensor, _: Tensor, index_BP: Tensor, __: Tensor) -> tuple:
         return model.end_vit(x_BPC, index_BP)
@@ -74,21 +81,18 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
 
 def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
     layer, slots, name = model.llm.layers[0], caches[0].shape[1], name.removesuffix(ROW)
-    flash = model.ops.backend == "flash"
-    seen = model.start(name, inputs, slots).seen
-    # torch 2.13 cannot read an archive back in which a single vector has a free length: such a mask is given twice
-    vector, causal = not flash and seen.mask.numel() == slots, seen.causal
+    flash, causal = model.ops.backend == "flash", model.start(name, inputs, slots).seen.causal
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
-        s = model.start(name, inputs, slots)
-        sees = s.seen.kv_len_B if flash else s.seen.mask
-        if vector:
-            sees = sees.expand(-1, 2, -1, -1)
+        *inputs, looked_at_S = inputs
+        s = model.start(name, inputs, looked_at_S.shape[0])
+        sees = s.seen.kv_len_B if flash else twice(s.seen.mask)
         given = s.und_BTC, s.gen_BNC, s.cos, s.sin, sees
         # in plain memory order, as compiled code expects what it was compiled for
         return tuple(x.contiguous() for x in given if x is not None)
 
-    example = start(*inputs)
+    begins = *inputs, torch.zeros(slots // 2, dtype=torch.uint8, device=inputs[0].device)
+    example = start(*begins)
     state = len(example) - 3
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,14 +109,14 @@ def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: li
             for x in model.end(name, tensors[0], tensors[1] if state == 2 else None)
         )
 
-    yield Part("start", model, "", start, inputs)
-    *others, sees = example
-    free = ()
-    if not flash:
-        sees = sees[..., : slots // 2].contiguous()
-        free = (*(None for _ in others), {3: torch.export.Dim.DYNAMIC}, None, None, None)
-    yield Part("layer", layer, TRANSFORMER, run, (*others, sees, caches[0], caches[len(caches) // 2], inputs[-1]), free)
+    yield Part("start", model, "", start, begins)
+    yield Part("layer", layer, TRANSFORMER, run, (*example, caches[0], caches[len(caches) // 2], inputs[-1]))
     yield Part("end", model, "", end, (*example[:state], *inputs))
+
+
+def twice(mask: Tensor) -> Tensor:
+    """torch 2.13 cannot read an archive back in which a single vector has a free length."""
+    return mask.expand(-1, 2, -1, -1)
 
 
 class Functional(nn.Module):

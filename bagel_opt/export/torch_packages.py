@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,14 +16,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_unflatten
 
-from bagel_opt.export.examples import example_inputs
+from bagel_opt.export.examples import example_inputs, free_sides, profile_to_trace
 from bagel_opt.export.given import Given
 from bagel_opt.export.parts import Functional, Part, cut
 from bagel_opt.export.processes import ProcessDiedError, in_processes
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
 from bagel_opt.programs.callables import programs
-from bagel_opt.programs.signatures import Signature
+from bagel_opt.programs.signatures import ROW, Signature, signatures
 from bagel_opt.runtime.torch_bundle import open_package
 
 UNLOADABLE = (
@@ -83,7 +83,7 @@ def compile_file(path: str) -> None:
                 if str(file).endswith(".wrapper.cpp"):  # torch 2.11 finds the metadata by this name
                     kept.append(str(Path(folder) / Path(file).name))
                     Path(kept[-1]).touch()
-            written = io.BytesIO()  # as in export_packaged
+            written = io.BytesIO()  # as in _export
             package_aoti(written, kept)
             Path(path).write_bytes(written.getbuffer())
     check_loads(path, inputs[0][0].device)
@@ -98,32 +98,59 @@ def check_loads(path: str, device: torch.device) -> None:
 
 
 def export_packaged(
-    model: Bagel,
-    signatures: dict[str, Signature],
-    suffix: str,
-    profile: Profile,
-    folder: Path,
-    progress: Callable[[str, int, int], None],
+    model: Bagel, profiles: Sequence[Profile], folder: Path, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, dict]]:
+    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, once for all profiles, since all their
+    sizes are free but for the number of batches in "step". -> each profile's programs, as the manifest has them"""
+    calls, traced, known = programs(model), profile_to_trace(model.config, _sides(model)), {}
+    for profile in profiles:
+        few = profile.batches > 1
+        rows = profile.rows if few else traced.rows
+        wanted = signatures(model.config, dataclasses.replace(traced, rows=traced.rows))
+        wanted["step"] = signatures(model.config, dataclasses.replace(traced, rows=rows))["step"]
+        for done, (name, signature) in enumerate(wanted.items()):
+            ending = f"-{profile.batches}" if few and name == "step" else ""
+            if name.endswith(ROW) or name + ending in known:
+                continue
+            progress(f"exporting {name}{ending}", done, len(wanted))
+            known[name + ending] = _export(model, name, calls[name], signature, traced, ending, folder)
+        progress("exported", len(wanted), len(wanted))
+    return {
+        profile.name: {
+            name: {"parts": known[_file_of(name, profile)], **dataclasses.asdict(signature)}
+            for name, signature in signatures(model.config, profile).items()
+        }
+        for profile in profiles
+    }
+
+
+def _file_of(name: str, profile: Profile) -> str:
+    """The program's name in the names of its files."""
+    return f"step-{profile.batches}" if name == "step" and profile.batches > 1 else name.removesuffix(ROW)
+
+
+def _sides(model: Bagel) -> set[int]:
+    return {side for tensor in (*model.parameters(), *model.buffers()) for side in tensor.shape}
+
+
+def _export(
+    model: Bagel, name: str, call: Callable, signature: Signature, traced: Profile, ending: str, folder: Path
 ) -> dict[str, dict]:
-    """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives; the manifest's entries."""
-    calls, entries = programs(model), {}
-    for done, (name, signature) in enumerate(signatures.items()):
-        progress(f"exporting {name}", done, len(signatures))
-        inputs, caches, free = example_inputs(model.config, signature, profile, model.dtype, model.device)
-        parts = {}
-        with torch.no_grad():
-            cuts = list(cut(model, name, calls[name], tuple(inputs), caches, tuple(free)))
-        for part in cuts:
-            graph, used = export_part(part)
-            file = f"{name}.{part.role}{suffix}.pt2"
-            graph.example_inputs = None  # it would be saved, weights and all
-            written = io.BytesIO()  # torch's own writer ends the process where the disk is full
-            torch.export.save(graph, written)
-            (folder / file).write_bytes(written.getbuffer())
-            parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
-        entries[name] = {"parts": parts, **dataclasses.asdict(signature)}
-    progress("exported", len(signatures), len(signatures))
-    return entries
+    """A program's parts, by role: the file, and the weights that it takes."""
+    inputs, caches, free = example_inputs(model.config, signature, traced, model.dtype, model.device)
+    sides = frozenset() if name.startswith("vae") else free_sides(traced)
+    parts = {}
+    with torch.no_grad():
+        cuts = list(cut(model, name, call, tuple(inputs), caches, tuple(free), sides))
+    for part in cuts:
+        graph, used = export_part(part)
+        file = f"{name}{ending}.{part.role}.pt2"
+        graph.example_inputs = None  # it would be saved, weights and all
+        written = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(graph, written)
+        (folder / file).write_bytes(written.getbuffer())
+        parts[part.role] = {"file": file, "weights": [name_in_bundle(part, parameter) for parameter in used]}
+    return parts
 
 
 def compile_files(_: None, paths: list[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ tokenizer.json
 examples.json         and the picture that it names, where the checkpoint has them (bagel_opt/examples.py)
 NAME.onnx             of an ONNX bundle: graphs whose weights are external data inside weights.safetensors
 NAME.ROLE.pt2         of an aoti or export bundle: parts of programs (export/parts.py), whose weights are inputs
-cache/                of a compile bundle: what torch.compile compiled
+cache/                of a compile bundle what torch.compile compiled, and on a GPU kernels of FlashAttention 4 and quack-kernels
 
 ONNX graphs are data. The programs of the other kinds are code, or become it: load only those of people you trust.
 """
@@ -26,8 +26,8 @@ from bagel_opt.errors import BundleError
 from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.profile import Profile
 
-FORMAT = 7
-READ = (6, 7)  # formats that can be read; 6 does not say what a bundle was tried with
+FORMAT = 8
+READ = (6, 7, 8)  # formats that can be read; 6 does not say what a bundle was tried with, 7 has no free sizes
 MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
 UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
 SCHEMA = Path(__file__).with_name("manifest.schema.json")
@@ -38,7 +38,8 @@ class Manifest:
     """What a bundle says of itself. programs: by profile and name, each one's files, inputs, outputs and rows of caches.
     profiles: from small to large. versions: of the libraries that it was made with. machine: what a processor must have for
     compiled code, as words. tried: with what it was compared with eager float32, if it was. quantization: the kinds of the
-    parts that are quantised (quantization.py)."""
+    parts that are quantised (quantization.py). free_sizes: whether programs take fewer rows, tokens, patches, latents and slots
+    than their inputs say, too."""
 
     kind: str
     dtype: str
@@ -50,6 +51,7 @@ class Manifest:
     versions: dict[str, str]
     machine: str
     files: dict[str, dict[str, Any]]
+    free_sizes: bool = False
     tried: dict[str, str] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class Manifest:
             "versions": self.versions,
             "machine": self.machine,
             "tried": self.tried,
+            "free_sizes": self.free_sizes,
             "files": self.files,
             **({"quantization": self.quantization} if self.quantization else {}),
         }
@@ -109,6 +112,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         versions=data["versions"],
         machine=data["machine"],
         files=data["files"],
+        free_sizes=data.get("free_sizes", False),
         tried=data.get("tried", {}),
         quantization=data.get("quantization", {}),
     )

@@ -7,9 +7,11 @@ j < kv_len and, if causal, j <= i + kv_len - Q: the last query sees all valid ke
 Attention (opset 24) with `nonpad_kv_seqlen`. Grouped queries are never expanded.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from bagel_opt import installed
 
+KEPT = "flash_attention"  # a folder in torch's cache
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
 # FlashAttention 4, 3 and 2, as pip calls them and what is called of each.
 FLASH = {
@@ -134,10 +137,18 @@ def attention(
     return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
 
 
+def cache_folder() -> Path:
+    """Where FlashAttention 4 keeps what it has compiled."""
+    return installed.kernel_folder(KEPT)
+
+
 @functools.cache
 def flash_package() -> str | None:
     """The newest FlashAttention that can be imported, which is tried, by its module's name. None leaves the kernels of 2 that
     torch brings. Warns of newer ones that are installed and broken."""
+    if installed.is_there("flash_attn.cute"):
+        with contextlib.suppress(Exception):  # of torch's compiler, without which it compiles in each process
+            cache_folder()
     broken = {}
     for module, (name, function) in FLASH.items():
         why = installed.fault(module, function)

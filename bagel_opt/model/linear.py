@@ -26,9 +26,11 @@ class LowRank(nn.Module):
         self.register_buffer("wide", None, persistent=False)
 
     def reduced(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
-        """x in the adapters' ranks, each as much as its adapter counts in that row: [B, T, R]."""
-        share_B1R = share_BK.index_select(1, self.of_R)[:, None]
-        return F.linear(x_BTC, self.down_RC) * share_B1R.to(x_BTC.dtype)
+        """x in the adapters' ranks, each as much as its adapter counts in that row, or of share_BTK with that token:
+        [B, T, R]."""
+        share = share_BK.index_select(-1, self.of_R)
+        share = share[:, None] if share.ndim == 2 else share
+        return F.linear(x_BTC, self.down_RC) * share.to(x_BTC.dtype)
 
     def forward(self, x_BTC: Tensor, share_BK: Tensor) -> Tensor:
         return F.linear(self.reduced(x_BTC, share_BK), self.up_NR)
@@ -44,6 +46,7 @@ class Linear(nn.Linear):
 
     quantized: Quantized | None
     low_rank: LowRank | None
+    multiply = staticmethod(F.linear)  # with a weight as it is; a runtime may bring a faster one
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device: str | None = None):
         super().__init__(in_features, out_features, bias, device)
@@ -58,7 +61,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, share_BK: Tensor | None = None) -> Tensor:
         """share_BK: how much of each adapter counts in each row; None is nothing of any."""
         bias = None if self.bias is None else self.stored(self.bias, x)
-        out = F.linear(x, self.stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
+        out = self.multiply(x, self.stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
         return out if share_BK is None or self.low_rank is None else out + self.low_rank(x, share_BK)
 
     def widen(self) -> None:

@@ -10,10 +10,10 @@ from bagel_opt.profile import Profile
 Tensor = Any
 
 
-def slots_in_use(kv_len: int, new: int, slots: int) -> int:
-    """How many slots attention has to look at, for as many valid ones and new tokens. In steps of 64, so that sums are
-    grouped alike and a compiled shape comes back."""
-    return min(slots, -(-(kv_len + new) // 64) * 64)
+def in_use(need: int, size: int) -> int:
+    """How much of a static size has to be computed where so much of it is needed. In steps of 64, so that sums are grouped
+    alike and a shape that was compiled or captured comes back."""
+    return min(size, -(-max(need, 1) // 64) * 64)
 
 
 def as_slice(rows: int | slice | None) -> slice:
@@ -22,8 +22,8 @@ def as_slice(rows: int | slice | None) -> slice:
 
 
 class Runtime(Protocol):
-    """Executes the programs of programs/signatures.py. The loop may take rows
-    of a tensor, as tensor[row] and tensor[first:last].
+    """Executes the programs of programs/signatures.py. The loop may take rows of a tensor, as tensor[row] and
+    tensor[first:last], and where sizes are free the first tokens of rows, as tensor[first:last, :n].
 
     adapters: those kept apart from the weights, with the factor that counts where a request names none; None where weights
     are fixed. Where there are some, the programs that run the transformer's layers take one more input: how much of each
@@ -32,6 +32,7 @@ class Runtime(Protocol):
 
     adapters: Mapping[str, float] | None
     free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
+    free_sizes: bool  # whether programs take fewer tokens, patches and latents than the profile has, too
 
     def active(self) -> dict[str, str]:
         """What computes here, as runtime/active.py words it."""

@@ -14,19 +14,16 @@ from torch import Tensor
 
 from bagel_opt.config import LLMConfig
 
+MOST = 64  # graphs that are kept, each of some megabytes
+
 
 class Graph:
-    """A program captured for one set of shapes and caches. Its intermediate values share memory with other graphs'."""
+    """A program captured for one set of shapes and caches, with which it has run before. Its intermediate values share memory
+    with other graphs'."""
 
     def __init__(self, call: Callable, inputs: list[Tensor], caches: list[Tensor], pool: tuple):
         self.inputs = [x.clone() for x in inputs]
         self.given: list[np.ndarray | None] = [None] * len(inputs)  # what came from the host last
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet; the same keys go to the same slots
-            for _ in range(2):
-                call(*self.inputs, *caches)
-        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             out = call(*self.inputs, *caches)
@@ -45,21 +42,34 @@ class Graph:
 
 
 class Graphs:
-    """The captured programs of a runtime."""
+    """The captured programs of a runtime. One is captured when its shapes come for the second time: nobody waits for a graph
+    that nobody uses, and what had to be compiled has been by then."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.captured: dict[tuple, Graph] = {}
+        self.captured: dict[tuple, Graph | None] = {}  # None: has run once
 
     def run(self, program: Callable, inputs: list[np.ndarray | Tensor], caches: list[Tensor]) -> tuple[Tensor, ...]:
         where = (caches[0].data_ptr(), caches[0].shape, caches[-1].data_ptr()) if caches else ()
         key = program, *(tuple(x.shape) for x in inputs), where
-        if key not in self.captured:
-            if not self.captured:
-                self.pool = torch.cuda.graph_pool_handle()  # torch drops a pool with the last graph that used it
+        known, graph = key in self.captured, self.captured.pop(key, None)
+        if graph is None:
             tensors = [torch.from_numpy(x).to(self.device) if isinstance(x, np.ndarray) else x for x in inputs]
-            self.captured[key] = Graph(program, tensors, caches, self.pool)
-        return self.captured[key](inputs)
+            if not known:
+                out = program(*tensors, *caches)
+                self._keep(key, None)
+                return out[: len(out) - len(caches)]
+            if not any(self.captured.values()):
+                self.pool = torch.cuda.graph_pool_handle()  # torch drops a pool with the last graph that used it
+            graph = Graph(program, tensors, caches, self.pool)
+        self._keep(key, graph)
+        return graph(inputs)
+
+    def _keep(self, key: tuple, graph: Graph | None) -> None:
+        """As the one that was used last."""
+        self.captured[key] = graph
+        while len(self.captured) > MOST:
+            del self.captured[next(iter(self.captured))]
 
     def clear(self) -> None:
         """Drops all programs, whose weights have moved."""

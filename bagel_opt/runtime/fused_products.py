@@ -6,7 +6,8 @@ M rows (all tokens of all rows of a batch), K channels in, N channels out.
 import functools
 import logging
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ log = logging.getLogger("bagel_opt")
 WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
 NARROW = {"tile_m": 128, "tile_n": 192, "pingpong": True}
 OTHERS = "they are for Hopper GPUs, in bfloat16 and float16"
+KEPT = "quack"  # a folder in torch's cache
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
 
@@ -55,18 +57,43 @@ def _call(x_MK: Tensor, weight_NK: Tensor, tile: dict, **given: object) -> Tenso
     return gemm_act(x_MK, weight_NK.T, store_preact=False, tuned=False, config=config, **given)[1]
 
 
+def cache_folder() -> Path:
+    """Where quack-kernels keeps what it has compiled."""
+    return installed.kernel_folder(KEPT)
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """A call of each kernel that a layer may want."""
+    cache_folder()
+    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
+    bias = weight[:, 0].contiguous()
+    calls = [functools.partial(gated_product, x, weight)]
+    for tile in (NARROW, WIDE):
+        calls.append(functools.partial(_call, x, weight, tile, bias=bias, C=None))
+        calls.append(functools.partial(_call, x, weight[:64], tile, bias=None, C=x))
+    return calls
+
+
+def possible(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are installed, and there are such for this GPU."""
+    return _are_for(device, dtype) and installed.is_there("quack")
+
+
+def _are_for(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @functools.cache
 def fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels do not run here, which is tried; None where they do."""
-    if dtype not in (torch.float16, torch.bfloat16) or torch.cuda.get_device_capability(device)[0] != 9:
+    if not _are_for(device, dtype):
         return OTHERS
+    cache_folder()
     if why := installed.fault("quack"):
         return why
-    x, weight = (torch.ones(n, 64, device=device, dtype=dtype) for n in (128, 256))
     try:
-        product(x, weight, weight[:, 0].contiguous())
-        product(x, weight[:64], residual_MN=x)
-        gated_product(x, weight)
+        for call in kernels(device, dtype):
+            call()
         torch.cuda.synchronize(device)
     except Exception as error:
         return f"{type(error).__name__}: {reason(error)}"

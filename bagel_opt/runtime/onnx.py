@@ -69,7 +69,7 @@ class OnnxRuntime:
     ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx.py, PACKED)."""
 
     adapters = None
-    free_rows = True
+    free_rows, free_sizes = True, False
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._prepare(folder, manifest)

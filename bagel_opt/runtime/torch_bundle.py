@@ -17,7 +17,7 @@ from bagel_opt.files.torch_weights import read_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import slots_in_use
+from bagel_opt.programs.interface import in_use
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
@@ -45,11 +45,13 @@ class PackagedRuntime(TorchRuntime):
         self.folder, self.manifest, self.config = folder, manifest, manifest.config
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = read_weights(folder / WEIGHTS, device)
+        _join_cache(folder)
         if manifest.quantization:
             register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
-        # the caches' shapes are compiled in; the mask is cut instead
-        self.fixed_slots, self.free_rows, self.spare_slots = True, False, 0
+        # compiled code expects caches in plain memory order; the mask is cut instead
+        self.fixed_slots, self.spare_slots = True, 0
+        self.free_rows = self.free_sizes = manifest.free_sizes
         self._replay(device.type == "cuda")
         self.programs: Any = self
         self.profile = manifest.profiles[0].name
@@ -87,16 +89,21 @@ class PackagedRuntime(TorchRuntime):
             layers.append(self._weights(named["layer"], len(layers)))
         start_weights, end_weights = self._weights(named["start"]), self._weights(named["end"])
         start, layer, end, count = parts["start"], parts["layer"], parts["end"], len(entry["inputs"])
+        markers = 2 if "n" in entry["inputs"] else 0  # of an image block
 
         def run(*tensors: Tensor) -> tuple:
             inputs, caches = typed(tensors[:count]), tensors[count:]
-            started = start(inputs, start_weights)
+            looked_at = ()
+            if caches:
+                slots = caches[0].shape[1]
+                new = inputs[0].shape[1] + markers if inputs[0].ndim > 1 else 1
+                # the slots in use; a GPU would have to wait for the lengths
+                used = in_use(int(inputs[-1].max()) + new, slots) if self.device.type == "cpu" else slots
+                looked_at = (torch.empty(used, dtype=torch.uint8, device=self.device),) if self.free_sizes else ()
+            started = start((*inputs, *looked_at), start_weights)
             shared = 3 if caches else 1
             state, shared = started[:-shared], started[-shared:]
-            if caches and self.device.type == "cpu":
-                # cut to the slots in use; a GPU would have to wait for the lengths
-                new = sum(x.shape[1] for x in state)
-                used = slots_in_use(int(inputs[-1].max()), new, caches[0].shape[1])
+            if caches and not self.free_sizes and self.device.type == "cpu":
                 shared = *shared[:-1], shared[-1][..., :used].contiguous()
             for number, weights in enumerate(layers):
                 mine = (caches[number], caches[len(layers) + number], inputs[-1]) if caches else ()
@@ -159,11 +166,9 @@ def _features() -> set[str]:
 
 
 def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device, compiled: bool) -> TorchRuntime:
-    """The model under torch.compile, or eager where nothing compiles. What the bundle's cache holds joins this machine's, so that it need not compile;
-    torch looks up its entries by source, version and processor, and compiles what does not fit."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
+    """The model under torch.compile, or eager where nothing compiles. What the bundle's cache holds joins this machine's, so
+    that it need not compile; torch looks up its entries by source, version and processor, and compiles what does not fit."""
+    _join_cache(folder)
     with torch.device("meta"):
         model = Bagel(manifest.config)
     model.quantize(manifest.quantization)
@@ -171,6 +176,13 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device, com
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)
     return TorchRuntime(prepare(model, compiled))
+
+
+def _join_cache(folder: Path) -> None:
+    if (folder / CACHE).is_dir():
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        shutil.copytree(folder / CACHE, cache_dir(), dirs_exist_ok=True, copy_function=_copy_missing)
 
 
 def _copy_missing(source: str, target: str) -> None:

@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bagel_opt.installed import fault, told
 from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.linear import Linear
 from bagel_opt.model.quantized import Quantized
-from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
-from bagel_opt.model.vae import ResnetBlock
+from bagel_opt.model.transformer import LayerRunner, run_layer
+from bagel_opt.model.vae import NormSilu
 from bagel_opt.programs.callables import programs
 
 log = logging.getLogger("bagel_opt")
@@ -20,14 +20,14 @@ log = logging.getLogger("bagel_opt")
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
-    compiled, or captured. free_rows: they take any number of rows. spare_slots: added to each cache. graphs: whether
-    programs are to be captured on the GPU. widen: products take the adapters beside their weights in one, see Linear.widen.
-    compiled: whether layers are."""
+    compiled, or captured. free: they take any numbers of rows, tokens, patches and latents. spare_slots: added to each
+    cache. graphs: whether programs are to be captured on the GPU. widen: products take the adapters beside their weights in
+    one, see Linear.widen. compiled: whether layers are."""
 
     model: Bagel
     programs: dict[str, Callable]
     fixed_slots: bool
-    free_rows: bool
+    free: bool
     spare_slots: int = 0
     graphs: bool = False
     widen: bool = False
@@ -35,17 +35,17 @@ class Prepared:
 
 
 def prepare(model: Bagel, compiled: bool = False) -> Prepared:
-    """The model with its programs, eager or with the layers of the transformer and the ViT compiled, which changes it."""
+    """The model with its programs, eager or compiled, which changes it. What is compiled serves all sizes, but for FlexAttention."""
     if any(isinstance(module, Quantized) for module in model.modules()):
         register_kernels(model.device)
     flex = model.ops.backend == "flex"
     if compiled or flex:
-        # Each shape of each program compiles once, which is more than torch takes for normal.
+        # A layer compiles once for each program, or with FlexAttention for each shape, which is more than torch takes for normal.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if not compiled:
-        return Prepared(model, programs(model), fixed_slots=flex, free_rows=not flex)
+        return Prepared(model, programs(model), fixed_slots=flex, free=not flex)
     cuda, run, spare, widen = model.device.type == "cuda", run_layer, 0, False
-    layers = [*model.vit_encoder.layers]  # one is compiled and serves all of its kind
+    layers = [] if cuda else [*model.vit_encoder.layers]  # one is compiled and serves all of its kind
     if model.ops.backend == "flash":
         run = _two_streams(model)
         widen = run.way.fused
@@ -53,22 +53,36 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         layers += model.llm.layers
         if not flex and not cuda:
             # More slots than are used, so that the part in use never is the whole, for which torch would compile anew.
-            run, spare = run_with_free_slots, 128
+            spare = 128
     if cuda:
-        model.vae.to(memory_format=torch.channels_last)
-        layers += [block for block in model.vae.modules() if isinstance(block, ResnetBlock)]
+        _use_kernels(model)
+    # Lengths that happen to be equal, or equal to a number of channels, are not to be taken for the same.
+    torch.fx.experimental._config.use_duck_shape = False
     for layer in layers:
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=not flex)
     return Prepared(
         model,
         programs(model, run),
         fixed_slots=flex or cuda,
-        free_rows=False,
+        free=not flex,
         spare_slots=spare,
         graphs=cuda,
         widen=widen,
         compiled=True,
     )
+
+
+def _use_kernels(model: Bagel) -> None:
+    """Those of a GPU for what torch.compile would have to compile for each shape. Its ViT is no faster compiled."""
+    from bagel_opt.runtime import group_norm, one_token
+
+    model.vae.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, NormSilu):
+            module.compute = group_norm.norm_silu
+    for module in model.llm.modules():
+        if isinstance(module, Linear):
+            module.multiply = one_token.linear
 
 
 def register_kernels(device: torch.device) -> None:
@@ -90,11 +104,3 @@ def _two_streams(model: Bagel) -> LayerRunner:
 
     codes = any(isinstance(m, Quantized) and m.kind == "fp8" for m in model.modules())
     return TwoStreams(model.device, model.dtype, codes)
-
-
-def run_with_free_slots(layer: Layer, *tensors: Any) -> tuple:
-    """A LayerRunner: the layer is compiled for any number of slots."""
-    k_BSGD, v_BSGD, seen = tensors[4], tensors[5], tensors[7]
-    for tensor, axis in ((k_BSGD, 1), (v_BSGD, 1), (seen.mask, 3)):
-        torch._dynamo.maybe_mark_dynamic(tensor, axis)
-    return layer(*tensors)

@@ -6,7 +6,7 @@ import numpy as np
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import Runtime, Tensor
+from bagel_opt.programs.interface import Runtime, Tensor, in_use
 from bagel_opt.sampling.contexts import Block
 
 
@@ -32,8 +32,8 @@ class Context:
 class Batch:
     """The tensors of one batch, of which each is made when it is first needed.
 
-    caches: KV caches. x: latents [rows, latents, channels]. v: velocities, and last: the last layer's output, where rows
-    are evaluated one by one.
+    caches: KV caches. x: latents [rows, latents, channels]. v: velocities, and last: the last layer's output, where not
+    all rows or latents are evaluated.
     """
 
     caches: list[Tensor] | None = None
@@ -76,6 +76,11 @@ class Batches:
             self.runtime.clear_row(batch.caches, c.row)
         if batch.x is not None:  # programs for all rows draw in this one, too, whoever it belongs to
             self.set_latents(c, np.zeros((0, self.config.latent_dim), np.float32))
+
+    def size(self, name: str, need: int) -> int:
+        """How many text tokens, patches or latents, as the profile calls them, a program gets where so many are real."""
+        most = getattr(self.profile, name)
+        return in_use(need, most) if self.runtime.free_sizes else most
 
     def zeros(self) -> Tensor:
         """Latents or velocities of a batch [rows, latents, channels]."""

@@ -17,7 +17,7 @@ import numpy as np
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
-from bagel_opt.programs.signatures import ROW
+from bagel_opt.programs.signatures import ROW, one_row
 from bagel_opt.sampling import nucleus
 from bagel_opt.sampling.adapters import as_inputs
 from bagel_opt.sampling.batches import Batches
@@ -232,24 +232,30 @@ class Engine:
 
     def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents
-        themselves where none does); and the last layer's output where it is to be remembered."""
+        themselves where none does); and the last layer's output where it is to be remembered. Of the latents as many as
+        the largest picture has, where that can be chosen."""
         b, inputs = self.batches[number], [x, *flow.evaluation(number)]
         rows = np.flatnonzero(inputs[4]).tolist()
         if not rows:
             return x, None
         parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
         token, every = self.config.llm.expert_work, self.profile.rows
-        row, call = token * (self.profile.latents + 2), CALL + READ * token
-        together = not self.runtime.free_rows and every * row + call < len(rows) * (row + call)
-        if together or len(rows) == every:
-            return self.runtime.run("generate", inputs, b.caches)
+        size = self.batches.size("latents", int(inputs[4].max()))
+        row, call = token * (size + 2), CALL + READ * token
+        if len(rows) == every or (not self.runtime.free_rows and every * row + call < len(rows) * (row + call)):
+            if size == self.profile.latents:
+                return self.runtime.run("generate", inputs, b.caches)
+            parts = [slice(0, every)]
         if b.v is None:
             b.v = self.batches.zeros()
         if remembers and b.last is None:
             b.last = self.batches.hidden()
         for part in parts:
-            name = "generate" if part.stop - part.start > 1 else "generate" + ROW
-            v, hidden = self.runtime.run(name, [given[part] for given in inputs], b.caches, part)
+            name = "generate" if part.stop - part.start > 1 else one_row("generate", self.profile)
+            x_t, t, index, *lengths = (given[part] for given in inputs)
+            if size < self.profile.latents:
+                x_t, index = x_t[:, :size], index[:, :size]
+            v, hidden = self.runtime.run(name, [x_t, t, index, *lengths], b.caches, part)
             for place, row in enumerate(range(part.start, part.stop)):
                 b.v = self.runtime.write_row(b.v, row, v[place])
                 if remembers:

@@ -177,15 +177,17 @@ class Job:
             if block.kind == "text":
                 for start in range(0, block.length, p.text):
                     chunk = np.array(block.ids[start : start + p.text], np.int64)
-                    run("text", [padded(chunk, p.text)[None]], [], len(chunk), len(chunk))
+                    ids = padded(chunk, self.batches.size("text", len(chunk)))
+                    run("text", [ids[None]], [], len(chunk), len(chunk))
                     yield None
             elif block.kind == "vit":
                 run("vit_context", [self._embeddings(block.image)], [block.length - 2], block.length, 1)
                 yield None
             else:  # clean latents, at time 0
                 grid = self.phase.images[block.image].vae_grid
-                index = padded(images.positions(*grid, self.config.latent_side), p.latents)
-                latents = padded(self._latents(block.image), p.latents)
+                size = self.batches.size("latents", block.length - 2)
+                index = padded(images.positions(*grid, self.config.latent_side), size)
+                latents = padded(self._latents(block.image), size)
                 inputs = [latents[None], np.zeros(1, np.float32), index[None]]
                 run(one_row("generate", p), inputs, [block.length - 2], block.length, 1)
                 yield None
@@ -195,10 +197,11 @@ class Job:
     def _embeddings(self, image: int) -> Tensor:
         """ViT embeddings of an input image, computed once per request."""
         if ("vit", image) not in self.encoded:
-            picture, p, side = self.phase.images[image], self.profile, self.config.vit_side
+            picture, side = self.phase.images[image], self.config.vit_side
             patches = images.tokens(images.pixels(picture.vit), self.config.vit.patch_size)
-            index = padded(images.positions(*picture.vit_grid, side), p.patches)
-            inputs = [padded(patches, p.patches)[None], index[None], np.array([len(patches)], np.int64)]
+            size = self.batches.size("patches", len(patches))
+            index = padded(images.positions(*picture.vit_grid, side), size)
+            inputs = [padded(patches, size)[None], index[None], np.array([len(patches)], np.int64)]
             self.encoded["vit", image] = self.runtime.run("vit", inputs)[0]
         return self.encoded["vit", image]
 

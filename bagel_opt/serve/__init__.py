@@ -21,6 +21,7 @@ from bagel_opt.serve.logs import Bounded, JsonLines
 from bagel_opt.serve.metrics import Metrics
 from bagel_opt.serve.patience import STALL
 from bagel_opt.serve.service import Service
+from bagel_opt.serve.warm import warm_up
 
 __all__ = [
     "Access",
@@ -49,11 +50,14 @@ def make_app(
     timeout: float = 600,
     remote: bool = False,
     links: bool = True,
+    warm: Sequence[tuple[int, int]] = (),
 ) -> FastAPI:
     """The application of a model, with its engine. Logs JSON lines to stderr. names: what clients may call the model. keys,
-    hosts, origins: of Access. links: whether answers may have addresses of pictures, which this process keeps."""
+    hosts, origins: of Access. links: whether answers may have addresses of pictures, which this process keeps. warm: sizes
+    (width, height) to run first."""
     access = Access(tuple(keys), hosts, tuple(map(str.lower, origins)))
     log_as_json()
+    warm_up(model, warm)
     engine = EngineThread(model, Metrics(), max_queue, timeout)
     told = "; ".join(f"{name.replace('_', ' ')} {what}" for name, what in engine.facts.items())
     logging.getLogger("bagel_opt.serve").info("active: %s", told, extra={"fields": {"active": engine.facts}})

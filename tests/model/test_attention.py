@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import ROOT, cases, examples, random_inputs, relative
 
 from bagel_opt.model import attention, kv_cache
+from bagel_opt.runtime import fused_products
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_BACKENDS = ["sdpa", *(["flex"] if AVX512 else [])]  # elsewhere torch's kernel is wrong
@@ -153,6 +154,18 @@ def test_a_broken_flash_attention_gives_way_to_the_next_one(files, found, warns,
         assert all(f"so attention runs by {instead}, more slowly; " in line for line in lines)
         name = attention.FLASH[found][0] if found else "torch's FlashAttention 2"
         assert attention.described("flash") == name
+
+
+def test_flash_attention_knows_where_it_keeps_kernels_as_it_is_imported(tmp_path, monkeypatch):
+    """Later is too late: it, and quack-kernels that it imports, read these variables once."""
+    reads = "import os\nkept = [os.environ[name] for name in {}]\n".format(
+        ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"]
+    )
+    with packages(monkeypatch, tmp_path, flash_attn__cute=reads + FOUR):
+        assert attention.flash_package() == "flash_attn.cute"
+        enabled, *folders = sys.modules["flash_attn.cute"].kept
+        assert enabled == "1"
+        assert folders == [str(attention.cache_folder()), str(fused_products.cache_folder())]
 
 
 def test_the_line_on_a_broken_flash_attention(tmp_path, monkeypatch, caplog):

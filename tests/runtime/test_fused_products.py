@@ -14,7 +14,8 @@ from bagel_opt.runtime.torch_setup import register_kernels
 CPU, HALF = torch.device("cpu"), torch.bfloat16  # stands for a GPU, of the capability that `hopper` says
 CONFIG = "class GemmConfig:\n    def __init__(self, **_): ..."
 INTERFACE = "import torch\ndef gemm_act(*_, **__): {}"
-WORKS = {"quack": "", "quack__gemm_config": CONFIG, "quack__gemm_interface": INTERFACE.format("return None, None")}
+KEPT = "import os; os.environ['QUACK_CACHE_DIR']"  # which is read as it is imported
+WORKS = {"quack": KEPT, "quack__gemm_config": CONFIG, "quack__gemm_interface": INTERFACE.format("return None, None")}
 FAILS = WORKS | {"quack__gemm_interface": INTERFACE.format("raise TypeError('cannot fingerprint\\nmore')")}
 
 

@@ -32,16 +32,21 @@ class Stream:
         """Everything on the CPU is in order."""
 
 
-@pytest.fixture(params=[False, True], ids=["compiled", "fused"])
-def two_streams(request, monkeypatch):
+def on_the_cpu(fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(fused_products, "LEAST_ROWS", 4)
     monkeypatch.setattr(fused_products, "product", plain_product)
     monkeypatch.setattr(fused_products, "gated_product", plain_gated_product)
     found = object.__new__(streams.TwoStreams)
-    found.side, found.way = Stream(), streams.Way(lambda part, options=None: part, fused=request.param)
+    found.side, found.way, found.shared = Stream(), streams.Way(fused), (None,)
     return found
+
+
+@pytest.fixture(params=[False, True], ids=["compiled", "fused"])
+def two_streams(request, monkeypatch):
+    monkeypatch.setattr(streams, "compiled", lambda piece: piece)
+    return on_the_cpu(request.param, monkeypatch)
 
 
 def adapt(layer):
@@ -57,27 +62,67 @@ def adapt(layer):
     return torch.tensor([[1.0, 0.0], [0.5, 2.0]])
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize(("text", "latents"), [(2, 5), (7, 0), (1, 0)])
-def test_experts_side_by_side_compute_the_layer(two_streams, text, latents, adapted):
-    torch.manual_seed(0)
-    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False)
-    rows, slots, start = 2 if latents else 1, 16, torch.tensor([3, 6])
-    start = start[:rows]
+def program(rows, text, latents, slots=16):
+    """What a layer is given by a program with so many new tokens."""
+    start = torch.tensor([3, 6])[:rows]
     und, gen = torch.randn(rows, text, 64), torch.randn(rows, latents, 64) if latents else None
     caches = [torch.randn(rows, slots, 2, 16) for _ in range(2)]
-    cos, sin = rope(torch.tensor([[5], [9]])[:rows], 16, 1e4)
+    position = torch.tensor([[5], [9]])[:rows] + (0 if latents else torch.arange(text))
     seen = attention.visible("sdpa", start + text + latents, text + latents, slots, causal=not latents)
-    share = adapt(layer)[:rows] if adapted else None
-    results = []
+    return und, gen, *rope(position, 16, 1e4), *caches, start, seen, TorchOps("sdpa")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("rows", "text", "latents"), [(2, 2, 5), (1, 2, 5), (1, 7, 0), (1, 1, 0), (2, 1, 0)])
+def test_experts_side_by_side_compute_the_layer(two_streams, rows, text, latents, adapted):
+    torch.manual_seed(0)
+    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False)
+    share, results = adapt(layer)[:rows] if adapted else None, []
+    given = program(rows, text, latents)
     for call in (run_layer, two_streams):
-        k, v = (cache.clone() for cache in caches)
+        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
         with torch.no_grad():
-            results.append(call(layer, und, gen, cos, sin, k, v, start, seen, TorchOps("sdpa"), share))
+            results.append(call(layer, *own, share))
     for got, want in zip(results[1], results[0], strict=True):
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_pieces_are_compiled_once_for_all_sizes(fused, monkeypatch):
+    """But for tokens of which each row has one: of one row or of several."""
+    made, compiler = [], torch.compile
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda piece, **how: compiler(piece, backend=counting, **how))
+    monkeypatch.setattr(streams, "compiled", streams.compiled.__wrapped__)
+    runner = on_the_cpu(fused, monkeypatch)
+    layers = [Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False) for _ in range(2)]
+
+    def run(*sizes):
+        given = program(*sizes)
+        with torch.no_grad():
+            for layer in layers:
+                runner(layer, *given)
+
+    torch._dynamo.reset()
+    run(1, 7, 0)
+    run(2, 2, 5)
+    first = len(made)
+    assert first == 2
+    for sizes in ((1, 4, 5), (2, 4, 64, 80), (1, 16, 0, 32), (2, 4, 9, 40), (1, 64, 0, 128)):
+        run(*sizes)
+    assert len(made) == first
+    run(2, 1, 0)
+    run(1, 1, 0)
+    assert len(made) == first + 4
+    run(2, 1, 0, 48)
+    run(1, 1, 0, 48)
+    assert len(made) == first + 4
 
 
 def test_caches_of_one_batch_after_another_share_memory():

@@ -1,0 +1,105 @@
+"""What compiled code on a GPU waits for before its first program, made ready while weights are read.
+
+FlashAttention 4 and quack-kernels compile a kernel in Python where it is first wanted, some seconds each; processes of their
+own do that, into the packages' caches. torch's compiler takes some seconds to start.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+
+from bagel_opt.config import LLMConfig
+from bagel_opt.model import attention
+from bagel_opt.model.linear import Linear
+from bagel_opt.model.transformer import Layer
+from bagel_opt.runtime import fused_products, one_token
+
+PARTS = 3  # processes: one for attention, two for the products
+PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is wanted
+
+
+@contextlib.contextmanager
+def warming_up(
+    config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
+    """Starts all that, and waits for it at the end. kinds: of the parts that are quantised. Whether it succeeds shows in
+    nothing but the time."""
+    compiler = threading.Thread(target=_compile_pieces, args=(config, device, dtype, kinds), daemon=True)
+    compiler.start()
+    processes = _start_processes(config, device, dtype)
+    try:
+        yield
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+        compiler.join(PATIENCE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
+    """With a layer of their own, whose memory is free again at the end."""
+    from bagel_opt.runtime.two_streams import run_pieces
+
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
+        # (rows, tokens): of text, and tokens of one row and of several
+        for rows, length in ((1, 64), (1, 1), (2, 1)):
+            for kind in {kinds.get("und"), kinds.get("gen")} if length > 1 else {kinds.get("und")}:
+                run_pieces(_layer(config, device, dtype, kind), rows, length)
+
+
+def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: str | None) -> Layer:
+    with torch.device("meta"):
+        layer = Layer(config).to(dtype)
+    del layer.und
+    for product in [module for module in layer.modules() if isinstance(module, Linear)]:
+        if kind:
+            product.quantize(kind)
+        product.multiply = one_token.linear
+    return layer.to_empty(device=device).eval().requires_grad_(False)
+
+
+def _start_processes(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> list[subprocess.Popen]:
+    if torch.cuda.get_device_capability(device)[0] < 9 or attention.flash_package() != "flash_attn.cute":
+        return []
+    folders = attention.cache_folder(), fused_products.cache_folder()
+    if all(any(folder.rglob("*.o")) for folder in folders):
+        return []
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    about = [str(device), str(dtype).removeprefix("torch."), *map(str, heads)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    command = [sys.executable, "-m", __name__, *about]
+    return [subprocess.Popen([*command, str(part)], env=environment, **quiet) for part in range(PARTS)]
+
+
+def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], part: int) -> None:
+    """Runs a part's kernels once, on small tensors. heads: of queries, of keys and values; and channels per head."""
+    if part:
+        if fused_products.possible(device, dtype):
+            for call in fused_products.kernels(device, dtype)[part - 1 :: PARTS - 1]:
+                call()
+        return
+    query_heads, kv_heads, channels = heads
+    # (rows, queries, causal): of a flow step, its markers, text, and tokens, whose keys are split among multiprocessors
+    works = ((2, 4096, False), (2, 2, False), (1, 64, True), (1, 512, True), (1, 1, True), (8, 1, True))
+    for rows, queries, causal in works:
+        q = torch.zeros(rows, queries, query_heads, channels, dtype=dtype, device=device)
+        k = torch.zeros(rows, 4352, kv_heads, channels, dtype=dtype, device=device)
+        kv_len = torch.full((rows,), max(queries, 200), dtype=torch.int64, device=device)
+        attention.attention(q, k, k, kv_len, causal, "flash")
+    torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    device, dtype, *numbers = sys.argv[1:]
+    *heads, part = map(int, numbers)
+    compile_part(torch.device(device), getattr(torch, dtype), tuple(heads), part)
