@@ -350,7 +350,7 @@ def test_interrupted(run, monkeypatch):
 
 
 def test_without_a_compiler_all_runs_eager(run, eager, monkeypatch):
-    """One line says so; a bundle of format compile likewise."""
+    """One line says so."""
     lacks = Compiler("a C++ compiler", "No working C++ compiler found", "install g++")
     monkeypatch.setattr("bagel_opt.loading.compiler", lambda _: lacks)
     status, out, err = run("chat", "a", *TEXT, "--backend", "compile")
