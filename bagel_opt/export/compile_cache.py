@@ -49,9 +49,11 @@ def keep_attention_kernels(model: Bagel, folder: Path) -> None:
     c = model.config.llm
     for name, source in _kernel_folders(model).items():
         if name == attention.KEPT:
-            from bagel_opt.runtime.warm_up import compile_part
+            from bagel_opt.runtime.warm_up import ATTENTION, compile_part
 
-            compile_part(model.device, model.dtype, (c.num_attention_heads, c.num_key_value_heads, c.head_dim), 0)
+            for part in range(len(ATTENTION)):
+                heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+                compile_part(model.device, model.dtype, heads, part)
             _copy(source, folder / CACHE / name)
 
 

@@ -78,8 +78,9 @@ class PackagedRuntime(TorchRuntime):
         kinds = [kind for _, kind in entry["inputs"].values()]
 
         def typed(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            """Compiled code does not ask what it gets."""
-            return tuple(x.to(self.dtype) if k == "model" else x for x, k in zip(inputs, kinds, strict=True))
+            """Compiled code does not ask what it gets: dtypes and plain memory order."""
+            typed = (x.to(self.dtype) if k == "model" else x for x, k in zip(inputs, kinds, strict=True))
+            return tuple(x.contiguous() for x in typed)
 
         if "whole" in parts:
             weights = self._weights(named["whole"])

@@ -20,7 +20,10 @@ from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import Layer
 from bagel_opt.runtime import fused_products, one_token
 
-PARTS = 3  # processes: one for attention, two for the products
+# What attention is compiled for, as (rows, queries, causal), each item by one process: flow steps and their markers; text;
+# tokens, whose keys are split among multiprocessors.
+ATTENTION = (((2, 4096, False), (2, 2, False)), ((1, 64, True), (1, 512, True)), ((1, 1, True), (8, 1, True)))
+PRODUCTS = 2  # processes for the products
 PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is wanted
 
 
@@ -78,20 +81,20 @@ def _start_processes(config: LLMConfig, device: torch.device, dtype: torch.dtype
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     command = [sys.executable, "-m", __name__, *about]
-    return [subprocess.Popen([*command, str(part)], env=environment, **quiet) for part in range(PARTS)]
+    parts = range(len(ATTENTION) + PRODUCTS)
+    return [subprocess.Popen([*command, str(part)], env=environment, **quiet) for part in parts]
 
 
 def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], part: int) -> None:
-    """Runs a part's kernels once, on small tensors. heads: of queries, of keys and values; and channels per head."""
-    if part:
+    """Runs a part's kernels once, on small tensors: those of an item of ATTENTION, or a share of the products'. heads: of
+    queries, of keys and values; and channels per head."""
+    if part >= len(ATTENTION):
         if fused_products.possible(device, dtype):
-            for call in fused_products.kernels(device, dtype)[part - 1 :: PARTS - 1]:
+            for call in fused_products.kernels(device, dtype)[part - len(ATTENTION) :: PRODUCTS]:
                 call()
         return
     query_heads, kv_heads, channels = heads
-    # (rows, queries, causal): of a flow step, its markers, text, and tokens, whose keys are split among multiprocessors
-    works = ((2, 4096, False), (2, 2, False), (1, 64, True), (1, 512, True), (1, 1, True), (8, 1, True))
-    for rows, queries, causal in works:
+    for rows, queries, causal in ATTENTION[part]:
         q = torch.zeros(rows, queries, query_heads, channels, dtype=dtype, device=device)
         k = torch.zeros(rows, 4352, kv_heads, channels, dtype=dtype, device=device)
         kv_len = torch.full((rows,), max(queries, 200), dtype=torch.int64, device=device)
