@@ -15,9 +15,10 @@ from bagel_opt.examples import read_examples
 from bagel_opt.files.adapters import Loras, Named
 from bagel_opt.files.finding import find_bundle, find_place
 from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from bagel_opt.installed import compiler, missing
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
-from bagel_opt.quantization import Quantization, kinds_of_parts
+from bagel_opt.quantization import NEEDS, Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.tokenizer import Tokenizer
 from bagel_opt.versions import check_version
@@ -80,32 +81,38 @@ def load(
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
     try:
         import torch
-    except ImportError:
-        raise ImportError(f"{source} is a checkpoint, which needs torch: pip install 'bagel-opt[torch]'") from None
+    except (ImportError, OSError) as error:
+        raise missing(f"{source} is a checkpoint, which", "torch", error, "torch") from None
     check_version("torch", torch.__version__)
 
     from bagel_opt.files.checkpoint import Checkpoint
     from bagel_opt.model import attention as backends
     from bagel_opt.model.ops import TorchOps
+    from bagel_opt.runtime.facts import faster
     from bagel_opt.runtime.torch import TorchRuntime
     from bagel_opt.runtime.torch_setup import prepare
 
     where = torch_device(device)
     kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     chosen = backends.choose(attention, where, kind)
+    if chosen == "flex" and (lacks := compiler(where.type)).why:
+        raise ValueError(f"attention='flex' has to be compiled ({lacks.why}): {lacks.do}, or use attention='sdpa'")
+    compiled = backend == "compile" and compiles(where)
     fixed = [load_profile(profile)] if profile is not None else []
     kinds = kinds_of_parts(quantization)
     checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
     check_kinds(where, kinds or checkpoint.kinds)
-    warming = _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds)
-    with warming if backend == "compile" and chosen == "flash" else nullcontext():
+    for note in faster(where, chosen, asked=device is not None):
+        log.info(note)
+    warming = compiled and chosen == "flash"
+    with _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds) if warming else nullcontext():
         model = checkpoint.load(where, kind, progress, kinds)
     model.ops = TorchOps(chosen)
-    runtime = TorchRuntime(prepare(model, compiled=backend == "compile"))
+    runtime = TorchRuntime(prepare(model, compiled))
     runtime.set_adapters(adapters)
-    coarse = backend == "compile" or chosen == "flex"
+    coarse = compiled or chosen == "flex"
     examples = read_examples(checkpoint.folder)
     return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=coarse, examples=examples)
 
@@ -138,9 +145,8 @@ def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     cpu = manifest.device == "cpu"
     try:
         import onnxruntime
-    except ImportError:
-        extra = "onnx" if cpu else "onnx-gpu"
-        raise ImportError(f"an ONNX bundle needs ONNX Runtime: pip install 'bagel-opt[{extra}]'") from None
+    except (ImportError, OSError) as error:
+        raise missing("an ONNX bundle", "onnxruntime", error, "onnx" if cpu else "onnx-gpu") from None
     check_version("onnxruntime" if cpu else "onnxruntime-gpu", onnxruntime.__version__)
     from bagel_opt.runtime.onnx import OnnxRuntime
 
@@ -149,7 +155,7 @@ def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     try:
         from bagel_opt.runtime.onnx_gpu import OnnxGpuRuntime, usable_memory
     except ImportError as error:
-        raise ImportError(f"a bundle for CUDA needs {error.name}: pip install 'bagel-opt[onnx-gpu]'") from None
+        raise missing("a bundle for CUDA", "ml_dtypes", error, "onnx-gpu") from None
     number = str(device or "cuda").partition(":")[2] or "0"
     if not number.isdecimal():
         raise ValueError(f"device={str(device)!r}; allowed are 'cuda' and 'cuda:' with a GPU's number")
@@ -159,15 +165,21 @@ def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
 def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     try:
         import torch
-    except ImportError:
-        raise ImportError(f"a bundle of kind {manifest.kind!r} needs torch: pip install 'bagel-opt[torch]'") from None
+    except (ImportError, OSError) as error:
+        raise missing(f"a bundle of kind {manifest.kind!r}", "torch", error, "torch") from None
     check_version("torch", torch.__version__)
+    from bagel_opt.model.attention import choose
+    from bagel_opt.runtime.facts import faster
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device)
     check_kinds(where, manifest.quantization)
+    if manifest.attention == "flash":
+        choose("flash", where, torch_dtype(manifest.dtype, torch.float32))  # warns of what is broken now, not in a run
+        for note in faster(where, "flash", asked=True):
+            log.info(note)
     if manifest.kind == "compile":
-        return compiled_runtime(folder, manifest, where)
+        return compiled_runtime(folder, manifest, where, compiles(where))
     if manifest.kind == "aoti":
         made, ours = (version.partition("+")[0] for version in (manifest.versions["torch"], torch.__version__))
         wrong = ""
@@ -178,6 +190,14 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
         if wrong:
             raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
     return PackagedRuntime(folder, manifest, where)
+
+
+def compiles(device: "torch.device") -> bool:
+    """Whether torch.compile has a compiler for a device. Warns where it has none."""
+    found = compiler(device.type)
+    if found.why:
+        log.warning("nothing is compiled (%s), so all runs eager, more slowly; %s", found.why, found.do)
+    return not found.why
 
 
 def _warming_up(
@@ -194,11 +214,19 @@ def _warming_up(
 
 
 def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
-    """Raises ValueError where there are no products of these kinds (quantization.KINDS)."""
-    if kinds and device.type == "cuda":
-        from bagel_opt.runtime.quantized_products import check_device
+    """Raises ValueError where a GPU has no products of these kinds (quantization.KINDS)."""
+    if not kinds or device.type != "cuda":
+        return
+    import torch
 
-        check_device(device, kinds)
+    have = torch.cuda.get_device_capability(device)
+    for kind in kinds.values():
+        if have < NEEDS[kind]:
+            can = [repr(other) for other, need in NEEDS.items() if have >= need]
+            raise ValueError(
+                f"quantization={kind!r} needs a GPU of compute capability {'.'.join(map(str, NEEDS[kind]))}, and "
+                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}; use {' or '.join(can) or 'none'}"
+            )
 
 
 def shipped_model() -> Path:

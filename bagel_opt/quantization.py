@@ -36,6 +36,7 @@ KINDS = {
 PARTS = ("und", "gen", "vit", "head")
 BY_DEFAULT = ("und", "gen")  # where one kind is named for all
 
+NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability, of a GPU
 IN_ONNX = {"int8", "int4"}  # kinds for which ONNX Runtime has products, on the CPU in float32
 
 Quantization = str | Mapping[str, str]

@@ -52,6 +52,8 @@ def main() -> None:
         given |= {"backend": job["backend"], "attention": job["attention"]}
     model = bagel_opt.load(job["source"], **given)
     load = time.perf_counter() - begun
+    if job["backend"] == "compile" != model.runtime.active()["backend"]:
+        raise RuntimeError("nothing compiles here, so that eager would be timed; bagel-opt doctor says why")
     found = figures(model, job["work"])
     print(json.dumps({"load": [load], **found, "peak": peak()}))
 

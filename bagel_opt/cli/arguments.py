@@ -112,6 +112,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
     serve_options(serve_)
 
+    check = command("doctor", "Say what runs by what on this machine, what is not used, why, and what to install.")
+    check.add_argument("--json", action="store_true", help="the same facts as JSON")
+
     show = command("inspect", "Show what a checkpoint, a bundle or any file of weights holds, and what it would need.")
     show.add_argument("checkpoint", nargs="?", help="folder, file, repo id or bundle (default: the model that ships)")
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")

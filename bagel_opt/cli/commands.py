@@ -17,6 +17,8 @@ from PIL import Image
 from bagel_opt.api import Model
 from bagel_opt.cli.arguments import PRESET_BUNDLES, load_settings, parser
 from bagel_opt.cli.console import bar, console, guarded, notes, say, tables
+from bagel_opt.cli.doctor import examine
+from bagel_opt.cli.doctor import show as show_facts
 from bagel_opt.cli.inspect import look
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
@@ -32,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status: 0 for success, 1 for an error, which is one line on stderr, 2 for bad usage."""
     arguments = parser(COMMANDS).parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
-    with contextlib.nullcontext() if arguments.run is serve else notes():  # whose log is JSON
+    # the server's log is JSON, and the doctor tells of all that is logged
+    with contextlib.nullcontext() if arguments.run in (serve, doctor) else notes():
         return guarded(lambda: arguments.run(arguments))
 
 
@@ -209,6 +212,14 @@ def inspect(a: argparse.Namespace) -> None:
         output.print(table)
 
 
+def doctor(a: argparse.Namespace) -> None:
+    found = examine()
+    if a.json:
+        print(json.dumps(found, indent=1))
+    else:
+        show_facts(found, tables())
+
+
 def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
     """Draws and shows a picture. On stdout are the thoughts and the picture's path alone."""
     _check_out(a.out)
@@ -289,5 +300,6 @@ def _check_out(path: Path) -> None:
 
 
 COMMANDS = {
-    run.__name__: run for run in (generate, edit, understand, chat, interleave, export, quantize, bench, serve, inspect)
+    run.__name__: run
+    for run in (generate, edit, understand, chat, interleave, export, quantize, bench, serve, inspect, doctor)
 }

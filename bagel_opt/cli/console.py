@@ -14,7 +14,8 @@ from rich.text import Text
 from bagel_opt.errors import shown
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
-NO_COMPILER = ("No working C++ compiler", "C++ compile error")  # as torch's compiler says it
+# As torch's compiler and Triton say it.
+NO_COMPILER = ("No working C++ compiler", "C++ compile error", "Failed to find C compiler")
 
 
 class PlainConsole(Console):
@@ -39,8 +40,8 @@ def guarded(run: Callable[[], object]) -> int:
         lines = str(error).splitlines()
         if failed := next((line for line in lines if any(text in line for text in NO_COMPILER)), None):
             return _fail(
-                f"{failed.strip()}; compiling needs a C++ compiler, such as g++, or one named by CXX, and for a GPU the CUDA "
-                "toolkit; --backend eager and bundles of --format onnx or export need none"
+                f"{failed.strip()}; compiling needs a C++ compiler, such as g++, or one named by CXX, and for a GPU gcc and the "
+                "CUDA toolkit; --backend eager and bundles of --format onnx or export need none"
             )
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise

@@ -7,9 +7,9 @@ j < kv_len and, if causal, j <= i + kv_len - Q: the last query sees all valid ke
 Attention (opset 24) with `nonpad_kv_seqlen`. Grouped queries are never expanded.
 """
 
+import contextlib
 import functools
-import importlib.util
-import os
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from bagel_opt import installed
+
 KEPT = "flash_attention"  # a folder in torch's cache
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
+# FlashAttention 4, 3 and 2, as pip calls them and what is called of each.
+FLASH = {
+    "flash_attn.cute": ("flash-attn-4", "flash_attn_varlen_func"),
+    "flash_attn_interface": ("flash-attn-3", "flash_attn_with_kvcache"),
+    "flash_attn": ("flash-attn", "flash_attn_with_kvcache"),
+}
+
+log = logging.getLogger("bagel_opt")
 
 # Compiled, since it would otherwise materialise all scores; where it is first used, since importing torch's compiler takes
 # two seconds.
@@ -42,9 +52,9 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises ValueError for an unknown name or one that cannot run on this device and dtype.
     """
     half, cuda = dtype in (torch.float16, torch.bfloat16), device.type == "cuda"
-    flash = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    new = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        return "flash" if flash else "sdpa"
+        return "flash" if new and _has_flash() else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
     if name in ("cudnn", "flash") and not (cuda and half):
@@ -55,9 +65,25 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(  # findings/torch-flex-attention-odd-lengths.sh
             "attention='flex' on a CPU needs AVX-512: without it torch's kernel is wrong for some numbers of slots; use attention='sdpa'"
         )
-    if name == "flash" and not flash:
+    if name == "flash" and not new:
         raise ValueError(f"attention='flash' needs a GPU of compute capability 8.0, and {device} has less; use 'sdpa'")
+    if name == "flash" and not _has_flash():
+        raise ValueError(
+            f"attention='flash' needs FlashAttention, which this torch is built without: {installed.FLASH}, or use 'sdpa'"
+        )
     return name
+
+
+def _has_flash() -> bool:
+    return bool(flash_package()) or torch.backends.cuda.is_flash_attention_available()
+
+
+def described(backend: str) -> str:
+    """A backend by what computes it."""
+    if backend != "flash":
+        return backend
+    module = flash_package()
+    return installed.titled(FLASH[module][0]) if module else "torch's FlashAttention 2"
 
 
 def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
@@ -112,26 +138,38 @@ def attention(
 
 
 def cache_folder() -> Path:
-    """Where FlashAttention 4 keeps what it has compiled: beside torch, unless its own variables say otherwise. By itself it
-    would compile in each process, 10 s in all."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    name = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-    return Path(os.environ.setdefault(name, str(Path(cache_dir()) / KEPT)))
+    """Where FlashAttention 4 keeps what it has compiled."""
+    return installed.kernel_folder(KEPT)
 
 
 @functools.cache
 def flash_package() -> str | None:
-    """The newest FlashAttention that is installed: 4 (flash_attn.cute), 3 (flash_attn_interface) or 2 (flash_attn).
-    None leaves the kernels of 2 that torch brings."""
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        try:
-            if importlib.util.find_spec(module):
-                return module
-        except ModuleNotFoundError:  # the parent package is missing
-            continue
-    return None
+    """The newest FlashAttention that can be imported, which is tried, by its module's name. None leaves the kernels of 2 that
+    torch brings. Warns of newer ones that are installed and broken."""
+    if installed.is_there("flash_attn.cute"):
+        with contextlib.suppress(Exception):  # of torch's compiler, without which it compiles in each process
+            cache_folder()
+    broken = {}
+    for module, (name, function) in FLASH.items():
+        why = installed.fault(module, function)
+        if why is None:
+            break
+        if why != installed.ABSENT:
+            broken[name] = why
+    else:
+        module = None
+    instead = FLASH[module][0] if module else "torch's own kernels"
+    for name, why in broken.items():
+        log.warning(
+            "%s is installed but cannot be imported (%s), so attention runs by %s, more slowly; %s",
+            *(installed.titled(name), why, instead, mend(name)),
+        )
+    return module
+
+
+def mend(name: str) -> str:
+    """What to do about a FlashAttention that cannot be imported."""
+    return installed.mend_flash() if name == "flash-attn-4" else f"build it for this torch, or pip uninstall {name}"
 
 
 # A custom op, so that torch.compile neither traces into the package nor breaks the graph at it.
@@ -139,7 +177,6 @@ def flash_package() -> str | None:
 def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
     package = flash_package()
     if package == "flash_attn.cute":
-        cache_folder()
         from flash_attn.cute import flash_attn_varlen_func
 
         # despite its name it takes padded batches; causal is aligned to the end of seqused_k

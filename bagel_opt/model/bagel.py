@@ -38,7 +38,7 @@ class TimeEmbedder(nn.Module):
 
 class Bagel(nn.Module):
     """ops: how the layers' operations are done; whoever runs the model chooses. adapters: how many are kept apart from the
-    weights."""
+    weights. kinds: of the parts that are quantised."""
 
     def __init__(self, c: BagelConfig):
         super().__init__()
@@ -46,6 +46,7 @@ class Bagel(nn.Module):
         hidden = c.llm.hidden_size
         self.ops: Ops = TorchOps()
         self.adapters = 0
+        self.kinds: dict[str, str] = {}
         self.llm = Transformer(c.llm)
         self.vit_encoder = ViT(c.vit)
         self.connector = Connector(c.vit.hidden_size, hidden)
@@ -69,6 +70,7 @@ class Bagel(nn.Module):
         """Makes room for the products of some parts in other kinds (quantization.py), in place of their weights."""
         experts = {part: [getattr(layer, part) for layer in self.llm.layers] for part in ("und", "gen")}
         parts = experts | {"vit": [*self.vit_encoder.layers], "head": [self.llm.lm_head]}
+        self.kinds = dict(kinds)
         for part, kind in kinds.items():
             for product in [m for module in parts[part] for m in module.modules() if isinstance(m, Linear)]:
                 product.quantize(kind)

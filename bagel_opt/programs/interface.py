@@ -34,6 +34,9 @@ class Runtime(Protocol):
     free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
     free_sizes: bool  # whether programs take fewer tokens, patches and latents than the profile has, too
 
+    def active(self) -> dict[str, str]:
+        """What computes here, as runtime/active.py words it."""
+
     def set_adapters(self, adapters: Mapping[str, Any]) -> None:
         """Keeps these adapters apart in place of those before, where weights are not fixed. Raises as `load` does."""
 

@@ -4,20 +4,25 @@ M rows (all tokens of all rows of a batch), K channels in, N channels out.
 """
 
 import functools
-import importlib.util
 import logging
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bagel_opt import installed
+from bagel_opt.errors import reason
+
+QUACK = "quack-kernels"
+log = logging.getLogger("bagel_opt")
+
 # Tiles of a product. Two of the narrow ones take turns on a multiprocessor, so one's epilogue hides behind the other. On an
 # H100 both reach some 700 TFLOP/s where they fill it; still narrower ones, of 128x128, 450.
 WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
 NARROW = {"tile_m": 128, "tile_n": 192, "pingpong": True}
+OTHERS = "they are for Hopper GPUs, in bfloat16 and float16"
 KEPT = "quack"  # a folder in torch's cache
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
@@ -53,10 +58,8 @@ def _call(x_MK: Tensor, weight_NK: Tensor, tile: dict, **given: object) -> Tenso
 
 
 def cache_folder() -> Path:
-    """Where quack-kernels keeps what it has compiled: beside torch, unless its own variable says otherwise."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(os.environ.setdefault("QUACK_CACHE_DIR", str(Path(cache_dir()) / KEPT)))
+    """Where quack-kernels keeps what it has compiled."""
+    return installed.kernel_folder(KEPT)
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
@@ -74,21 +77,75 @@ def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], objec
 
 def possible(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels are installed, and there are such for this GPU."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return half and torch.cuda.get_device_capability(device)[0] == 9 and bool(importlib.util.find_spec("quack"))
+    return _are_for(device, dtype) and installed.is_there("quack")
+
+
+def _are_for(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
-def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether these kernels are installed and run here, which is tried."""
-    if not possible(device, dtype):
-        return False
+def fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not run here, which is tried; None where they do."""
+    if not _are_for(device, dtype):
+        return OTHERS
+    cache_folder()
+    if why := installed.fault("quack"):
+        return why
     try:
         for call in kernels(device, dtype):
             call()
         torch.cuda.synchronize(device)
     except Exception as error:
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        logging.getLogger("bagel_opt").warning("quack-kernels fails here, so layers run without it (%s)", why)
-        return False
-    return True
+        return f"{type(error).__name__}: {reason(error)}"
+    return None
+
+
+@functools.cache
+def fault_fp8(device: torch.device) -> str | None:
+    """The same of those of 8-bit floats (runtime/fused_fp8.py)."""
+    if why := fault(device, torch.bfloat16):
+        return why
+    try:
+        from bagel_opt.runtime import fused_fp8
+
+        fused_fp8.try_products(device)
+    except Exception as error:  # an older quack-kernels lacks what that imports
+        return f"{type(error).__name__}: {reason(error)}"
+    return None
+
+
+@functools.cache
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are installed and run here. Warns where they are installed and do not."""
+    why = fault(device, dtype)
+    if why not in (None, OTHERS, installed.ABSENT):
+        _warn("", why)
+    return why is None
+
+
+@functools.cache
+def usable_fp8(device: torch.device) -> bool:
+    """The same of those of 8-bit floats, where the others are usable."""
+    why = fault_fp8(device)
+    if why:
+        _warn(" with 8-bit floats", why)
+    return why is None
+
+
+def described(device: torch.device, dtype: torch.dtype, kinds: Set[str | None]) -> str:
+    """What computes them here, or "none". kinds: in which the layers' weights are (quantization.KINDS); None is dtype."""
+    if fault(device, dtype):
+        return "none"
+    fp8 = "fp8" in kinds and dtype == torch.bfloat16 and not fault_fp8(device)
+    others = sorted(kinds - {None, "int4", *(["fp8"] if fp8 else [])})
+    if len(others) == len(kinds):
+        return "none"
+    return installed.titled(QUACK) + (f" (not in {', '.join(others)})" if others else "")
+
+
+def _warn(where: str, why: str) -> None:
+    log.warning(
+        "%s is installed but fails here%s (%s), so layers run without it, more slowly; %s",
+        *(installed.titled(QUACK), where, why, installed.mend_flash()),
+    )

@@ -16,6 +16,7 @@ from bagel_opt.files.weights import locate_weights
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_names, cache_shape
+from bagel_opt.runtime.active import active
 
 # One arena for the values of all programs, of which one runs at a time. It grows in powers of two: sizes vary, and one
 # that grows by what is asked for keeps a piece of its own for each.
@@ -80,6 +81,15 @@ class OnnxRuntime:
             )
             for name, at in locate_weights(folder / WEIGHTS).items()
         }
+
+    def active(self) -> dict[str, str]:
+        return self._active(f"cpu, {threads()} threads", "CPUExecutionProvider")
+
+    def _active(self, device: str, provider: str) -> dict[str, str]:
+        m = self.manifest
+        return active(
+            f"onnxruntime {ort.__version__}, {provider}", m.kind, device, m.dtype, m.attention, m.quantization
+        )
 
     def _prepare(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest, self.dtype = folder, manifest, manifest.dtype

@@ -15,6 +15,7 @@ from bagel_opt.dtypes import BY_ONNX, DTYPES
 from bagel_opt.errors import reason
 from bagel_opt.files.manifest import WEIGHTS, Manifest
 from bagel_opt.files.weights import mapped_weights
+from bagel_opt.installed import missing
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_shape
 from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
@@ -56,6 +57,9 @@ class OnnxGpuRuntime(OnnxRuntime):
         self.weights = {
             name: memory.from_numpy(array, kind.name) for name, kind, array in mapped_weights(folder / WEIGHTS)
         }
+
+    def active(self) -> dict[str, str]:
+        return self._active(f"{self.memory.name}:{self.memory.device}", PROVIDER)
 
     # ---- memory
 
@@ -216,11 +220,11 @@ def usable_memory(device: int) -> GpuMemory:
     if PROVIDER not in ort.get_available_providers():
         raise ImportError(
             "a bundle for CUDA needs ONNX Runtime's CUDA provider, which this onnxruntime does not have: "
-            "pip uninstall onnxruntime; pip install 'bagel-opt[onnx-gpu]'"
+            "pip uninstall onnxruntime onnxruntime-gpu; pip install 'bagel-opt[onnx-gpu]'"
         )
     ort.set_default_logger_severity(4)  # what fails is raised; what is printed besides is of plans that it tried
     ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip has installed them
     try:
         return GpuMemory(device)
-    except ImportError:
-        raise ImportError("a bundle for CUDA needs cuda-bindings: pip install 'bagel-opt[onnx-gpu]'") from None
+    except ImportError as error:
+        raise missing("a bundle for CUDA", "cuda-bindings", error, "onnx-gpu") from None

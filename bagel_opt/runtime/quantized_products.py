@@ -5,8 +5,6 @@ M tokens, C channels in, N channels out.
 """
 # ruff: noqa: ANN001, ANN202  Triton's kernels take pointers and numbers
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
@@ -14,24 +12,11 @@ from torch import Tensor, nn
 
 from bagel_opt.model.quantized import LEAST, quantized_product
 
-NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 # Blocks of a product with one token: those that read fastest, of some tried on an H100.
 SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((4, 512, 2), (8, 1024, 4)))
 LONG_CHANNELS = 8192
 RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
-
-
-def check_device(device: torch.device, kinds: Mapping[str, str]) -> None:
-    """Raises ValueError where this GPU has no such products."""
-    have = torch.cuda.get_device_capability(device)
-    for kind in kinds.values():
-        if have < NEEDS[kind]:
-            can = [repr(other) for other, need in NEEDS.items() if have >= need]
-            raise ValueError(
-                f"quantization={kind!r} needs a GPU of compute capability {'.'.join(map(str, NEEDS[kind]))}, and "
-                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}; use {' or '.join(can) or 'none'}"
-            )
 
 
 @quantized_product.register_kernel("cuda")

@@ -14,6 +14,7 @@ from bagel_opt.model.kv_cache import empty_cache
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice, in_use
 from bagel_opt.programs.signatures import ONE_ROW, ROW
+from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.adapters import attach, read_adapters
 from bagel_opt.runtime.cuda_graphs import CacheMemory, Graphs
 from bagel_opt.runtime.torch_setup import Prepared
@@ -44,7 +45,7 @@ class TorchRuntime:
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.programs, self.free_rows, self.free_sizes = prepared.programs, prepared.free, prepared.free
         self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
-        self.widen = prepared.widen
+        self.widen, self.backend = prepared.widen, "compile" if prepared.compiled else "eager"
         self._replay(prepared.graphs)
 
     def set_adapters(self, adapters: Named) -> None:
@@ -61,6 +62,10 @@ class TorchRuntime:
             self.adapters = {name: factor for name, (_, factor) in found.items()}
             if moved and self.graphs:
                 self.graphs.clear()
+
+    def active(self) -> dict[str, str]:
+        model = self.model
+        return torch_active(self.backend, self.device, self.dtype, model.ops.backend, model.kinds)
 
     def _replay(self, graphs: bool) -> None:
         """Whether programs are replayed as CUDA graphs; caches then stay in place."""

@@ -18,6 +18,7 @@ from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import in_use
+from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
 
@@ -59,6 +60,10 @@ class PackagedRuntime(TorchRuntime):
         other = copy.copy(self)
         other.programs, other.profile = other, profile.name
         return other
+
+    def active(self) -> dict[str, str]:
+        m = self.manifest
+        return torch_active(m.kind, self.device, self.dtype, m.attention, m.quantization)
 
     def __getitem__(self, name: str) -> Callable:
         """A program as `TorchRuntime.run` calls it."""
@@ -161,9 +166,9 @@ def _features() -> set[str]:
     return {name for name, there in told.items() if there is True and name not in UNUSED} | {told["architecture"]}
 
 
-def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> TorchRuntime:
-    """The model under torch.compile. What the bundle's cache holds joins this machine's, so that it need not compile;
-    torch looks up its entries by source, version and processor, and compiles what does not fit."""
+def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device, compiled: bool) -> TorchRuntime:
+    """The model under torch.compile, or eager where nothing compiles. What the bundle's cache holds joins this machine's, so
+    that it need not compile; torch looks up its entries by source, version and processor, and compiles what does not fit."""
     _join_cache(folder)
     with torch.device("meta"):
         model = Bagel(manifest.config)
@@ -171,7 +176,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device) -> 
     model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)
     model.ops = TorchOps(manifest.attention)
-    return TorchRuntime(prepare(model, compiled=True))
+    return TorchRuntime(prepare(model, compiled))
 
 
 def _join_cache(folder: Path) -> None:

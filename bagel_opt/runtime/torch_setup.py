@@ -1,10 +1,12 @@
 """Preparing a model for execution: what is compiled, how its layers are run, and whether programs are replayed as graphs."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from bagel_opt.installed import fault, told
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.quantized import Quantized
@@ -12,12 +14,15 @@ from bagel_opt.model.transformer import LayerRunner, run_layer
 from bagel_opt.model.vae import NormSilu
 from bagel_opt.programs.callables import programs
 
+log = logging.getLogger("bagel_opt")
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
-    compiled, or captured. free: they take any numbers of rows, tokens, patches and latents. spare_slots: added to each cache. graphs: whether
-    programs are to be captured on the GPU. widen: products take the adapters beside their weights in one, see Linear.widen."""
+    compiled, or captured. free: they take any numbers of rows, tokens, patches and latents. spare_slots: added to each
+    cache. graphs: whether programs are to be captured on the GPU. widen: products take the adapters beside their weights in
+    one, see Linear.widen. compiled: whether layers are."""
 
     model: Bagel
     programs: dict[str, Callable]
@@ -26,6 +31,7 @@ class Prepared:
     spare_slots: int = 0
     graphs: bool = False
     widen: bool = False
+    compiled: bool = False
 
 
 def prepare(model: Bagel, compiled: bool = False) -> Prepared:
@@ -62,6 +68,7 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         spare_slots=spare,
         graphs=cuda,
         widen=widen,
+        compiled=True,
     )
 
 
@@ -79,10 +86,17 @@ def _use_kernels(model: Bagel) -> None:
 
 
 def register_kernels(device: torch.device) -> None:
-    """Those that quantised products take on a GPU."""
-    if device.type == "cuda":
-        import bagel_opt.runtime.int4_products
-        import bagel_opt.runtime.quantized_products  # noqa: F401
+    """Those that quantised products take on a GPU. Without Triton, torch computes what they mean (model/quantized.py)."""
+    if device.type != "cuda":
+        return
+    if why := fault("triton"):
+        log.warning(
+            "Triton %s, so quantised products run by torch's own kernels, much more slowly; pip install triton",
+            told(why),
+        )
+        return
+    import bagel_opt.runtime.int4_products
+    import bagel_opt.runtime.quantized_products  # noqa: F401
 
 
 def _two_streams(model: Bagel) -> LayerRunner:

@@ -205,10 +205,8 @@ class TwoStreams:
         """codes: whether there are weights in 8-bit floats."""
         self.side = torch.cuda.Stream(device, priority=-1)
         fused, fp8 = fused_products.usable(device, dtype), None
-        if fused and codes and dtype == torch.bfloat16:
-            from bagel_opt.runtime import fused_fp8
-
-            fp8 = fused_fp8 if fused_fp8.usable(device) else None
+        if fused and codes and dtype == torch.bfloat16 and fused_products.usable_fp8(device):
+            from bagel_opt.runtime import fused_fp8 as fp8
         self.way = Way(fused, fp8)
         self.shared: tuple = (None,)
 

@@ -59,6 +59,8 @@ def make_app(
     log_as_json()
     warm_up(model, warm)
     engine = EngineThread(model, Metrics(), max_queue, timeout)
+    told = "; ".join(f"{name.replace('_', ' ')} {what}" for name, what in engine.facts.items())
+    logging.getLogger("bagel_opt.serve").info("active: %s", told, extra={"fields": {"active": engine.facts}})
     return create_app(Service(tuple(names), engine, limits, remote, Links() if links else None), access)
 
 

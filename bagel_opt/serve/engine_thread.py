@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bagel_opt import __version__
 from bagel_opt.api import Model
 from bagel_opt.errors import ProfileError
 from bagel_opt.images import InputImage, check_image
@@ -107,6 +108,8 @@ class EngineThread:
         self.failures = 0  # of the device, in a row
         self.seconds = 1.0  # moving average between two requests that end
         self.last_end = time.perf_counter()
+        self.facts = {"version": __version__, **model.runtime.active()}
+        metrics.info.info(self.facts)
         metrics.measure(self.engines.values())
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from bagel_opt.sampling.engine import Engine
 
@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self):
         registry = self.registry = CollectorRegistry()
+        self.info = Info("bagel", "What computes", registry=registry)
         self.waiting = Gauge("bagel_requests_waiting", "Requests in line", registry=registry)
         self.running = Gauge("bagel_requests_running", "Requests that have rows", registry=registry)
         self.rows = Gauge("bagel_rows_in_use", "Rows of the static batches that requests have", registry=registry)

@@ -48,6 +48,14 @@ def test_stamps_are_the_times_between_ticks(monkeypatch):
     assert worker.stamps(lambda tick: (tick(None), tick(None))) == [500, 2000]
 
 
+def test_eager_is_not_timed_as_compiled(eager, monkeypatch):
+    job = {"device": None, "dtype": None, "profile": None, "backend": "compile", "attention": "auto", "source": None}
+    monkeypatch.setattr(worker.sys, "argv", ["worker", json.dumps(job)])
+    monkeypatch.setattr(worker.bagel_opt, "load", lambda *_, **__: eager)
+    with pytest.raises(RuntimeError, match=r"nothing compiles here.*bagel-opt doctor"):
+        worker.main()
+
+
 def test_peak_memory_is_the_process_own():
     held = np.ones(100_000_000)  # a child's getrusage would count what this process holds
     program = "from bagel_opt.bench.worker import peak; a = peak(); b = bytes(10) * 30_000_000; print(a, peak())"

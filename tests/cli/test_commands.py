@@ -1,6 +1,5 @@
 """The command line on the golden checkpoint."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -9,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from broken import packages
 from PIL import Image
 from support import CHECKPOINT, GOLDEN, ROOT
 
 import bagel_opt
 from bagel_opt.cli.commands import main
+from bagel_opt.installed import Compiler
 
 PICTURE = GOLDEN / "cases" / "image_editing" / "input0.png"
 SMALL = ["--checkpoint", CHECKPOINT, "--num-timesteps", 3, "--seed", 0]
@@ -347,15 +349,38 @@ def test_interrupted(run, monkeypatch):
     assert run("chat", "a") == (130, "", "bagel-opt: interrupted\n")
 
 
-def test_a_missing_compiler_is_told_in_one_line():
-    command = [sys.executable, "-m", "bagel_opt", "chat", "a", "--checkpoint", str(CHECKPOINT), "--backend", "compile"]
-    environment = {**os.environ, "CXX": "/nowhere/g++"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "No working C++ compiler" in line
-    assert "or one named by CXX" in line
+def test_without_a_compiler_all_runs_eager(run, eager, monkeypatch):
+    """One line says so."""
+    lacks = Compiler("a C++ compiler", "No working C++ compiler found", "install g++")
+    monkeypatch.setattr("bagel_opt.loading.compiler", lambda _: lacks)
+    status, out, err = run("chat", "a", *TEXT, "--backend", "compile")
+    assert (status, out) == (0, eager.chat("a", max_think_tokens=6) + "\n")
+    [line] = [line for line in err.splitlines() if "compile" in line]
+    assert line == "nothing is compiled (No working C++ compiler found), so all runs eager, more slowly; install g++"
+
+
+def test_flex_attention_without_a_compiler_is_refused(fails, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("bagel_opt.loading.compiler", lambda _: Compiler("g++", "there is no Python.h", "install it"))
+    line = fails("chat", "a", *TEXT, "--attention", "flex")
+    assert "(there is no Python.h): install it, or use attention='sdpa'" in line
+
+
+@pytest.mark.parametrize("said", ["CppCompileError: C++ compile error", "Failed to find C compiler. Please"])
+def test_a_compiler_that_fails_is_told_in_one_line(said, fails, monkeypatch):
+    def breaks(*arguments, **options):
+        raise RuntimeError(f"backend='inductor' raised:\n{said}\nmore")
+
+    monkeypatch.setattr("bagel_opt.cli.commands.load", breaks)
+    assert f"bagel-opt: {said}; compiling needs a C++ compiler" in fails("chat", "a")
+
+
+def test_a_library_that_cannot_be_imported_is_told_with_its_reason(fails, bundle, tmp_path, monkeypatch):
+    with packages(monkeypatch, tmp_path, onnxruntime="raise ImportError('libcudart.so.13: no such file')"):
+        line = fails("chat", "a", "--checkpoint", bundle, "--no-check")
+    assert (
+        "an ONNX bundle needs onnxruntime, which cannot be imported here (libcudart.so.13: no such file): pip" in line
+    )
 
 
 def test_a_picture_that_is_not_there_is_named(capsys):

@@ -8,6 +8,7 @@ from bagel_opt.config import LLMConfig
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups
 from bagel_opt.model.transformer import Expert
+from bagel_opt.runtime import fused_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIZES = [(1, 3584, 4608), (4, 18944, 3584), (16, 80, 96), (17, 3584, 3584), (300, 3584, 37888)]
@@ -100,7 +101,7 @@ def test_what_is_not_finite_shows_in_its_own_row(kernels):
 
 def test_fused_products_are_the_expert():
     fused = pytest.importorskip("bagel_opt.runtime.fused_fp8", exc_type=ImportError)
-    if not fused.usable(torch.device("cuda")):
+    if not fused_products.usable_fp8(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU")
     with torch.device("cuda"):
         expert = Expert(LLMConfig(512, 1024, 1, 4, 2, 10)).to(torch.bfloat16).requires_grad_(False)

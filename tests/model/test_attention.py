@@ -7,11 +7,13 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from broken import packages
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, cases, examples, random_inputs, relative
 
 from bagel_opt.model import attention, kv_cache
+from bagel_opt.runtime import fused_products
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_BACKENDS = ["sdpa", *(["flex"] if AVX512 else [])]  # elsewhere torch's kernel is wrong
@@ -119,3 +121,82 @@ def test_the_compiler_is_imported_where_it_is_used():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "False\n"
+
+
+# ---- FlashAttention that is installed and broken
+
+GOOD = "def {}(*_, **__): ..."
+FOUR, THREE, TWO = (GOOD.format(function) for _, function in attention.FLASH.values())
+BROKEN = "raise ImportError('undefined symbol: _ZN3c10')"
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "warns"),
+    [
+        ({}, None, []),
+        ({"flash_attn__cute": FOUR}, "flash_attn.cute", []),
+        ({"flash_attn__cute": FOUR, "flash_attn": TWO}, "flash_attn.cute", []),
+        ({"flash_attn__cute": FOUR, "flash_attn": BROKEN}, None, ["flash-attn-4", "flash-attn"]),
+        ({"flash_attn": BROKEN}, None, ["flash-attn"]),  # and not flash-attn-4, which would lie in it
+        ({"flash_attn__cute": "import cutlass"}, None, ["flash-attn-4"]),
+        ({"flash_attn__cute": "import cutlass", "flash_attn": TWO}, "flash_attn", ["flash-attn-4"]),
+        ({"flash_attn__cute": "", "flash_attn_interface": THREE}, "flash_attn_interface", ["flash-attn-4"]),
+        ({"flash_attn_interface": "raise OSError", "flash_attn": TWO}, "flash_attn", ["flash-attn-3"]),
+    ],
+)
+def test_a_broken_flash_attention_gives_way_to_the_next_one(files, found, warns, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "cutlass", None)
+    with packages(monkeypatch, tmp_path, **files):
+        assert [attention.flash_package() for _ in range(2)] == [found] * 2
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.split()[0] for line in lines] == warns
+        instead = attention.FLASH[found][0] if found else "torch's own kernels"
+        assert all(f"so attention runs by {instead}, more slowly; " in line for line in lines)
+        name = attention.FLASH[found][0] if found else "torch's FlashAttention 2"
+        assert attention.described("flash") == name
+
+
+def test_flash_attention_knows_where_it_keeps_kernels_as_it_is_imported(tmp_path, monkeypatch):
+    """Later is too late: it, and quack-kernels that it imports, read these variables once."""
+    reads = "import os\nkept = [os.environ[name] for name in {}]\n".format(
+        ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"]
+    )
+    with packages(monkeypatch, tmp_path, flash_attn__cute=reads + FOUR):
+        assert attention.flash_package() == "flash_attn.cute"
+        enabled, *folders = sys.modules["flash_attn.cute"].kept
+        assert enabled == "1"
+        assert folders == [str(attention.cache_folder()), str(fused_products.cache_folder())]
+
+
+def test_the_line_on_a_broken_flash_attention(tmp_path, monkeypatch, caplog):
+    with packages(monkeypatch, tmp_path, flash_attn__cute=BROKEN, flash_attn_interface="raise OSError('libtorch.so')"):
+        attention.flash_package()
+    assert [record.getMessage() for record in caplog.records] == [
+        "flash-attn-4 is installed but cannot be imported (undefined symbol: _ZN3c10), so attention runs by torch's own "
+        "kernels, more slowly; pip install 'bagel-opt[flash]' installs what was tried together",
+        "flash-attn-3 is installed but cannot be imported (libtorch.so), so attention runs by torch's own kernels, more "
+        "slowly; build it for this torch, or pip uninstall flash-attn-3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "package", "kernels", "auto", "refused"),
+    [
+        ((9, 0), True, False, "flash", None),
+        ((9, 0), False, True, "flash", None),
+        ((9, 0), False, False, "sdpa", "which this torch is built without: pip install 'bagel-opt"),
+        ((7, 5), True, True, "sdpa", "needs a GPU of compute capability 8.0"),
+    ],
+)
+def test_flash_attention_is_chosen_where_any_runs(capability, package, kernels, auto, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: kernels)
+    cuda = torch.device("cuda")
+    with packages(monkeypatch, tmp_path, **({"flash_attn__cute": FOUR} if package else {})):
+        assert attention.choose("auto", cuda, torch.bfloat16) == auto
+        assert attention.choose("auto", cuda, torch.float32) == "sdpa"
+        if refused is None:
+            assert attention.choose("flash", cuda, torch.float16) == "flash"
+            return
+        with pytest.raises(ValueError, match=refused):
+            attention.choose("flash", cuda, torch.float16)

@@ -1,6 +1,7 @@
 """The line and the clock: both count from a request's arrival, its planning included."""
 
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -13,8 +14,10 @@ from PIL import Image
 from serving import FEW, png, serving, until
 from support import CHECKPOINT
 
+import bagel_opt
 from bagel_opt.images import resize, to_rgb
 from bagel_opt.sampling.pictures import read_image
+from bagel_opt.serve import make_app
 from bagel_opt.serve import service as services
 
 
@@ -125,3 +128,15 @@ def test_rows_are_known_before_the_first_request(model):
     with serving(model) as server:
         rows = sum(profile.rows * profile.batches for profile in model.profiles)
         assert server.engine.metrics.registry.get_sample_value("bagel_rows") == rows > 0
+
+
+def test_what_computes_is_a_metric_and_a_line_in_the_log(model, caplog):
+    with caplog.at_level(logging.INFO, "bagel_opt.serve"):
+        app = make_app(model, ["test"])
+    logging.captureWarnings(False)  # as before
+    app.state.service.close()
+    told = {"version": bagel_opt.__version__, **model.runtime.active()}
+    assert app.state.service.engine.metrics.registry.get_sample_value("bagel_info", told) == 1
+    [record] = [record for record in caplog.records if record.getMessage().startswith("active: ")]
+    assert record.fields == {"active": told}
+    assert f"attention {told['attention']}; fused products none; compiler none" in record.getMessage()
