@@ -5,6 +5,8 @@ import logging
 import pytest
 from support import CHECKPOINT
 
+import bagel_opt
+from bagel_opt import Profile
 from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
 from bagel_opt.serve import make_app
