@@ -21,7 +21,7 @@ def test_profiles_share_weights_and_what_programs_they_can(two):
     assert [profile.name for profile in manifest.profiles] == ["small", "large"]
     small, large = (manifest.programs[profile.name] for profile in manifest.profiles)
     assert small["vae_encode"] == large["vae_encode"]
-    assert {name for name, entry in small.items() if entry["parts"] != large[name]["parts"]} == {"choose", "step"}
+    assert {name for name, entry in small.items() if entry["parts"] != large[name]["parts"]} == {"step"}
     assert len([name for name in manifest.files if "weights" in name]) == 1
 
 

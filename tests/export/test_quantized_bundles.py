@@ -19,7 +19,7 @@ from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 
 TABLE = {"gen": "fp8", "und": "int4", "vit": "int8", "head": "int8"}
-PROGRAMS = ("text", "decode_row", "choose_row")
+PROGRAMS = ("text", "decode", "decode_row", "choose", "choose_row")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_what_it_says_and_holds(bundle, tmp_path):
 def test_compiled_ones_do_too(format, tmp_path):
     needs_compiler(format)
     want = answers(bagel_opt.load(CHECKPOINT, device="cpu", quantization="int4"))
-    with few_programs("text", "decode_row", "choose_row"):
+    with few_programs(*PROGRAMS):
         folder = export(CHECKPOINT, tmp_path / "bundle", PROFILES[CHECKPOINT], format=format, quantization="int4")
         assert answers(bagel_opt.load(folder)) == want
 
