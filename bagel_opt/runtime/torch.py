@@ -43,7 +43,7 @@ class TorchRuntime:
     def __init__(self, prepared: Prepared):
         model = self.model = prepared.model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.programs, self.free_rows, self.free_sizes = prepared.programs, prepared.free, prepared.free
+        self.programs, self.free_rows, self.free_sizes = prepared.programs, prepared.free_rows, prepared.free_sizes
         self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
         self.widen, self.backend = prepared.widen, "compile" if prepared.compiled else "eager"
         self._replay(prepared.graphs)

@@ -78,7 +78,8 @@ class PackagedRuntime(TorchRuntime):
         kinds = [kind for _, kind in entry["inputs"].values()]
 
         def typed(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            """Compiled code does not ask what it gets: dtypes and plain memory order."""
+            """Compiled code does not ask what it gets: dtypes, and plain memory order
+            (findings/torch-aoti-reads-slices-as-whole.sh)."""
             typed = (x.to(self.dtype) if k == "model" else x for x, k in zip(inputs, kinds, strict=True))
             return tuple(x.contiguous() for x in typed)
 

@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bagel_opt.installed import fault, told
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.quantized import Quantized
-from bagel_opt.model.transformer import LayerRunner, run_layer
+from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
 from bagel_opt.model.vae import NormSilu
 from bagel_opt.programs.callables import programs
 
@@ -20,14 +22,15 @@ log = logging.getLogger("bagel_opt")
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
-    compiled, or captured. free: they take any numbers of rows, tokens, patches and latents. spare_slots: added to each
-    cache. graphs: whether programs are to be captured on the GPU. widen: products take the adapters beside their weights in
-    one, see Linear.widen. compiled: whether layers are."""
+    compiled, or captured. free_rows: "generate" takes any number of rows at no cost, free_sizes: programs any number of
+    tokens, patches and latents. spare_slots: added to each cache. graphs: whether programs are to be captured on the GPU.
+    widen: products take the adapters beside their weights in one, see Linear.widen. compiled: whether layers are."""
 
     model: Bagel
     programs: dict[str, Callable]
     fixed_slots: bool
-    free: bool
+    free_rows: bool
+    free_sizes: bool
     spare_slots: int = 0
     graphs: bool = False
     widen: bool = False
@@ -43,33 +46,42 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         # A layer compiles once for each program, or with FlexAttention for each shape, which is more than torch takes for normal.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if not compiled:
-        return Prepared(model, programs(model), fixed_slots=flex, free=not flex)
-    cuda, run, spare, widen = model.device.type == "cuda", run_layer, 0, False
-    layers = [] if cuda else [*model.vit_encoder.layers]  # one is compiled and serves all of its kind
-    if model.ops.backend == "flash":
-        run = _two_streams(model)
-        widen = run.way.fused
-    else:
-        layers += model.llm.layers
-        if not flex and not cuda:
-            # More slots than are used, so that the part in use never is the whole, for which torch would compile anew.
-            spare = 128
-    if cuda:
-        _use_kernels(model)
+        return Prepared(model, programs(model), fixed_slots=flex, free_rows=not flex, free_sizes=not flex)
+    cuda, flash = model.device.type == "cuda", model.ops.backend == "flash"
     # Lengths that happen to be equal, or equal to a number of channels, are not to be taken for the same.
     torch.fx.experimental._config.use_duck_shape = False
-    for layer in layers:
-        layer.compile(dynamic=not flex)
+    if cuda:
+        _use_kernels(model)
+    else:
+        for layer in model.vit_encoder.layers:  # one is compiled and serves all
+            layer.compile(dynamic=not flex, fullgraph=not flex)
+    for layer in model.llm.layers if not flash else ():
+        layer.compile(dynamic=False, fullgraph=not flex)
+    run = _two_streams(model) if flash else run_layer if flex else run_any_size
     return Prepared(
         model,
         programs(model, run),
         fixed_slots=flex or cuda,
-        free=not flex,
-        spare_slots=spare,
+        free_rows=flash,
+        free_sizes=not flex,
+        # More than are used, so that the part in use never is the whole, for which torch would compile anew.
+        spare_slots=0 if flex or cuda else 128,
         graphs=cuda,
-        widen=widen,
+        widen=flash and run.way.fused,
         compiled=True,
     )
+
+
+def run_any_size(layer: Layer, und_BTC: Tensor, *given: Any) -> tuple:
+    """A LayerRunner: the layer is compiled for any number of tokens and slots, and of rows where there are several."""
+    und_BTC = und_BTC.contiguous()  # an image's markers are one row's, repeated
+    gen, cos, sin, k, v, start_B, seen, _, share = (*given, None)[:9]
+    for x in (und_BTC, gen, cos, sin, k, v, start_B, seen.kv_len_B, seen.mask, share):
+        for axis in range(min(2, x.ndim)) if x is not None else ():
+            torch._dynamo.maybe_mark_dynamic(x, axis)
+    for axis in (2, 3):  # [B, 1, Q, S]
+        torch._dynamo.maybe_mark_dynamic(seen.mask, axis)
+    return layer(und_BTC, *given)
 
 
 def _use_kernels(model: Bagel) -> None:
