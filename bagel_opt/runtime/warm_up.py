@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -18,12 +19,13 @@ from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import Layer
-from bagel_opt.runtime import fused_products, one_token
+from bagel_opt.runtime import fused_products
 
-# What attention is compiled for, as (rows, queries, causal), each item by one process: flow steps and their markers; text;
-# tokens, whose keys are split among multiprocessors.
+# What attention is compiled for, as (rows, queries, causal): flow steps and their markers; text; tokens, whose keys are split
+# among multiprocessors.
 ATTENTION = (((2, 4096, False), (2, 2, False)), ((1, 64, True), (1, 512, True)), ((1, 1, True), (8, 1, True)))
-PRODUCTS = 2  # processes for the products
+PRODUCTS = 2  # parts of the products
+PARTS = len(ATTENTION) + PRODUCTS  # each can be compiled by a process of its own
 PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is wanted
 
 
@@ -35,8 +37,11 @@ def warming_up(
     nothing but the time."""
     compiler = threading.Thread(target=_compile_pieces, args=(config, device, dtype, kinds), daemon=True)
     compiler.start()
-    processes = _start_processes(config, device, dtype)
+    processes: list[subprocess.Popen] = []
     try:
+        with contextlib.suppress(OSError):
+            for command, settings in _commands(config, device, dtype):
+                processes.append(subprocess.Popen(command, **settings))
         yield
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -50,7 +55,7 @@ def warming_up(
 
 def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
     """With a layer of their own, whose memory is free again at the end."""
-    from bagel_opt.runtime.two_streams import run_pieces
+    from bagel_opt.runtime.two_streams import run_pieces  # which imports torch's compiler
 
     with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
         # (rows, tokens): of text, and tokens of one row and of several
@@ -60,6 +65,8 @@ def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype,
 
 
 def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: str | None) -> Layer:
+    from bagel_opt.runtime import one_token  # Triton comes with torch for GPUs alone
+
     with torch.device("meta"):
         layer = Layer(config).to(dtype)
     del layer.und
@@ -70,19 +77,21 @@ def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: st
     return layer.to_empty(device=device).eval().requires_grad_(False)
 
 
-def _start_processes(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> list[subprocess.Popen]:
+def _commands(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> list[tuple[list[str], dict[str, Any]]]:
+    """Of the processes, with what Popen takes beside: as many as leave a core free, but for one. None where there is nothing to
+    compile."""
     if torch.cuda.get_device_capability(device)[0] < 9 or attention.flash_package() != "flash_attn.cute":
         return []
     folders = attention.cache_folder(), fused_products.cache_folder()
-    if all(any(folder.rglob("*.o")) for folder in folders):
+    if all(any(folder.rglob("*.o")) for folder in folders) or not sys.executable:
         return []
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     about = [str(device), str(dtype).removeprefix("torch."), *map(str, heads)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    command = [sys.executable, "-m", __name__, *about]
-    parts = range(len(ATTENTION) + PRODUCTS)
-    return [subprocess.Popen([*command, str(part)], env=environment, **quiet) for part in parts]
+    count = max(1, min(PARTS, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1))
+    shares = [map(str, range(PARTS)[first::count]) for first in range(count)]
+    return [([sys.executable, "-m", __name__, *about, *share], {"env": environment, **quiet}) for share in shares]
 
 
 def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], part: int) -> None:
@@ -104,5 +113,6 @@ def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int
 
 if __name__ == "__main__":
     device, dtype, *numbers = sys.argv[1:]
-    *heads, part = map(int, numbers)
-    compile_part(torch.device(device), getattr(torch, dtype), tuple(heads), part)
+    heads = tuple(map(int, numbers[:3]))
+    for number in numbers[3:]:
+        compile_part(torch.device(device), getattr(torch, dtype), heads, int(number))
