@@ -147,7 +147,7 @@ def run(name: str, folder: Path) -> None:
             elif block.reason is None and block.marker == "server":
                 stack.enter_context(server(shell, port, **settings))
             elif block.reason is None and block.language == "sh":
-                subprocess.run(shell, check=True, **settings)
+                subprocess.run(shell, check=True, timeout=1200, **settings)  # such as a server that is not marked
             elif block.reason is None and block.language == "python":
                 with contextlib.chdir(folder):
                     exec(compile("\n" * block.line + text, name, "exec"), namespace)
