@@ -36,6 +36,7 @@ REASONS = {
     "needs a container engine",
     "needs the official code",
     "runs the tests",
+    "serves until it is stopped",
     "starts a cluster",
     "takes minutes",
 }

@@ -66,7 +66,7 @@ def faster(device: "torch.device", attention: str, asked: bool) -> list[str]:
     unused = None
     if device.type == "cpu" and not asked and "CUDA_VISIBLE_DEVICES" not in os.environ:
         unused = _unseen_gpu()
-    elif attention == "flash":
+    elif attention == "flash" and device.type == "cuda":
         unused = _flash_unused(device)
         if unused and unused["do"] != FLASH:  # it is broken, of which flash_package has warned
             unused = None
