@@ -109,10 +109,11 @@ def export(
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
     for note in source.notes:
         log.info(note)
-    if onnx and source.kinds:
+    if onnx and not fits_onnx(source.kinds, device, dtype):
         raise ValueError(
-            f"{source.folder} is quantised, as ONNX bundles are in another way; export what it was made from"
+            f"{source.folder} is quantised, {source.kinds}; ONNX bundles take 'int8' and 'int4', on the CPU in float32"
         )
+    source.check_kinds(kinds)
     profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
     stored = stored_shapes(source.config, format, device, kinds)
     dtypes = stored_dtypes(stored, kinds, onnx)
@@ -120,7 +121,7 @@ def export(
     if onnx:
         from bagel_opt.export.onnx import Shapes
 
-        shapes = Shapes(source.config, kind, device, kinds=kinds)
+        shapes = Shapes(source.config, kind, device, kinds=kinds, coded=bool(source.kinds))
         parameters = ((name, torch.cat(parts)) for name, parts in source.read(shapes.plain))
     else:
         where = torch_device(device)

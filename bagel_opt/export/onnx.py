@@ -26,7 +26,7 @@ from bagel_opt.export.onnx_free_sizes import free_sizes
 from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
 from bagel_opt.export.onnx_ops import OnnxOps
-from bagel_opt.export.onnx_quantized import Product, as_stored
+from bagel_opt.export.onnx_quantized import Product, as_read, as_stored
 from bagel_opt.export.processes import in_processes
 from bagel_opt.files.parameters import kind_of, part_of, stored_dtypes, stored_shapes
 from bagel_opt.files.torch_weights import write_weights
@@ -71,7 +71,7 @@ class Shapes:
     For the CPU provider those of linear layers are stored as [in, out], which its kernel for a single token reads as
     it lies; as [out, in] it would be transposed anew for each token. CUDA reads either. fused: with the operators of
     onnx_fused.py; None is for CUDA in 16 bits, since they have no fast kernels for float32. kinds: of the parts that are
-    quantised, for the CPU provider in float32.
+    quantised, for the CPU provider in float32. coded: parameters come quantised so already.
     """
 
     def __init__(
@@ -81,12 +81,15 @@ class Shapes:
         device: str,
         fused: bool | None = None,
         kinds: Mapping[str, str] = MappingProxyType({}),
+        coded: bool = False,
     ):
         self.config, self.dtype, self.device, self.kinds = config, dtype, device, dict(kinds)
         self.fused = device == "cuda" and dtype != torch.float32 if fused is None else fused
         with torch.device("meta"):
             self.plain = Bagel(config)
             self.model = Bagel(config)
+        if coded:
+            self.plain.quantize(self.kinds)
         for expert in [module for module in self.model.modules() if isinstance(module, Expert)]:
             expert.gate_up = Apart(expert.gate_up)
             if device == "cuda":
@@ -116,19 +119,25 @@ class Shapes:
     def as_stored(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A parameter of `Bagel` under the names and in the order of channels in which graphs want it."""
         for part, tensor in self._split(name, weight):
-            if kind := kind_of(part, tensor.shape, self.kinds):
+            if ".quantized." in part:
+                yield part, as_read(tensor, self.kinds[part_of(part)])
+            elif kind := kind_of(part, tensor.shape, self.kinds):
                 yield from zip(_coded(part), as_stored(tensor, kind), strict=True)
             else:
                 yield part, tensor.t() if part in self.transposed else tensor
 
     def _names(self, part: str, weight: Tensor) -> tuple[str, ...]:
-        return _coded(part) if kind_of(part, weight.shape, self.kinds) else (part,)
+        quantizes = ".quantized." not in part and kind_of(part, weight.shape, self.kinds)
+        return _coded(part) if quantizes else (part,)
 
     def _split(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
         parts = [(name, weight)]
-        if name.endswith(".gate_up.weight"):
-            stem = name.removesuffix("weight")
-            parts = list(zip((f"{stem}gate.weight", f"{stem}up.weight"), weight.chunk(2), strict=True))
+        if ".gate_up." in name:
+            stem, _, last = name.partition("gate_up.")
+            parts = [
+                (f"{stem}gate_up.{half}.{last}", rows)
+                for half, rows in zip(("gate", "up"), weight.chunk(2), strict=True)
+            ]
         elif self.device == "cuda" and name.startswith("llm.layers."):
             parts = store_split(self.config.llm, name, weight, self.fused)
         return parts

@@ -23,9 +23,16 @@ COMPUTE_IN_8_BITS = 4  # MatMulNBits' accuracy_level
 def as_stored(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """(codes, scale) as the nodes take them."""
     codes, scale = to_kind(weight_NC, kind)
+    return as_read(codes, kind), as_read(scale, kind)
+
+
+def as_read(quantized: Tensor, kind: str) -> Tensor:
+    """The codes or the scales of model/quantized.py as the nodes take them."""
     if kind == "int8":
-        return codes.t(), scale
-    return codes.unflatten(1, (-1, GROUP // 2)), scale.float().flatten()
+        return quantized.t()
+    if quantized.dtype == torch.uint8:
+        return quantized.unflatten(1, (-1, GROUP // 2))
+    return quantized.float().flatten()
 
 
 class Product(nn.Module):

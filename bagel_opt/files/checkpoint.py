@@ -215,6 +215,13 @@ class Checkpoint:
         dtypes = stored_dtypes(parameters, self.kinds)
         return {source: dtype for name, dtype in dtypes.items() for source in published_names(name)}
 
+    def check_kinds(self, kinds: Mapping[str, str]) -> None:
+        """Raises CheckpointError where the file is quantised, and in other kinds than these."""
+        if self.kinds and kinds and dict(kinds) != self.kinds:
+            raise CheckpointError(
+                f"{self.folder} is quantised, {self.kinds}, which quantization={dict(kinds)} cannot change; leave that out"
+            )
+
     def load(
         self,
         device: torch.device,
@@ -228,10 +235,7 @@ class Checkpoint:
 
         progress(done, total) is called in parameters read. Raises CheckpointError for other kinds than the file's.
         """
-        if self.kinds and kinds and dict(kinds) != self.kinds:
-            raise CheckpointError(
-                f"{self.folder} is quantised, {self.kinds}, which quantization={dict(kinds)} cannot change; leave that out"
-            )
+        self.check_kinds(kinds)
         with torch.device("meta"):
             model, there = Bagel(self.config).to(dtype), Bagel(self.config)
         model.quantize(kinds or self.kinds)

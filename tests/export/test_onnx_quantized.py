@@ -9,16 +9,18 @@ import pytest
 import torch
 from bundles import ONE, PROFILES, cached_export, few_programs, rewrite
 from rounding import rounded, unpacked
+from safetensors.torch import load_file
 from support import CHECKPOINT, relative
 from torch import nn
 
 import bagel_opt
-from bagel_opt.errors import BundleError
+from bagel_opt.errors import BundleError, CheckpointError
 from bagel_opt.export import export, onnx_graph
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export.onnx_quantized import Product, as_stored
+from bagel_opt.export.quantize import quantize
 from bagel_opt.export.verify import verify
-from bagel_opt.files.manifest import read_manifest
+from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.model.quantized import to_groups
 
 KINDS = ["int8", "int4"]
@@ -123,6 +125,19 @@ def test_it_loads_and_reads(bundle):
         got = read_text(model)
     want, plain = (read_text(bagel_opt.load(CHECKPOINT, device="cpu", quantization=q)) for q in (TABLE, None))
     assert relative(got, want) < 0.03 < relative(got, plain)
+
+
+def test_of_a_folder_that_was_quantised_before(bundle, tmp_path):
+    """The same weights, to the bit."""
+    folder = quantize(CHECKPOINT, tmp_path / "quantized", TABLE)
+    with few_programs("step"):
+        again = export(folder, tmp_path / "bundle", PROFILES[CHECKPOINT])
+    got, want = (load_file(made / WEIGHTS) for made in (again, bundle))
+    assert got.keys() == want.keys()
+    assert all(got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]) for name in want)
+    assert read_manifest(again).quantization == TABLE
+    with pytest.raises(CheckpointError, match=r"is quantised, .* cannot change; leave that out"):
+        export(folder, tmp_path / "other", PROFILES[CHECKPOINT], quantization="int8")
 
 
 def test_what_it_says_of_others(bundle, tmp_path):
