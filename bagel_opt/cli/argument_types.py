@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from bagel_opt.runtime.memory_plan import parse_memory
-
 
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -41,15 +39,6 @@ def kept_apart(text: str) -> tuple[str, tuple[str, float]]:
     if not (name and sign and place):
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=FILE")
     return name, (place, 0.0)  # counts where a request asks for it
-
-
-def memory(text: str) -> str:
-    """Of `load`."""
-    try:
-        parse_memory(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bagel_opt import __version__
-from bagel_opt.cli.argument_types import adapter, count, kept_apart, memory, port, quantization, sizes
+from bagel_opt.cli.argument_types import adapter, count, kept_apart, port, quantization, sizes
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
@@ -178,7 +178,7 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
 
 
 def _memory(group: argparse._ActionsContainer, text: str) -> None:
-    group.add_argument("--memory", metavar="SIZE", type=memory, help=text)
+    group.add_argument("--memory", metavar="SIZE", help=text)
 
 
 def _weights(group: argparse._ActionsContainer) -> None:

@@ -88,7 +88,7 @@ class Ring:
     def __init__(self, packed: list[Packed], device: torch.device):
         if len(packed) % 2:
             raise ValueError(f"{len(packed)} layers stream; the number must be even")
-        self.packed, self.held = packed, [-1, -1]
+        self.packed, self.device, self.held = packed, device, [-1, -1]
         self.buffers = [torch.empty(packed[0].size, dtype=torch.uint8, device=device) for _ in range(2)]
         for number, one in enumerate(packed):
             one.bind(self.buffers[number % 2])
@@ -96,19 +96,19 @@ class Ring:
         if self.stream:
             self.arrived, self.left = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
             for event in self.left:  # of whatever had this memory before
-                event.record()
+                event.record(torch.cuda.current_stream(device))
 
     def enter(self, number: int) -> None:
         """The layer's weights are there for all that is launched from now on."""
         self._fetch(number)
         self._fetch(number + 1)
         if self.stream:
-            torch.cuda.current_stream().wait_event(self.arrived[number % 2])
+            torch.cuda.current_stream(self.device).wait_event(self.arrived[number % 2])
 
     def leave(self, number: int) -> None:
         """All that reads the layer's weights is launched: the layer after the next may take their place."""
         if self.stream:
-            self.left[number % 2].record()
+            self.left[number % 2].record(torch.cuda.current_stream(self.device))
         self._fetch(number + 2)
 
     def _fetch(self, number: int) -> None:
@@ -121,7 +121,7 @@ class Ring:
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(self.left[at])
                 self._copy(number, at)
-                self.arrived[at].record()
+                self.arrived[at].record(self.stream)
         else:
             self._copy(number, at)
 
@@ -167,6 +167,8 @@ class Visiting:
 def place_layers(model: Bagel, plan: MemoryPlan, run: LayerRunner) -> LayerRunner:
     """Moves weights of layers to where a plan has them, and those that are read over the link. -> how layers are then run"""
     device, places = model.device, {}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what loading left between weights, of which buffers would take pieces
     for expert in EXPERTS:
         streamed = [model.llm.layers[number] for number in plan.streamed[expert]]
         if streamed:

@@ -121,8 +121,11 @@ class TorchRuntime:
         """The result. Raises MemoryError where the device is full, after all that is kept for later calls was given back."""
         try:
             return call()
-        except torch.OutOfMemoryError:
-            pass  # the error holds what had been computed until it is gone
+        except (
+            RuntimeError
+        ) as error:  # holds what had been computed until it is gone; of a capture, the reason is its context
+            if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+                raise
         if self.graphs:
             self.graphs.clear()
         torch.cuda.empty_cache()
