@@ -23,7 +23,7 @@ from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.runtime.memory_plan import RESERVE, MemoryPlan, host_memory, make_plan, size_text
 from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.tokenizer import Tokenizer
-from bagel_opt.versions import check_version
+from bagel_opt.versions import check_onnxruntime, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -164,10 +164,10 @@ def load_bundle(
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     cpu = manifest.device == "cpu"
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except (ImportError, OSError) as error:
         raise missing("an ONNX bundle", "onnxruntime", error, "onnx" if cpu else "onnx-gpu") from None
-    check_version("onnxruntime" if cpu else "onnxruntime-gpu", onnxruntime.__version__)
+    check_onnxruntime(manifest.device)
     from bagel_opt.runtime.onnx import OnnxRuntime
 
     if cpu:
@@ -248,8 +248,6 @@ def compiles(device: "torch.device") -> bool:
 def _warming_up(
     config: BagelConfig, device: "torch.device", dtype: "torch.dtype", kinds: Mapping[str, str]
 ) -> AbstractContextManager:
-    if device.type != "cuda":
-        return nullcontext()
     from bagel_opt.runtime.torch_setup import register_kernels
     from bagel_opt.runtime.warm_up import warming_up
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bagel_opt.files.adapters import Named, named
 from bagel_opt.model.kv_cache import empty_cache
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import as_slice, in_use
+from bagel_opt.programs.interface import as_slice, slots_in_use
 from bagel_opt.programs.signatures import ONE_ROW, ROW
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.adapters import attach, read_adapters
@@ -138,9 +138,7 @@ class TorchRuntime:
         if caches:
             slots = caches[0].shape[1]
             if not self.fixed_slots:
-                new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
-                kv_len = inputs[-2 if self.adapters else -1]
-                slots = in_use(int(kv_len.max()) + new, slots)
+                slots = slots_in_use(inputs, inputs[-2 if self.adapters else -1], slots)
             caches = [cache[as_slice(rows), :slots] for cache in caches]
         alone = self.device.type == "cuda" or self.plan  # one thread at a time
         with torch.no_grad(), _exact() if alone else contextlib.nullcontext():

@@ -54,15 +54,16 @@ def prepare(model: Bagel, compiled: bool = False, plan: MemoryPlan | None = None
         made = _placed(model, plan, run_layer)
         return Prepared(model, made, fixed_slots=flex, free_rows=not flex, free_sizes=not flex, plan=plan)
     cuda, flash = model.device.type == "cuda", model.ops.backend == "flash"
+    whole = model.ops.backend == "sdpa"  # the others may leave the graph
     # Lengths that happen to be equal, or equal to a number of channels, are not to be taken for the same.
     torch.fx.experimental._config.use_duck_shape = False
     if cuda:
         _use_kernels(model)
     else:
         for layer in model.vit_encoder.layers:  # one is compiled and serves all
-            layer.compile(dynamic=not flex, fullgraph=not flex)
+            layer.compile(dynamic=not flex, fullgraph=whole)
     for layer in model.llm.layers if not flash else ():
-        layer.compile(dynamic=False, fullgraph=not flex)
+        layer.compile(dynamic=False, fullgraph=whole)
     run = _two_streams(model) if flash else run_layer if flex else run_any_size
     return Prepared(
         model,
