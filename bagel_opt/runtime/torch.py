@@ -123,7 +123,7 @@ class TorchRuntime:
             return call()
         except (
             RuntimeError
-        ) as error:  # holds what had been computed until it is gone; of a capture, the reason is its context
+        ) as error:  # which holds what had been computed; of a capture that failed, its context says why
             if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
                 raise
         if self.graphs:
