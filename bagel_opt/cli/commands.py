@@ -112,7 +112,7 @@ def quantize(a: argparse.Namespace) -> None:
 
 def _default_profile(checkpoint: str | None, weights: str | None) -> Profile:
     """The profile where none was named, with a line on stderr saying which."""
-    from bagel_opt.export.default_profile import default_profile
+    from bagel_opt.sampling.default_profile import default_profile
 
     try:
         from bagel_opt.files.checkpoint import Checkpoint
@@ -208,7 +208,7 @@ def serve(a: argparse.Namespace) -> None:
 
 def inspect(a: argparse.Namespace) -> None:
     output = tables()
-    for table in look(a.checkpoint, a.profile, a.dtype, a.check, a.weights, a.lora):
+    for table in look(a.checkpoint, a.profile, a.dtype, a.check, a.weights, a.lora, a.memory, a.quantization):
         output.print(table)
 
 

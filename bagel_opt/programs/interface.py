@@ -47,7 +47,8 @@ class Runtime(Protocol):
         """Keeps these adapters apart in place of those before, where weights are not fixed. Raises as `load` does."""
 
     def for_profile(self, profile: Profile) -> "Runtime":
-        """The runtime with the programs of one profile; weights and programs are shared."""
+        """The runtime with the programs of one profile; weights and programs are shared. Raises ProfileError where memory was
+        planned for less."""
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         """KV caches of one batch, zero everywhere."""
