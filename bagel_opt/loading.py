@@ -59,8 +59,8 @@ def load(
     apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both
     experts, or an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read,
     and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
-    no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit. Which files were taken is logged to "bagel_opt", where there was a
-    choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
+    no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
+    Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
     total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError

@@ -22,10 +22,10 @@ from bagel_opt.runtime.memory_plan import MemoryPlan
 from bagel_opt.runtime.torch_setup import Prepared
 
 _FLAGS = threading.Lock()
-# Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
 NO_ADAPTERS = (
     "adapters kept apart go beside weights that stay on the device, and with memory= some do not; merge them: lora="
 )
+# Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
 
@@ -118,17 +118,18 @@ class TorchRuntime:
         return self._within_memory(f"program {program!r}", lambda: self._run(program, inputs, caches, rows))
 
     def _within_memory(self, doing: str, call: Callable[[], Any]) -> Any:
-        """The result. Raises MemoryError where the device is full, after all that is kept for later calls was given back."""
-        try:
-            return call()
-        except (
-            RuntimeError
-        ) as error:  # which holds what had been computed; of a capture that failed, its context says why
-            if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
-                raise
-        if self.graphs:
-            self.graphs.clear()
-        torch.cuda.empty_cache()
+        """The result. Where the device is full, all that is kept for later calls is given back and it is tried once more.
+        Raises MemoryError."""
+        for _ in range(2):
+            try:
+                return call()
+            except RuntimeError as error:
+                # which holds what had been computed, until here; of a capture that failed, its context says why
+                if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+                    raise
+            if self.graphs:
+                self.graphs.clear()
+            torch.cuda.empty_cache()
         raise MemoryError(
             f"the GPU's memory is full ({doing}); use a smaller height and width or fewer requests at a time, or load with "
             f"{'less' if self.plan else 'some'} memory=, --memory, and more of the weights stay on the host"
