@@ -84,6 +84,11 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     time_.add_argument(
         "--quantization", metavar="KINDS", help="with --preset: also with quantised weights, with commas: fp8,int8,int4"
     )
+    time_.add_argument(
+        "--memory",
+        metavar="SIZES",
+        help="with --preset: also under caps of memory, with commas, as 24GB,16GB, in 16 bits and in each of --quantization",
+    )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",

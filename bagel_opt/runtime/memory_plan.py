@@ -20,9 +20,7 @@ from bagel_opt.programs.signatures import LAYERED, ROW
 
 ALIGNED = 256  # bytes; where a tensor of streamed weights begins
 RESERVE = 10**9  # bytes of a GPU that CUDA, its libraries and captured graphs take, besides tensors
-MARGIN = (
-    1.25  # of intermediate values: what lies between tensors, and cuDNN's own
-)
+MARGIN = 1.25  # of intermediate values: what lies between tensors, and cuDNN's own
 EXPERTS = ("und", "gen")
 VISITORS = ("vit", "vae_encode", "vae_decode")  # programs whose weights can come for a call and go
 GROUPS = {
