@@ -23,6 +23,8 @@ from bagel_opt.runtime.torch_setup import prepare
 from bagel_opt.sampling.job import Observer
 from bagel_opt.tokenizer import Tokenizer
 
+DTYPE = torch.bfloat16
+
 
 class Ours:
     """A model, asked for what the official code is asked for. several: whether it is also timed on several requests."""
@@ -80,14 +82,14 @@ def random_model(
     """Random weights in bfloat16, the same ones wherever they lie, one after another made on the device, quantised where their
     part is in `kinds`, and left there or on the host."""
     with torch.device("meta"):
-        model, there = Bagel(config).to(torch.bfloat16), Bagel(config)
+        model, there = Bagel(config).to(DTYPE), Bagel(config)
     model.quantize(kinds)
     for name, module in model.named_modules():
         module.to_empty(device="cpu" if on_host(f"{name}.") else device, recurse=False)
     model.eval().requires_grad_(False)
     generator, parameters = torch.Generator(device).manual_seed(0), dict(model.named_parameters())
     for name, like in there.named_parameters():
-        made = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
+        made = torch.empty(like.shape, dtype=DTYPE, device=device)
         if made.ndim == 1 and "norm" in name and name.endswith("weight"):
             made.fill_(1.0)
         else:
