@@ -55,6 +55,7 @@ def gpu(monkeypatch):
     return shares
 
 
+@pytest.mark.second
 def test_caps_of_memory(gpu, model):
     plans = full_size_memory.planned(model.config, KINDS, ["400MB", "20MB"])
     streamed = {at: plan.step_bytes for at, plan in plans.items()}
