@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.errors import BundleError
+from bagel_opt.errors import BundleError, ProfileError
 from bagel_opt.examples import Examples
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
@@ -136,8 +136,8 @@ class Model:
         results: list = [None] * len(requests)
         for profile, members in groups.items():
             numbers, plans = zip(*members, strict=True)
-            profile = profile or fit_profile(plans, self._round_up)
-            engine = Engine(self.runtime.for_profile(profile), self.config, self.tokenizer, profile)
+            profile, runtime = self._fitted(plans) if profile is None else (profile, self.runtime.for_profile(profile))
+            engine = Engine(runtime, self.config, self.tokenizer, profile)
             watching = [observers[number] for number in numbers]
             for number, result in zip(numbers, engine.run(plans, watching), strict=True):
                 results[number] = result
@@ -145,6 +145,18 @@ class Model:
         if failures and not return_exceptions:
             raise failures[0]
         return results
+
+    def _fitted(self, plans: list[AnyPlan]) -> tuple[Profile, Runtime]:
+        """The profile for these requests together, of as many rows as there is memory for. Raises ProfileError."""
+        most = 8
+        while True:
+            profile = fit_profile(plans, self._round_up, most)
+            try:
+                return profile, self.runtime.for_profile(profile)
+            except ProfileError:
+                if profile.rows == 1:
+                    raise
+                most = profile.rows - 1
 
     def choose(self, plan: AnyPlan) -> tuple[Profile | None, AnyPlan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the

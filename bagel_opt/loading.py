@@ -20,8 +20,10 @@ from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.quantization import NEEDS, Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
+from bagel_opt.runtime.memory_plan import RESERVE, MemoryPlan, host_memory, make_plan, size_text
+from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.tokenizer import Tokenizer
-from bagel_opt.versions import check_version
+from bagel_opt.versions import check_onnxruntime, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ def load(
     lora: Loras = (),
     adapters: Named = MappingProxyType({}),
     quantization: Quantization | None = None,
+    memory: "str | int | None" = None,
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -55,15 +58,21 @@ def load(
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
     apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both
     experts, or an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read,
-    and a folder of `quantize` has them so already. Which files were taken is logged to "bagel_opt", where there was a
-    choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
+    and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
+    no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
+    Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
     total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
-    for a bad argument and ImportError for a missing package.
+    for a bad argument, ImportError for a missing package and MemoryError where the device is full.
     """
     source = shipped_model() if source is None else source
     if find_bundle(source):
+        if memory is not None:
+            raise BundleError(
+                f"memory={memory!r}: a bundle keeps all its weights on the device; load the checkpoint that it was made from "
+                "with memory, or export that with quantization"
+            )
         given = {
             "dtype": dtype,
             "profile": profile,
@@ -89,9 +98,11 @@ def load(
     from bagel_opt.model import attention as backends
     from bagel_opt.model.ops import TorchOps
     from bagel_opt.runtime.facts import faster
-    from bagel_opt.runtime.torch import TorchRuntime
+    from bagel_opt.runtime.torch import NO_ADAPTERS, TorchRuntime
     from bagel_opt.runtime.torch_setup import prepare
 
+    if adapters and memory is not None:
+        raise ValueError(NO_ADAPTERS)
     where = torch_device(device)
     kind = torch_dtype(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     chosen = backends.choose(attention, where, kind)
@@ -106,11 +117,20 @@ def load(
     check_kinds(where, kinds or checkpoint.kinds)
     for note in faster(where, chosen, asked=device is not None):
         log.info(note)
+    plan = None
+    if memory is not None:
+        shapes = fixed[0] if fixed else default_profile(checkpoint.config)
+        plan = _planned(checkpoint.config, memory, shapes, where, kind, kinds or checkpoint.kinds)
     warming = compiled and chosen == "flash"
-    with _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds) if warming else nullcontext():
-        model = checkpoint.load(where, kind, progress, kinds)
-    model.ops = TorchOps(chosen)
-    runtime = TorchRuntime(prepare(model, compiled))
+    try:
+        with _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds) if warming else nullcontext():
+            model = checkpoint.load(where, kind, progress, kinds, plan.on_host if plan else lambda name: False)
+        model.ops = TorchOps(chosen)
+        runtime = TorchRuntime(prepare(model, compiled, plan))
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "the GPU has no memory left for the weights; load with memory='12GB', or as much as is free on it, or with quantization"
+        ) from None
     runtime.set_adapters(adapters)
     coarse = compiled or chosen == "flex"
     examples = read_examples(checkpoint.folder)
@@ -144,10 +164,10 @@ def load_bundle(
 def _onnx_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     cpu = manifest.device == "cpu"
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except (ImportError, OSError) as error:
         raise missing("an ONNX bundle", "onnxruntime", error, "onnx" if cpu else "onnx-gpu") from None
-    check_version("onnxruntime" if cpu else "onnxruntime-gpu", onnxruntime.__version__)
+    check_onnxruntime(manifest.device)
     from bagel_opt.runtime.onnx import OnnxRuntime
 
     if cpu:
@@ -192,6 +212,31 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     return PackagedRuntime(folder, manifest, where)
 
 
+def _planned(
+    config: BagelConfig,
+    memory: "str | int",
+    profile: Profile,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    kinds: Mapping[str, str],
+) -> MemoryPlan:
+    """What lies where. Raises ValueError, also where the device or the host has less."""
+    cuda = device.type == "cuda"
+    plan = make_plan(config, memory, profile, str(dtype).removeprefix("torch."), kinds, RESERVE if cuda else 0)
+    if cuda:
+        import torch
+
+        have = torch.cuda.get_device_properties(device).total_memory
+        if plan.memory > have:
+            raise ValueError(f"memory={memory!r}, but {torch.cuda.get_device_name(device)} has {size_text(have)}")
+    if (have := host_memory()) and plan.host > have:
+        raise ValueError(
+            f"memory={memory!r} leaves {size_text(plan.host)} of weights to the host, which has {size_text(have)}; use quantization"
+        )
+    log.info("%s", plan)
+    return plan
+
+
 def compiles(device: "torch.device") -> bool:
     """Whether torch.compile has a compiler for a device. Warns where it has none."""
     found = compiler(device.type)
@@ -203,8 +248,6 @@ def compiles(device: "torch.device") -> bool:
 def _warming_up(
     config: BagelConfig, device: "torch.device", dtype: "torch.dtype", kinds: Mapping[str, str]
 ) -> AbstractContextManager:
-    if device.type != "cuda":
-        return nullcontext()
     from bagel_opt.runtime.torch_setup import register_kernels
     from bagel_opt.runtime.warm_up import warming_up
 

@@ -19,5 +19,19 @@ def check_version(library: str, found: str) -> None:
         )
 
 
+def check_onnxruntime(device: str) -> None:
+    """Raises ImportError where onnxruntime is too old, or built without CUDA where the device is "cuda"."""
+    import onnxruntime
+
+    found = onnxruntime.__version__
+    if device == "cpu":
+        return check_version("onnxruntime", found)
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ImportError(
+            f"onnxruntime {found} is built without CUDA; pip uninstall onnxruntime; pip install 'bagel-opt[onnx-gpu]'"
+        )
+    check_version("onnxruntime-gpu", found)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))

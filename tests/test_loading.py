@@ -15,6 +15,10 @@ def test_settings_that_a_bundle_fixes_are_refused(bundle):
     for settings in ({"dtype": "float16"}, {"profile": "tiny"}, {"attention": "flex"}, {"quantization": "fp8"}):
         with pytest.raises(BundleError, match="fixed when it was exported"):
             bagel_opt.load(bundle, **settings)
+    with pytest.raises(
+        BundleError, match="memory='12GB': a bundle keeps all its weights on the device; load the checkpoint"
+    ):
+        bagel_opt.load(bundle, memory="12GB")
     with pytest.raises(ValueError, match="backend='compile'"):
         bagel_opt.load(bundle, backend="compile")
     with pytest.raises(ValueError, match="device='cuda'"):

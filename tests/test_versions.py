@@ -11,7 +11,7 @@ from support import CHECKPOINT, ROOT
 
 import bagel_opt
 from bagel_opt.export import export
-from bagel_opt.versions import EXTRAS, LEAST, check_version
+from bagel_opt.versions import EXTRAS, LEAST, check_onnxruntime, check_version
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,21 @@ def test_a_bundle_is_refused_to_an_old_onnxruntime(bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime, "__version__", "1.27.0")
     with pytest.raises(ImportError, match=r"^onnxruntime 1\.27\.0 is too old"):
         bagel_opt.load(bundle, check=False)
+
+
+@pytest.mark.parametrize(
+    ("providers", "says"),
+    [
+        (["CPUExecutionProvider"], "onnxruntime 1.30.0 is built without CUDA; pip uninstall onnxruntime; pip install"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], "onnxruntime-gpu 1.30.0 is too old: "),
+    ],
+)
+def test_an_onnxruntime_that_is_not_for_gpus(monkeypatch, providers, says):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    check_onnxruntime("cpu")
+    with pytest.raises(ImportError, match=f"^{re.escape(says)}"):
+        check_onnxruntime("cuda")
 
 
 def test_checkpoints_and_archives_are_refused_to_an_old_torch(two, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import itertools
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from bagel_opt.api import Model
 from bagel_opt.bench.full_size_official import PROMPT, TOKENS
+from bagel_opt.config import BagelConfig
 from bagel_opt.loading import load_bundle
 from bagel_opt.model.attention import choose
 from bagel_opt.model.bagel import Bagel
@@ -19,6 +22,8 @@ from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
 from bagel_opt.sampling.job import Observer
 from bagel_opt.tokenizer import Tokenizer
+
+DTYPE = torch.bfloat16
 
 
 class Ours:
@@ -66,6 +71,34 @@ class Ours:
         shape = {"height": 1024, "width": 1024, "num_timesteps": 2, "noise": noise}
         self.model.generate(PROMPT, on_step=lambda event: seen.append(event.v_t), **shape)
         return seen[0].double()
+
+
+def random_model(
+    config: BagelConfig,
+    device: torch.device,
+    kinds: Mapping[str, str] = MappingProxyType({}),
+    on_host: Callable[[str], bool] = lambda name: False,
+) -> Bagel:
+    """Random weights in bfloat16, the same ones wherever they lie, one after another made on the device, quantised where their
+    part is in `kinds`, and left there or on the host."""
+    with torch.device("meta"):
+        model, there = Bagel(config).to(DTYPE), Bagel(config)
+    model.quantize(kinds)
+    for name, module in model.named_modules():
+        module.to_empty(device="cpu" if on_host(f"{name}.") else device, recurse=False)
+    model.eval().requires_grad_(False)
+    generator, parameters = torch.Generator(device).manual_seed(0), dict(model.named_parameters())
+    for name, like in there.named_parameters():
+        made = torch.empty(like.shape, dtype=DTYPE, device=device)
+        if made.ndim == 1 and "norm" in name and name.endswith("weight"):
+            made.fill_(1.0)
+        else:
+            made.normal_(0, 0.02, generator=generator)
+        if name in parameters:
+            parameters[name].data.copy_(made)
+        else:
+            model.get_submodule(name.removesuffix(".weight")).quantized.store(made)
+    return model
 
 
 def in_process(model: Bagel, tokenizer: Tokenizer, compiled: bool = True) -> Ours:

@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import gc
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,31 +18,17 @@ import torch
 from torch import Tensor
 
 import bagel_opt
-from bagel_opt.bench.contenders import Ours, in_process
+from bagel_opt.bench.contenders import Ours, in_process, random_model
 from bagel_opt.bench.full_size_adapters import adapters
+from bagel_opt.bench.full_size_memory import planned, under_caps
 from bagel_opt.bench.full_size_official import Official
 from bagel_opt.bench.measure import CONTEXT, evaluation, figures, seconds
 from bagel_opt.config import PUBLISHED, BagelConfig
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import flash_package
 from bagel_opt.model.bagel import Bagel
-from bagel_opt.model.linear import Linear
 from bagel_opt.quantization import kinds_of_parts
 from bagel_opt.tokenizer import Tokenizer
-
-
-def random_model(config: BagelConfig, device: torch.device) -> Bagel:
-    """Random weights in bfloat16, made where they stay."""
-    with torch.device("meta"):
-        model = Bagel(config)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, p in model.named_parameters():
-        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
-            p.fill_(1.0)
-        else:
-            p.normal_(0, 0.02, generator=generator)
-    return model
 
 
 def versions() -> dict[str, str | None]:
@@ -58,15 +44,18 @@ def run_full_size(
     checkout: str | None,
     bundles: dict[str, Path],
     quantization: Sequence[str],
+    memory: Sequence[str],
     repeats: int,
     progress: Callable[[str], None],
     save: Callable[[dict], None],
 ) -> dict:
     """All figures, with the card and the versions. save(results) is called when there are more. bundles: by "onnx" or
     "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. quantization: kinds in
-    which ours is timed too. Raises ValueError for another and without a CUDA device, and FileNotFoundError where `checkout`
-    is none of the official code."""
+    which ours is timed too. memory: caps, such as "12GB", under which it is timed in 16 bits and in each of these. Raises
+    ValueError for another and without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
     kinds = {kind: kinds_of_parts(kind) for kind in quantization}
+    precisions = {"16 bits": {}, **kinds}
+    plans = planned(PUBLISHED, precisions, memory)
     if bundles:
         from bagel_opt.bench.full_size_bundles import measured, written
     if checkout and not (Path(checkout) / "inferencer.py").is_file():
@@ -125,24 +114,17 @@ def run_full_size(
         gc.collect()
         torch.cuda.empty_cache()
     for kind, parts in kinds.items():
-        ours = in_process(quantized(random_model(config, device), parts), tokenizer)
+        ours = in_process(random_model(config, device, parts), tokenizer)
         results["figures"][kind] = figures(ours, repeats, lambda what, kind=kind: progress(f"{kind}: {what}"))
         results["velocity errors"][kind] = relative(ours.velocity(noise), exact)
         save(results)
         del ours
         gc.collect()
         torch.cuda.empty_cache()
+    if plans:
+        results["memory"] = under_caps(config, tokenizer, precisions, plans, progress)
+        save(results)
     return results
-
-
-def quantized(model: Bagel, kinds: Mapping[str, str]) -> Bagel:
-    """The model with some parts' weights in other kinds, one after another."""
-    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
-    model.quantize(kinds)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.quantized is not None:
-            module.quantized.store(weights.pop(f"{name}.weight"))
-    return model
 
 
 def relative(v: Tensor, exact: Tensor) -> float:

@@ -33,8 +33,18 @@ def tables(results: dict) -> Iterator[Table]:
     read = results["bytes per token"] / token / 1e9  # TB/s
     limits.add_row("a token, by its weights", f"{token:.2f}", "", f"{read / bandwidth:.0%}" if bandwidth else "")
     yield limits
+    if "memory" in results:
+        columns = dict.fromkeys(name for row in results["memory"] for name in row)
+        capped = Table(*columns, title="Under caps of memory")
+        for row in results["memory"]:
+            capped.add_row(*(_cell(row.get(name, "")) for name in columns))
+        yield capped
     if "adapters" in results:
         kept = Table("", "", title="Adapters that stay apart, of rank 64")
         for name, value in results["adapters"].items():
             kept.add_row(name, f"{value:.4g}")
         yield kept
+
+
+def _cell(value: float | str | bool) -> str:
+    return f"{value:.4g}" if type(value) is float else "yes" if value is True else "no" if value is False else value

@@ -84,6 +84,11 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     time_.add_argument(
         "--quantization", metavar="KINDS", help="with --preset: also with quantised weights, with commas: fp8,int8,int4"
     )
+    time_.add_argument(
+        "--memory",
+        metavar="SIZES",
+        help="with --preset: also under caps of memory, with commas, as 24GB,16GB, in 16 bits and in each of --quantization",
+    )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
         "--export",
@@ -119,7 +124,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     show.add_argument("checkpoint", nargs="?", help="folder, file, repo id or bundle (default: the model that ships)")
     show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
     _weights(show)
-    show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32)")
+    show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32; with --memory bfloat16)")
+    _memory(show, "also what would lie where on a GPU of so much memory, as 12GB, and how long steps would take")
+    _quantization(show)
     _no_check(show)
     return top
 
@@ -170,8 +177,13 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
     _quantization(group)
+    _memory(group, "what a GPU may be filled with, as 12GB; weights beyond that stream in from the host (all of it)")
     _weights(group)
     _no_check(group)
+
+
+def _memory(group: argparse._ActionsContainer, text: str) -> None:
+    group.add_argument("--memory", metavar="SIZE", help=text)
 
 
 def _weights(group: argparse._ActionsContainer) -> None:
@@ -204,7 +216,7 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "check")
+    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "memory", "check")
     return {name: getattr(a, name) for name in names} | {"adapters": dict(vars(a).get("adapters", ()))}
 
 

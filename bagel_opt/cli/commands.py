@@ -112,7 +112,7 @@ def quantize(a: argparse.Namespace) -> None:
 
 def _default_profile(checkpoint: str | None, weights: str | None) -> Profile:
     """The profile where none was named, with a line on stderr saying which."""
-    from bagel_opt.export.default_profile import default_profile
+    from bagel_opt.sampling.default_profile import default_profile
 
     try:
         from bagel_opt.files.checkpoint import Checkpoint
@@ -139,6 +139,8 @@ def bench(a: argparse.Namespace) -> None:
         raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")
     if a.quantization and not a.preset:
         raise ValueError("--quantization is for --preset; quantize a checkpoint, and time that")
+    if a.memory and not a.preset:
+        raise ValueError("--memory is for --preset")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
@@ -173,8 +175,8 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
             _write_json(a.json, results)
 
     with bar("timing") as update:
-        kinds = a.quantization.split(",") if a.quantization else []
-        results = run_full_size(a.official, bundles, kinds, a.repeats, lambda what: update(what, 0, 0), save)
+        kinds, caps = (given.split(",") if given else [] for given in (a.quantization, a.memory))
+        results = run_full_size(a.official, bundles, kinds, caps, a.repeats, lambda what: update(what, 0, 0), save)
     for table in full_size_tables(results):
         tables().print(table)
 
@@ -208,7 +210,7 @@ def serve(a: argparse.Namespace) -> None:
 
 def inspect(a: argparse.Namespace) -> None:
     output = tables()
-    for table in look(a.checkpoint, a.profile, a.dtype, a.check, a.weights, a.lora):
+    for table in look(a.checkpoint, a.profile, a.dtype, a.check, a.weights, a.lora, a.memory, a.quantization):
         output.print(table)
 
 

@@ -3,21 +3,24 @@
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.table import Table
 
-from bagel_opt.cli.memory import needs
+from bagel_opt.cli.memory import plan_tables
 from bagel_opt.config import BagelConfig
-from bagel_opt.dtypes import DTYPES
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.finding import find_bundle, find_place
 from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import Profile, load_profile
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
+from bagel_opt.runtime.memory_plan import bytes_of_parts, make_plan, needs, size_text
+from bagel_opt.sampling.default_profile import default_profile
 
 PARTS = {
     "_moe_gen": "generation expert",
@@ -35,10 +38,12 @@ def look(
     check: bool = True,
     weights: str | Path | None = None,
     lora: Loras = (),
+    memory: "str | int | None" = None,
+    quantization: Quantization | None = None,
 ) -> list[Table]:
     """Tables on anything that people have: what it is, and what it lacks to be loaded, or what `describe` says. Raises what
     `describe` raises for what is none of the known forms, or not whole."""
-    given = (source, profiles, dtype, check, weights, lora)
+    given = (source, profiles, dtype, check, weights, lora, memory, quantization)
     if source is None or weights or lora or find_bundle(source):
         return describe(*given)
     try:
@@ -64,19 +69,25 @@ def describe(
     check: bool = True,
     weights: str | Path | None = None,
     lora: Loras = (),
+    memory: "str | int | None" = None,
+    quantization: Quantization | None = None,
 ) -> list[Table]:
     """Tables on a checkpoint folder, a repo id or a bundle, and on the memory that profiles need: those given, in dtype,
-    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. weights, lora: as
-    `load` takes them. Raises what `load` raises, and ValueError for what a bundle does not take."""
+    or a bundle's own; dtype None is float32. check: compare a bundle's files with their sha256. weights, lora, quantization:
+    as `load` takes them. memory: of a GPU, for which plans are shown, in bfloat16 where there is no dtype. Raises what `load`
+    raises, and ValueError for what a bundle does not take."""
     source = shipped_model() if source is None else source
     if find_bundle(source):
-        if profiles or dtype or weights or lora:
+        if profiles or dtype or weights or lora or quantization:
             raise ValueError(
                 f"{source} is a bundle, whose profiles, dtype and weights were fixed when it was exported; leave them out"
             )
+        if memory:
+            raise ValueError(f"{source} is a bundle, which keeps all its weights on the GPU; plan for its checkpoint")
         return _bundle(find_place(source), check)
     chosen = [load_profile(name) for name in profiles]
-    return _checkpoint(source, chosen, dtype or "float32", weights, lora)
+    kinds = kinds_of_parts(quantization)
+    return _checkpoint(source, chosen, dtype or ("bfloat16" if memory else "float32"), weights, lora, memory, kinds)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -91,7 +102,7 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
     check_bundle(folder, manifest, digests=check)
     total = sum(entry["size"] for entry in manifest.files.values())
     about = _table(f"bundle {folder}", "", "")
-    for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", _size(total))):
+    for row in (("kind", manifest.kind), ("dtype", manifest.dtype), ("size", size_text(total))):
         about.add_row(*row)
     for part, kind in manifest.quantization.items():
         about.add_row(f"{part} in", kind)
@@ -113,23 +124,35 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
             inputs.append(note)
             outputs.append(note)
         files = {part["file"] for part in (entry, *entry.get("parts", {}).values()) if "file" in part}
-        size = _size(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
+        size = size_text(sum(manifest.files[file]["size"] for file in files)) if files else "in cache/"
         programs.add_row(name, size, "\n".join(inputs), "\n".join(outputs))
     held = sum(place.length for place in locate_weights(folder / WEIGHTS).values())
     memory = _memory(manifest.config, manifest.profiles, manifest.dtype, held)
     return [about, programs, _config(manifest.config), memory]
 
 
-def _memory(config: BagelConfig, profiles: list[Profile], dtype: str, weights: int) -> Table:
+def _memory(
+    config: BagelConfig,
+    profiles: list[Profile],
+    dtype: str,
+    weights: int,
+    kinds: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
     table = _table(f"memory in {dtype}", "profile", "weights", "caches", "workspace, about", "together")
     for profile in profiles:
-        needed = needs(config, profile, dtype, weights)
-        table.add_row(profile.name, *map(_size, (*needed.values(), sum(needed.values()))))
+        needed = needs(config, profile, dtype, weights, kinds)
+        table.add_row(profile.name, *map(size_text, (*needed.values(), sum(needed.values()))))
     return table
 
 
 def _checkpoint(
-    source: str | Path, profiles: list[Profile], dtype: str, weights: str | Path | None, lora: Loras
+    source: str | Path,
+    profiles: list[Profile],
+    dtype: str,
+    weights: str | Path | None,
+    lora: Loras,
+    memory: "str | int | None",
+    kinds: Mapping[str, str],
 ) -> list[Table]:
     try:
         from bagel_opt.files.checkpoint import Checkpoint
@@ -147,21 +170,20 @@ def _checkpoint(
         size[part] += place.length
     table = _table(f"checkpoint {checkpoint.about}", "part", "parameters", "dtype", "size")
     for part in PARTS.values():
-        table.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), _size(size[part]))
+        table.add_row(part, f"{parameters[part]:,}", ", ".join(sorted(dtypes[part])), size_text(size[part]))
     table.add_section()
-    table.add_row("together", f"{parameters.total():,}", "", _size(size.total()))
+    table.add_row("together", f"{parameters.total():,}", "", size_text(size.total()))
     chosen = _table("files", "")
     for note in (*checkpoint.notes, *map(str, checkpoint.adapters)):
         chosen.add_row(note)
     tables = [table, *([chosen] if chosen.row_count else []), _config(checkpoint.config)]
-    if not profiles:
-        return tables
-    size = DTYPES[dtype].bytes
-    held = sum(
-        math.prod(place.shape) * (1 if checkpoint.kinds and place.dtype.bytes == 1 else size)
-        for place in checkpoint.tensors.values()
-    )
-    return [*tables, _memory(checkpoint.config, profiles, dtype, held)]
+    config, kinds = checkpoint.config, kinds or checkpoint.kinds
+    if profiles:
+        held = sum(bytes_of_parts(config, dtype, kinds).values())
+        tables.append(_memory(config, profiles, dtype, held, kinds))
+    for profile in (profiles or [default_profile(config)]) if memory else ():
+        tables += plan_tables(make_plan(config, memory, profile, dtype, kinds), profile)
+    return tables
 
 
 def _config(c: BagelConfig) -> Table:
@@ -183,11 +205,3 @@ def _config(c: BagelConfig) -> Table:
 
 def _shape(shape: list) -> str:
     return "x".join(str(side) for side in shape)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -1,27 +1,53 @@
-"""How much memory a profile needs, from sizes alone, before anything is allocated."""
+"""What a plan for a card's memory says, as tables."""
 
-from bagel_opt.config import BagelConfig
-from bagel_opt.dtypes import DTYPES
+from rich.table import Table
+
 from bagel_opt.profile import Profile
+from bagel_opt.runtime.memory_plan import EXPERTS, MemoryPlan, size_text
+
+NAMES = {
+    "und": "understanding expert",
+    "gen": "generation expert",
+    "embed": "embeddings",
+    "head": "head, for the logits of a token",
+    "vit": "ViT, its connector and positions",
+    "vae_encode": "VAE, encoder",
+    "vae_decode": "VAE, decoder",
+    "rest": "norms, latents, time",
+}
+COMES = {"embed": "read over the link, some rows", "head": "read over the link for each token"}
+LINKS = {"PCIe 3.0 x16": 12, "PCIe 4.0 x16": 25, "PCIe 5.0 x16": 55}  # GB/s of page-locked copies
 
 
-def needs(config: BagelConfig, profile: Profile, dtype: str, weights: int) -> dict[str, int]:
-    """weights: bytes of them. -> bytes of weights, of the KV caches of all batches, and of the largest program's intermediate values.
-
-    The last is an estimate: what is alive at the widest place, which is the MLP of a flow step or of a prefill, or the
-    VAE's first level at full resolution. Runtimes add some hundred megabytes of their own.
-    """
-    c, p, size = config.llm, profile, DTYPES[dtype].bytes
-    slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
-    tokens = max(p.rows * (p.latents + 2), p.patches + 2, p.text)
-    layer = tokens * (3 * c.intermediate_size + 5 * c.hidden_size) * size
-    vit = p.patches * (2 * config.vit.intermediate_size + 5 * config.vit.hidden_size) * size
-    pixels = p.latents * config.token_pixels**2
-    # in the decoder's last blocks: a block's input and two more of its size, the first with the level below's channels
-    vae = pixels * config.vae.ch * (max(config.vae.ch_mult[:2]) + 2) * size
-    decode = p.rows * c.vocab_size * 4 * 3
-    return {
-        "weights": weights,
-        "caches": p.batches * p.rows * p.slots * slot,
-        "workspace": max(layer, vit, vae, decode),
-    }
+def plan_tables(plan: MemoryPlan, profile: Profile) -> list[Table]:
+    """Where the weights lie, and what that costs over links of some speeds."""
+    rows, latents = min(profile.rows, 2), profile.latents
+    places = Table(
+        title=f"memory of {size_text(plan.memory)}, profile {profile.name}", title_justify="left", title_style="bold"
+    )
+    for column in ("part", "on the GPU", "on the host", ""):
+        places.add_column(column, justify="left" if column in ("part", "") else "right")
+    for part, count in plan.parts.items():
+        host, how = count if part in plan.away else 0, COMES.get(part, "comes for each picture and goes")
+        if part in EXPERTS:
+            layers, every = plan.streamed[part], plan.config.llm.num_hidden_layers
+            host = plan.streams(part)
+            how = f"{len(layers)} of {every} layers stream, by turns in two buffers of {size_text(plan.layer(part))}"
+        places.add_row(NAMES[part], size_text(count - host), size_text(host), how if host else "")
+    places.add_row("buffers", size_text(plan.resident + plan.host - sum(plan.parts.values())), "", "")
+    places.add_row("caches, intermediate values", size_text(plan.room), "", "")
+    places.add_row("CUDA and its libraries, about", size_text(plan.reserve), "", "")
+    places.add_section()
+    places.add_row("together", size_text(plan.memory), size_text(plan.host), "")
+    times = Table(
+        title=f"predicted, for a GPU that computes like an H100: {rows} rows of {latents} latents",
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in ("link", "speed", "a flow step", "of which copies, meanwhile", "copies for a token of a text"):
+        times.add_column(column, justify="left" if column == "link" else "right")
+    for name, speed in LINKS.items():
+        step = plan.step_seconds(speed * 1e9, rows, latents)
+        copies = (count / speed / 1e6 for count in (plan.step_bytes, plan.token_bytes))
+        times.add_row(name, f"{speed} GB/s", f"{1000 * step:.3g} ms", *(f"{ms:.3g} ms" for ms in copies))
+    return [places, times]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from bagel_opt.dtypes import DTYPES
 from bagel_opt.examples import copy_examples
-from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
@@ -21,6 +20,7 @@ from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 from bagel_opt.quantization import Quantization, fits_onnx, kinds_of_parts
+from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.versions import check_version
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch._inductor.utils import clear_caches
 
 from bagel_opt.files.manifest import CACHE
+from bagel_opt.installed import kernel_folder
 from bagel_opt.model import attention
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import Profile
@@ -48,7 +49,7 @@ def keep_attention_kernels(model: Bagel, folder: Path) -> None:
     """For a bundle whose programs call FlashAttention: compiles its kernels, and keeps them in folder/cache."""
     c = model.config.llm
     for name, source in _kernel_folders(model).items():
-        if name == attention.KEPT:
+        if name == "flash_attention":
             from bagel_opt.runtime.warm_up import ATTENTION, compile_part
 
             for part in range(len(ATTENTION)):
@@ -62,10 +63,8 @@ def _kernel_folders(model: Bagel) -> dict[str, Path]:
     uses."""
     if model.ops.backend != "flash" or attention.flash_package() != "flash_attn.cute":
         return {}
-    found = {attention.KEPT: attention.cache_folder()}
-    if fused_products.possible(model.device, model.dtype):
-        found[fused_products.KEPT] = fused_products.cache_folder()
-    return found
+    fused = fused_products.possible(model.device, model.dtype)
+    return {name: kernel_folder(name) for name in (["flash_attention", "quack"] if fused else ["flash_attention"])}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -228,10 +228,12 @@ class Checkpoint:
         dtype: torch.dtype,
         progress: Callable[[int, int], None] = lambda done, total: None,
         kinds: Mapping[str, str] = MappingProxyType({}),
+        on_host: Callable[[str], bool] = lambda name: False,
     ) -> Bagel:
         """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
         parts whose weights are quantised as they come, so that no more than one is there as it was; where the file is
-        quantised, its own, or none.
+        quantised, its own, or none. on_host: whether a parameter is to lie there and not on the device, which quantises it
+        all the same.
 
         progress(done, total) is called in parameters read. Raises CheckpointError for other kinds than the file's.
         """
@@ -240,7 +242,9 @@ class Checkpoint:
             model, there = Bagel(self.config).to(dtype), Bagel(self.config)
         model.quantize(kinds or self.kinds)
         there.quantize(self.kinds)
-        model = model.to_empty(device=device).eval().requires_grad_(False)
+        for name, module in model.named_modules():
+            module.to_empty(device="cpu" if on_host(f"{name}.") else device, recurse=False)
+        model.eval().requires_grad_(False)
         parameters, total = dict(model.named_parameters()), len([*there.parameters()])
         for done, (name, parts) in enumerate(self.read(there)):
             if name in parameters:
@@ -249,7 +253,7 @@ class Checkpoint:
                     parameters[name].data[start : start + len(part)].copy_(part)
                     start += len(part)
             else:
-                model.get_submodule(name.removesuffix(".weight")).quantized.store(torch.cat(parts))
+                model.get_submodule(name.removesuffix(".weight")).quantized.store(torch.cat(parts).to(device))
             progress(done + 1, total)
         return model
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from bagel_opt import installed
 
-KEPT = "flash_attention"  # a folder in torch's cache
 BACKENDS = ("sdpa", "cudnn", "flex", "flash")
 # FlashAttention 4, 3 and 2, as pip calls them and what is called of each.
 FLASH = {
@@ -137,18 +135,13 @@ def attention(
     return attend(backend, q_BQHD, k_BSGD, v_BSGD, seen)
 
 
-def cache_folder() -> Path:
-    """Where FlashAttention 4 keeps what it has compiled."""
-    return installed.kernel_folder(KEPT)
-
-
 @functools.cache
 def flash_package() -> str | None:
     """The newest FlashAttention that can be imported, which is tried, by its module's name. None leaves the kernels of 2 that
     torch brings. Warns of newer ones that are installed and broken."""
     if installed.is_there("flash_attn.cute"):
         with contextlib.suppress(Exception):  # of torch's compiler, without which it compiles in each process
-            cache_folder()
+            installed.kernel_folder("flash_attention")
     broken = {}
     for module, (name, function) in FLASH.items():
         why = installed.fault(module, function)

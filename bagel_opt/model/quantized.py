@@ -124,7 +124,8 @@ class Quantized(nn.Module):
         self.kind, self.channels = kind, channels
 
     def store(self, weight_NC: Tensor) -> None:
-        codes, scale = to_kind(weight_NC.to(self.codes.device), self.kind)
+        """Quantises a weight where it lies."""
+        codes, scale = to_kind(weight_NC, self.kind)
         self.codes.data.copy_(codes)
         self.scale.data.copy_(scale)
 

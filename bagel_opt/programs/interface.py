@@ -16,6 +16,12 @@ def in_use(need: int, size: int) -> int:
     return min(size, -(-max(need, 1) // 64) * 64)
 
 
+def slots_in_use(inputs: list, kv_len_B: Any, slots: int) -> int:
+    """Of a cache, what a program looks at: those before it, and what it stores, with an image's markers."""
+    new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1
+    return in_use(int(kv_len_B.max()) + new, slots)
+
+
 def as_slice(rows: int | slice | None) -> slice:
     """Of the rows of a batch; None is all."""
     return slice(None) if rows is None else rows if isinstance(rows, slice) else slice(rows, rows + 1)
@@ -41,7 +47,8 @@ class Runtime(Protocol):
         """Keeps these adapters apart in place of those before, where weights are not fixed. Raises as `load` does."""
 
     def for_profile(self, profile: Profile) -> "Runtime":
-        """The runtime with the programs of one profile; weights and programs are shared."""
+        """The runtime with the programs of one profile; weights and programs are shared. Raises ProfileError where memory was
+        planned for less."""
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         """KV caches of one batch, zero everywhere."""

@@ -17,7 +17,7 @@ from bagel_opt.errors import reason
 from bagel_opt.installed import ABSENT, FLASH, compiler, fault, mend_flash, told, version
 from bagel_opt.quantization import IN_ONNX, KINDS, NEEDS
 from bagel_opt.runtime.active import compiled_by
-from bagel_opt.versions import EXTRAS, LEAST, check_version
+from bagel_opt.versions import EXTRAS, LEAST, check_onnxruntime, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +281,7 @@ def _why_no_cuda_provider() -> str | None:
         from bagel_opt.runtime.onnx import load_session
         from bagel_opt.runtime.onnx_gpu import PROVIDER, usable_memory
 
-        check_version("onnxruntime-gpu", onnxruntime.__version__)
+        check_onnxruntime("cuda")
         usable_memory(0)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "identity.onnx"

@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Set
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ log = logging.getLogger("bagel_opt")
 WIDE = {"tile_m": 128, "tile_n": 256, "pingpong": False}
 NARROW = {"tile_m": 128, "tile_n": 192, "pingpong": True}
 OTHERS = "they are for Hopper GPUs, in bfloat16 and float16"
-KEPT = "quack"  # a folder in torch's cache
 LEAST_ROWS = 512  # of a product: below, the weights' way from memory decides
 
 
@@ -57,14 +55,9 @@ def _call(x_MK: Tensor, weight_NK: Tensor, tile: dict, **given: object) -> Tenso
     return gemm_act(x_MK, weight_NK.T, store_preact=False, tuned=False, config=config, **given)[1]
 
 
-def cache_folder() -> Path:
-    """Where quack-kernels keeps what it has compiled."""
-    return installed.kernel_folder(KEPT)
-
-
 def kernels(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
     """A call of each kernel that a layer may want."""
-    cache_folder()
+    installed.kernel_folder("quack")
     calls = []
     for tile, size in ((NARROW, 128), (WIDE, 256)):  # of the same sizes, the second would be taken for the first
         x, weight = (torch.ones(n, size, device=device, dtype=dtype) for n in (size, 2 * size))
@@ -89,7 +82,7 @@ def fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels do not run here, which is tried; None where they do."""
     if not _are_for(device, dtype):
         return OTHERS
-    cache_folder()
+    installed.kernel_folder("quack")
     if why := installed.fault("quack"):
         return why
     try:

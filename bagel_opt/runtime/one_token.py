@@ -1,5 +1,5 @@
 """The product with a single token on a GPU, in Triton (https://triton-lang.org): it reads the weight once, and little else
-counts. C channels in, N channels out."""
+counts. The weight may be quantised in 8 bits. C channels in, N channels out."""
 # ruff: noqa: ANN001, ANN202  Triton's kernels take pointers and numbers
 
 import torch
@@ -22,10 +22,8 @@ def linear(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None) -> Tensor:
 @torch.library.custom_op("bagel_opt::one_token_product", mutates_args=())
 def product(x_C: Tensor, weight_NC: Tensor, bias_N: Tensor | None) -> Tensor:
     """weight @ x + bias, added up in float32 and rounded once: [N]"""
-    n, c = weight_NC.shape
-    out_N = x_C.new_empty(n)
-    given = x_C.contiguous(), weight_NC, x_C if bias_N is None else bias_N, out_N
-    _kernel[(triton.cdiv(n, BLOCK["BLOCK_N"]),)](*given, n, c, weight_NC.stride(0), BIAS=bias_N is not None, **BLOCK)
+    out_N = x_C.new_empty(weight_NC.shape[0])
+    multiply(x_C.contiguous(), weight_NC, None, bias_N, out_N, **BLOCK)
     return out_N
 
 
@@ -34,8 +32,21 @@ def _(x_C: Tensor, weight_NC: Tensor, bias_N: Tensor | None) -> Tensor:
     return x_C.new_empty(weight_NC.shape[0])
 
 
+def multiply(
+    x: Tensor, weight_NC: Tensor, scale_N: Tensor | None, bias_N: Tensor | None, out: Tensor, **block: int
+) -> None:
+    """Writes scale * (weight @ x) + bias. block: BLOCK_N and BLOCK_C, the channels of one step, and num_warps."""
+    n, c = weight_NC.shape
+    given = x, weight_NC, x if scale_N is None else scale_N, x if bias_N is None else bias_N, out
+    about = {"SCALED": scale_N is not None, "BIAS": bias_N is not None}
+    _kernel[(triton.cdiv(n, block["BLOCK_N"]),)](*given, n, c, weight_NC.stride(0), **about, **block)
+
+
 @triton.jit
-def _kernel(x, weight, bias, out, n, c, row, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _kernel(
+    x, weight, scale, bias, out, n, c, row,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Some channels out. row: from one of them to the next in the weight, of which adapters may be the rest."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sum = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
@@ -45,6 +56,8 @@ def _kernel(x, weight, bias, out, n, c, row, BIAS: tl.constexpr, BLOCK_N: tl.con
         w = tl.load(weight + at, mask=(rows[:, None] < n) & (channels[None] < c), other=0.0).to(tl.float32)
         sum += w * tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)[None]
     y = tl.sum(sum, axis=1)
+    if SCALED:
+        y *= tl.load(scale + rows, mask=rows < n, other=0.0)
     if BIAS:
         y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
     tl.store(out + rows, y.to(out.dtype.element_ty), mask=rows < n)

@@ -217,11 +217,6 @@ def usable_memory(device: int) -> GpuMemory:
 
     Raises ImportError where a package or a CUDA library is missing, ValueError where there is no such GPU.
     """
-    if PROVIDER not in ort.get_available_providers():
-        raise ImportError(
-            "a bundle for CUDA needs ONNX Runtime's CUDA provider, which this onnxruntime does not have: "
-            "pip uninstall onnxruntime onnxruntime-gpu; pip install 'bagel-opt[onnx-gpu]'"
-        )
     ort.set_default_logger_severity(4)  # what fails is raised; what is printed besides is of plans that it tried
     ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip has installed them
     try:

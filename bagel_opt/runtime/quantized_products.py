@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from bagel_opt.model.quantized import LEAST, quantized_product
+from bagel_opt.runtime import one_token
 
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 # Blocks of a product with one token: those that read fastest, of some tried on an H100.
@@ -34,37 +35,19 @@ def _(
         scales = x_scale_M[:, None], scale_N[None]
         return torch._scaled_mm(x_MC, codes_NC.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
     x_MC, out_MN = x_MC.contiguous(), x_MC.new_empty((m, n), dtype=dtype)
-    bias = scale_N if bias_N is None else bias_N
     if m == 1 and not coded:
-        sizes = LONG if c > LONG_CHANNELS else SHORT
-        given = x_MC, codes_NC, scale_N, bias, out_MN
-        _one_kernel[(triton.cdiv(n, sizes["BLOCK_N"]),)](*given, n, c, BIAS=bias_N is not None, **sizes)
+        one_token.multiply(x_MC, codes_NC, scale_N, bias_N, out_MN, **(LONG if c > LONG_CHANNELS else SHORT))
         return out_MN
     if m <= FEW:
         sizes = {"BLOCK_M": 16, "BLOCK_N": 16 if n < 2**13 else 32, "BLOCK_C": 256, "num_warps": 4, "num_stages": 5}
     else:
         sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
     grid = (triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
+    bias = scale_N if bias_N is None else bias_N
     given = x_MC, x_scale_M if coded else scale_N, codes_NC, scale_N, bias, out_MN
     about = {"BIAS": bias_N is not None, "CODED": coded, "WHOLE": coded and not floats}
     _product_kernel[grid](*given, m, n, c, **about, **sizes)
     return out_MN
-
-
-@triton.jit
-def _one_kernel(x, codes, scale, bias, out, n, c, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One token, as it is, and some channels out."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sum = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    for start in range(0, c, BLOCK_C):
-        channels = start + tl.arange(0, BLOCK_C)
-        at = rows[:, None].to(tl.int64) * c + channels[None]
-        b = tl.load(codes + at, mask=(rows[:, None] < n) & (channels[None] < c), other=0.0).to(tl.float32)
-        sum += b * tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)[None]
-    y = tl.sum(sum, axis=1) * tl.load(scale + rows, mask=rows < n, other=0.0)
-    if BIAS:
-        y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
-    tl.store(out + rows, y.to(out.dtype.element_ty), mask=rows < n)
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,18 @@ from torch import Tensor
 from bagel_opt.files.adapters import Named, named
 from bagel_opt.model.kv_cache import empty_cache
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import as_slice, in_use
+from bagel_opt.programs.interface import as_slice, slots_in_use
 from bagel_opt.programs.signatures import ONE_ROW, ROW
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.adapters import attach, read_adapters
 from bagel_opt.runtime.cuda_graphs import CacheMemory, Graphs
+from bagel_opt.runtime.memory_plan import MemoryPlan
 from bagel_opt.runtime.torch_setup import Prepared
 
 _FLAGS = threading.Lock()
+NO_ADAPTERS = (
+    "adapters kept apart go beside weights that stay on the device, and with memory= some do not; merge them: lora="
+)
 # Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
@@ -38,6 +43,7 @@ def _exact() -> Iterator[None]:
 class TorchRuntime:
     """Runs the programs of a prepared model."""
 
+    plan: MemoryPlan | None = None
     adapters: Mapping[str, float] | None = MappingProxyType({})
 
     def __init__(self, prepared: Prepared):
@@ -46,11 +52,14 @@ class TorchRuntime:
         self.programs, self.free_rows, self.free_sizes = prepared.programs, prepared.free_rows, prepared.free_sizes
         self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
         self.widen, self.backend = prepared.widen, "compile" if prepared.compiled else "eager"
+        self.plan = prepared.plan
         self._replay(prepared.graphs)
 
     def set_adapters(self, adapters: Named) -> None:
         """As `Model.set_adapters`. Bad ones change nothing."""
         found = named(adapters)
+        if found and self.plan:
+            raise ValueError(NO_ADAPTERS)
         read = read_adapters([place for place, _ in found.values()], self.config)
         try:
             moved = attach(self.model, read, self.widen)
@@ -73,15 +82,17 @@ class TorchRuntime:
         self.memory = CacheMemory(self.config.llm, self.dtype, self.device) if graphs else None
 
     def for_profile(self, profile: Profile) -> "TorchRuntime":
-        """Its programs take any shape."""
+        """Its programs take any shape. Raises ProfileError where the plan for the device's memory has no room for it."""
+        if self.plan:
+            self.plan.check(profile)
         return self
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         if self.graphs:
-            return self.memory.take(rows, slots, self.graphs.forget)
+            return self._within_memory("caches", lambda: self.memory.take(rows, slots, self.graphs.forget))
         c = self.config.llm
         sizes = c.num_hidden_layers, rows, slots + self.spare_slots, c.num_key_value_heads, c.head_dim
-        return empty_cache(*sizes, dtype=self.dtype, device=self.device)
+        return self._within_memory("caches", lambda: empty_cache(*sizes, dtype=self.dtype, device=self.device))
 
     def give_back(self, caches: list[Tensor]) -> None:
         """Kept where programs have been captured with them."""
@@ -104,15 +115,35 @@ class TorchRuntime:
             b[to, :length] = a[row, :length]
 
     def run(self, program: str, inputs: list, caches: list[Tensor] = (), rows: int | slice | None = None) -> tuple:
+        return self._within_memory(f"program {program!r}", lambda: self._run(program, inputs, caches, rows))
+
+    def _within_memory(self, doing: str, call: Callable[[], Any]) -> Any:
+        """The result. Where the device is full, all that is kept for later calls is given back and it is tried once more.
+        Raises MemoryError."""
+        for _ in range(2):
+            try:
+                return call()
+            except RuntimeError as error:
+                # which holds what had been computed, until here; of a capture that failed, its context says why
+                if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+                    raise
+            if self.graphs:
+                self.graphs.clear()
+            torch.cuda.empty_cache()
+        raise MemoryError(
+            f"the GPU's memory is full ({doing}); use a smaller height and width or fewer requests at a time, or load with "
+            f"{'less' if self.plan else 'some'} memory=, --memory, and more of the weights stay on the host"
+        )
+
+    def _run(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> tuple:
         if caches:
             slots = caches[0].shape[1]
             if not self.fixed_slots:
-                new = inputs[0].shape[1] + 2 if inputs[0].ndim > 1 else 1  # with an image's markers
-                kv_len = inputs[-2 if self.adapters else -1]
-                slots = in_use(int(kv_len.max()) + new, slots)
+                slots = slots_in_use(inputs, inputs[-2 if self.adapters else -1], slots)
             caches = [cache[as_slice(rows), :slots] for cache in caches]
-        with torch.no_grad(), _exact() if self.device.type == "cuda" else contextlib.nullcontext():
-            if self.graphs and program in GRAPHED:
+        alone = self.device.type == "cuda" or self.plan  # one thread at a time
+        with torch.no_grad(), _exact() if alone else contextlib.nullcontext():
+            if self.graphs and program in GRAPHED and not (self.plan and self.plan.streams_in(program)):
                 return self.graphs.run(self.programs[program], inputs, caches)
             out = self.programs[program](*map(self._tensor, inputs), *caches)
         return out[: len(out) - len(caches)]

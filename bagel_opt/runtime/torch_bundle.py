@@ -17,7 +17,7 @@ from bagel_opt.files.torch_weights import read_weights
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
-from bagel_opt.programs.interface import in_use
+from bagel_opt.programs.interface import slots_in_use
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
@@ -91,16 +91,14 @@ class PackagedRuntime(TorchRuntime):
             layers.append(self._weights(named["layer"], len(layers)))
         start_weights, end_weights = self._weights(named["start"]), self._weights(named["end"])
         start, layer, end, count = parts["start"], parts["layer"], parts["end"], len(entry["inputs"])
-        markers = 2 if "n" in entry["inputs"] else 0  # of an image block
 
         def run(*tensors: Tensor) -> tuple:
             inputs, caches = typed(tensors[:count]), tensors[count:]
             looked_at = ()
             if caches:
                 slots = caches[0].shape[1]
-                new = inputs[0].shape[1] + markers if inputs[0].ndim > 1 else 1
-                # the slots in use; a GPU would have to wait for the lengths
-                used = in_use(int(inputs[-1].max()) + new, slots) if self.device.type == "cpu" else slots
+                # a GPU would have to wait for the lengths
+                used = slots_in_use(inputs, inputs[-1], slots) if self.device.type == "cpu" else slots
                 looked_at = (torch.empty(used, dtype=torch.uint8, device=self.device),) if self.free_sizes else ()
             started = start((*inputs, *looked_at), start_weights)
             shared = 3 if caches else 1

@@ -15,6 +15,8 @@ from bagel_opt.model.quantized import Quantized
 from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
 from bagel_opt.model.vae import NormSilu
 from bagel_opt.programs.callables import programs
+from bagel_opt.runtime.memory_plan import MemoryPlan
+from bagel_opt.runtime.streaming import place_layers, place_visitors
 
 log = logging.getLogger("bagel_opt")
 
@@ -24,7 +26,8 @@ class Prepared:
     """A model ready to run. fixed_slots: programs look at all slots of a cache, since each number of them would be
     compiled, or captured. free_rows: "generate" takes any number of rows at no cost, free_sizes: programs any number of
     tokens, patches and latents. spare_slots: added to each cache. graphs: whether programs are to be captured on the GPU.
-    widen: products take the adapters beside their weights in one, see Linear.widen. compiled: whether layers are."""
+    widen: products take the adapters beside their weights in one, see Linear.widen. compiled: whether layers are. plan: of
+    what lies on the device, where that is not all."""
 
     model: Bagel
     programs: dict[str, Callable]
@@ -35,10 +38,12 @@ class Prepared:
     graphs: bool = False
     widen: bool = False
     compiled: bool = False
+    plan: MemoryPlan | None = None
 
 
-def prepare(model: Bagel, compiled: bool = False) -> Prepared:
-    """The model with its programs, eager or compiled, which changes it. What is compiled serves all sizes, but for FlexAttention."""
+def prepare(model: Bagel, compiled: bool = False, plan: MemoryPlan | None = None) -> Prepared:
+    """The model with its programs, eager or compiled, which changes it. What is compiled serves all sizes, but for FlexAttention.
+    plan: moves weights to where that has them."""
     if any(isinstance(module, Quantized) for module in model.modules()):
         register_kernels(model.device)
     flex = model.ops.backend == "flex"
@@ -46,21 +51,23 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         # A layer compiles once for each program, or with FlexAttention for each shape, which is more than torch takes for normal.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if not compiled:
-        return Prepared(model, programs(model), fixed_slots=flex, free_rows=not flex, free_sizes=not flex)
+        made = _placed(model, plan, run_layer)
+        return Prepared(model, made, fixed_slots=flex, free_rows=not flex, free_sizes=not flex, plan=plan)
     cuda, flash = model.device.type == "cuda", model.ops.backend == "flash"
+    whole = model.ops.backend == "sdpa"  # the others may leave the graph
     # Lengths that happen to be equal, or equal to a number of channels, are not to be taken for the same.
     torch.fx.experimental._config.use_duck_shape = False
     if cuda:
         _use_kernels(model)
     else:
         for layer in model.vit_encoder.layers:  # one is compiled and serves all
-            layer.compile(dynamic=not flex, fullgraph=not flex)
+            layer.compile(dynamic=not flex, fullgraph=whole)
     for layer in model.llm.layers if not flash else ():
-        layer.compile(dynamic=False, fullgraph=not flex)
+        layer.compile(dynamic=False, fullgraph=whole)
     run = _two_streams(model) if flash else run_layer if flex else run_any_size
     return Prepared(
         model,
-        programs(model, run),
+        _placed(model, plan, run),
         fixed_slots=flex or cuda,
         free_rows=flash,
         free_sizes=not flex,
@@ -69,7 +76,16 @@ def prepare(model: Bagel, compiled: bool = False) -> Prepared:
         graphs=cuda,
         widen=flash and run.way.fused,
         compiled=True,
+        plan=plan,
     )
+
+
+def _placed(model: Bagel, plan: MemoryPlan | None, run: LayerRunner) -> dict[str, Callable]:
+    """The programs, with weights where a plan has them."""
+    if plan is None:
+        return programs(model, run)
+    made = programs(model, place_layers(model, plan, run))
+    return made | place_visitors(model, plan, made)
 
 
 def run_any_size(layer: Layer, und_BTC: Tensor, *given: Any) -> tuple:

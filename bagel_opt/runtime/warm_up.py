@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bagel_opt.config import LLMConfig
+from bagel_opt.installed import KERNELS, kernel_folder
 from bagel_opt.model import attention
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import Layer
@@ -54,14 +55,18 @@ def warming_up(
 
 
 def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
+        _run_all_pieces(config, device, dtype, kinds)
+
+
+def _run_all_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
     """With a layer of their own, whose memory is free again at the end."""
     from bagel_opt.runtime.two_streams import run_pieces  # which imports torch's compiler
 
-    with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
-        # (rows, tokens): of text, and tokens of one row and of several
-        for rows, length in ((1, 64), (1, 1), (2, 1)):
-            for kind in {kinds.get("und"), kinds.get("gen")} if length > 1 else {kinds.get("und")}:
-                run_pieces(_layer(config, device, dtype, kind), rows, length)
+    # (rows, tokens): of text, and tokens of one row and of several
+    for rows, length in ((1, 64), (1, 1), (2, 1)):
+        for kind in {kinds.get("und"), kinds.get("gen")} if length > 1 else {kinds.get("und")}:
+            run_pieces(_layer(config, device, dtype, kind), rows, length)
 
 
 def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: str | None) -> Layer:
@@ -82,8 +87,7 @@ def _commands(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> li
     compile."""
     if torch.cuda.get_device_capability(device)[0] < 9 or attention.flash_package() != "flash_attn.cute":
         return []
-    folders = attention.cache_folder(), fused_products.cache_folder()
-    if all(any(folder.rglob("*.o")) for folder in folders) or not sys.executable:
+    if all(any(kernel_folder(name).rglob("*.o")) for name in KERNELS) or not sys.executable:
         return []
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     about = [str(device), str(dtype).removeprefix("torch."), *map(str, heads)]

@@ -183,10 +183,10 @@ def fits(plan: AnyPlan, profile: Profile) -> bool:
     return True
 
 
-def fit_profile(plans: list[AnyPlan], round_up: bool) -> Profile:
+def fit_profile(plans: list[AnyPlan], round_up: bool, most: int = 8) -> Profile:
     """The smallest profile for these requests, for runtimes that take any shape.
 
-    round_up: to coarser sizes, so that a compiled program is reused by the next requests.
+    round_up: to coarser sizes, so that a compiled program is reused by the next requests. most: rows at most.
     """
 
     def up(value: int, step: int) -> int:
@@ -195,7 +195,7 @@ def fit_profile(plans: list[AnyPlan], round_up: bool) -> Profile:
     text = min(512, up(max(plan.tokens("text") for plan in plans), 64))
     patches = up(max(plan.tokens("vit") for plan in plans), 64)
     latents = up(max(plan.latents() for plan in plans), 64)
-    base = Profile("fitted", min(8, sum(plan.contexts() for plan in plans)), 1, text, patches, latents)
+    base = Profile("fitted", min(most, sum(plan.contexts() for plan in plans)), 1, text, patches, latents)
     slots = max(slots_together(plans, base), max(plan.peak(text, patches, latents)[1] for plan in plans))
     # Ids of broken characters can come back from text as three each, and these shapes can still be chosen. The
     # price is attention over more masked slots.

@@ -262,7 +262,9 @@ class EngineThread:
         self.seconds, self.last_end = 0.8 * self.seconds + 0.2 * min(now - self.last_end, 60), now
         if not isinstance(job.result, Exception):
             self.failures = 0
-        elif not isinstance(job.result, ProfileError | FloatingPointError):  # those are the request's own fault
+        elif not isinstance(
+            job.result, ProfileError | FloatingPointError | MemoryError
+        ):  # those are the request's own fault
             self.failures += 1
         self._tell(job, job.result)
 

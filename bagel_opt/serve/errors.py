@@ -58,6 +58,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail))
         case ProfileError() | FloatingPointError():  # a thought or a guidance that led too far
             return refused(error)
+        case MemoryError():
+            log.error("request failed: %s", error)
+            return ApiError(503, f"{error}"[:500] or "the server has too little memory", code="out_of_memory")
     log.error("request failed: %s", type(error).__name__, exc_info=error)
     return ApiError(500, "the server failed on this request", code="internal_error")
 

@@ -106,6 +106,9 @@ def test_what_cannot_be_timed_says_why_and_the_rest_goes_on(tmp_path, capsys, mo
         (["--backends", "fast"], "backend='fast'; allowed are 'eager', 'compile'"),
         (["/nowhere/at/all"], "/nowhere/at/all is no folder"),
         (["--official", "/nowhere"], "/nowhere is no checkout of the official code: it has no inferencer.py"),
+        (["--memory", "12GB"], "--memory is for --preset"),
+        (["--preset", "h100", "--memory", "12XB"], "memory='12XB'; allowed are a size such as '12GB'"),
+        (["--preset", "h100", "--memory", "3GB"], "profile 'bagel-1024' it takes at least '6.11GB'"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )

@@ -203,3 +203,28 @@ def test_what_is_none_of_them(tmp_path):
         (broken / "ema.safetensors").unlink(missing_ok=True)
         with pytest.raises((CheckpointError, FileNotFoundError), match=word):
             recognise(broken)
+
+
+def test_a_plan_for_a_card():
+    """Before anything is loaded: what lies where, and how long a step would take over links of some speeds."""
+    least = 10**9 + 1.8e7
+    plain, (places, times) = describe(None), describe(None, memory=int(least), quantization="fp8")[-2:]
+    assert len(describe(None, memory="2GB")) == len(plain) + 2
+    cells = {row[0]: row[1:] for row in zip(*(column.cells for column in places.columns), strict=True)}
+    assert places.title == "memory of 1.02 GB, profile demo"
+    assert cells["together"][0] == "1.02 GB"
+    assert "of 6 layers stream, by turns in two buffers of" in cells["generation expert"][2]
+    assert cells["VAE, decoder"][0] == "0 B"
+    assert cells["CUDA and its libraries, about"][0] == "1 GB"
+    assert [*times.columns[1].cells] == ["12 GB/s", "25 GB/s", "55 GB/s"]
+    steps = [float(cell.split()[0]) for cell in times.columns[2].cells]
+    assert steps == sorted(steps, reverse=True)
+    with pytest.raises(ValueError, match=r"memory='1GB': .* profile 'demo' it takes at least '1.02GB'"):
+        describe(None, memory="1GB")
+    with pytest.raises(ValueError, match="memory='much'; allowed are a size such as '12GB'"):
+        describe(None, memory="much")
+
+
+def test_a_plan_is_for_checkpoints(bundle):
+    with pytest.raises(ValueError, match="is a bundle, which keeps all its weights on the GPU"):
+        describe(bundle, memory="12GB")

@@ -11,14 +11,14 @@ from support import CHECKPOINT, ODD, ROOT
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.cli.commands import main
-from bagel_opt.cli.memory import needs
 from bagel_opt.config import PUBLISHED
-from bagel_opt.export.default_profile import default_profile
 from bagel_opt.export.recipe import load_recipe, recipes_folder
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
+from bagel_opt.runtime.memory_plan import needs
+from bagel_opt.sampling.default_profile import default_profile
 
 
 @pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.toml")), ids=lambda path: path.stem)

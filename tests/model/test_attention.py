@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, cases, examples, random_inputs, relative
 
+from bagel_opt import installed
 from bagel_opt.model import attention, kv_cache
-from bagel_opt.runtime import fused_products
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_BACKENDS = ["sdpa", *(["flex"] if AVX512 else [])]  # elsewhere torch's kernel is wrong
@@ -165,7 +165,7 @@ def test_flash_attention_knows_where_it_keeps_kernels_as_it_is_imported(tmp_path
         assert attention.flash_package() == "flash_attn.cute"
         enabled, *folders = sys.modules["flash_attn.cute"].kept
         assert enabled == "1"
-        assert folders == [str(attention.cache_folder()), str(fused_products.cache_folder())]
+        assert folders == [str(installed.kernel_folder(name)) for name in installed.KERNELS]
 
 
 def test_the_line_on_a_broken_flash_attention(tmp_path, monkeypatch, caplog):

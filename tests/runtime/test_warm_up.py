@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
+from bagel_opt import installed
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
-from bagel_opt.runtime import fused_products, two_streams, warm_up
+from bagel_opt.runtime import two_streams, warm_up
 
 CONFIG, CPU = LLMConfig(64, 96, 1, 4, 2, 10), torch.device("cpu")
 
@@ -30,8 +31,7 @@ def started(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(attention, "flash_package", lambda: "flash_attn.cute")
-    monkeypatch.setattr(attention, "cache_folder", lambda: tmp_path / "flash")
-    monkeypatch.setattr(fused_products, "cache_folder", lambda: tmp_path / "quack")
+    monkeypatch.setattr(warm_up, "kernel_folder", lambda name: tmp_path / name)
     monkeypatch.setattr(warm_up, "_compile_pieces", lambda *_: None)
     monkeypatch.setattr(
         warm_up.subprocess, "Popen", lambda *given, **more: found.append(Process(*given, **more)) or found[-1]
@@ -54,7 +54,7 @@ def test_every_part_is_compiled_by_one_process(started, monkeypatch, cores, coun
 
 
 def test_nothing_starts_where_all_is_there(started, tmp_path):
-    for name in ("flash", "quack"):
+    for name in installed.KERNELS:
         (tmp_path / name / "version").mkdir(parents=True)
         (tmp_path / name / "version" / "kernel.o").touch()
     with warm_up.warming_up(CONFIG, CPU, torch.bfloat16):
@@ -84,7 +84,6 @@ def test_every_piece_is_run_as_it_will_be(monkeypatch, kinds):
     plain = types.SimpleNamespace(linear=torch.nn.functional.linear)
     monkeypatch.setitem(sys.modules, "bagel_opt.runtime.one_token", plain)
     monkeypatch.setattr("bagel_opt.runtime.one_token", plain, raising=False)
-    monkeypatch.setattr(warm_up.contextlib, "suppress", lambda *_: warm_up.contextlib.nullcontext())
 
     def compiled(piece):
         def run(*given):
@@ -94,7 +93,7 @@ def test_every_piece_is_run_as_it_will_be(monkeypatch, kinds):
         return run
 
     monkeypatch.setattr(two_streams, "compiled", compiled)
-    warm_up._compile_pieces(CONFIG, CPU, torch.float32, kinds)
+    warm_up._run_all_pieces(CONFIG, CPU, torch.float32, kinds)
     many = {(name, (1, 64)) for name in ("enter", "leave", "norm", "to_heads")}
     assert set(seen) == many | {(name, rows) for name in ("enter", "leave") for rows in ((1, 1), (2, 1))}
     assert seen.count(("enter", (1, 64))) == (2 if len(kinds) else 1)

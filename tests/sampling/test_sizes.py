@@ -1,14 +1,18 @@
 """How much of a profile is computed, where programs take any size."""
 
+import bundles
 import numpy as np
 import pytest
+import torch
+from bundles import PROFILES
 from PIL import Image
-from support import ODD
+from support import CHECKPOINT, ODD
 
 import bagel_opt
 from bagel_opt import Profile, Request
 from bagel_opt.programs.interface import in_use
 from bagel_opt.runtime.torch import TorchRuntime
+from bagel_opt.runtime.torch_bundle import PackagedRuntime
 from bagel_opt.runtime.torch_setup import prepare
 
 SIZES = {"text": {64}, "vit": {64}, "generate": {64, 128}}  # by the beginning of a program's name
@@ -60,3 +64,29 @@ def test_what_is_left_out_changes_nothing(eager, step_cache):
     whole, cut = (recorded(eager, free).run_many(asked) for free in (False, True))
     for (a,), (b,) in zip(whole, cut, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+def test_packages_get_their_inputs_in_plain_memory_order(monkeypatch):
+    """Of a row's tokens the first ones are none of their own: aoti packages would read on where the row's rest lies
+    (findings/torch-aoti-reads-slices-as-whole.sh)."""
+    seen, cut, opened = [], [], PackagedRuntime._open
+
+    def recording(runtime, file):
+        part = opened(runtime, file)
+        return lambda inputs, weights: seen.append((file, inputs)) or part(inputs, weights)
+
+    monkeypatch.setattr(PackagedRuntime, "_open", recording)
+    bundle = bagel_opt.load(bundles.cached_export(CHECKPOINT, PROFILES[CHECKPOINT], format="export"), check=False)
+    runtime = bundle.runtime
+    programs = runtime.manifest.programs
+    programs[LARGE.name] = programs[bundle.profiles[0].name]  # one set serves all profiles
+    model = bagel_opt.Model(runtime, bundle.config, bundle.tokenizer, [LARGE])
+    run = PackagedRuntime.run
+    monkeypatch.setattr(
+        PackagedRuntime,
+        "run",
+        lambda self, program, inputs, *given: (cut.extend(inputs), run(self, program, inputs, *given))[1],
+    )
+    model.run_many([Request(["a red circle"], height=32, width=s, num_timesteps=3, seed=1) for s in (32, 48)])
+    assert any(isinstance(x, torch.Tensor) and not x.is_contiguous() for x in cut)  # the loop does hand on such slices
+    assert not [file for file, inputs in seen if not all(x.is_contiguous() for x in inputs)]

@@ -140,6 +140,19 @@ def test_an_overflow_is_the_requests_own_fault(server):
     assert status(server, "/ready") == 200
 
 
+def test_a_device_that_is_full(server):
+    """Its request ends with what to do, and the server goes on."""
+    full = "the GPU's memory is full (program 'generate'); use a smaller height and width"
+    server.runtime.failing.update(dict.fromkeys(("generate", "generate_row"), MemoryError(full)))
+    for _ in range(4):
+        with pytest.raises(openai.InternalServerError, match="use a smaller height and width") as failed:
+            server.client().images.generate(prompt="a", extra_body=FEW)
+        assert (failed.value.status_code, failed.value.code) == (503, "out_of_memory")
+    assert status(server, "/ready") == 200
+    server.runtime.failing.clear()
+    assert server.client().images.generate(prompt="a", extra_body=FEW).data
+
+
 def status(server, path):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", path)

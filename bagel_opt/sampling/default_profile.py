@@ -1,4 +1,4 @@
-"""The profile of an export that names none: everything that the model can do, one request with its branches at a time."""
+"""The profile where none is named, of an export or of a plan for a card: everything that the model can do, one request with its branches at a time."""
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.images import resized
