@@ -70,7 +70,7 @@ def default_side(source: str | None) -> int:
     return Checkpoint(source).config.default_size
 
 
-def measure(contender: Contender, work: Work) -> dict:
+def time_contender(contender: Contender, work: Work) -> dict:
     """A contender's figures: lists of milliseconds or seconds by name, peak memory and size in bytes, or an error."""
     here = Path(__file__).parent
     script = [str(here / "official.py")] if contender.official else ["-m", "bagel_opt.bench.worker"]
@@ -137,7 +137,7 @@ def bench(
         found = []
         for done, contender in enumerate(contenders):
             progress(contender.name, done, len(contenders))
-            found.append({**asdict(contender), "work": asdict(work), **measure(contender, work)})
+            found.append({**asdict(contender), "work": asdict(work), **time_contender(contender, work)})
         progress("done", len(contenders), len(contenders))
     return found
 
