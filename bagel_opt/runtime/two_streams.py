@@ -7,6 +7,7 @@ B rows, T tokens of a row, M tokens of all rows, R slots of all rows, G key-valu
 model/transformer.py.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -210,6 +211,12 @@ class TwoStreams:
         self.way = Way(fused, fp8)
         self.shared: tuple = (None,)
 
+    def exchanging(self, exchange: Any) -> "TwoStreams":
+        """The same for a part of the latents, whose keys and values go to other ranks (split_layers.Exchange)."""
+        other = copy.copy(self)
+        other.exchange, other.shared = exchange, (None,)
+        return other
+
     def __call__(
         self,
         layer: Layer,
@@ -229,8 +236,13 @@ class TwoStreams:
             for x in (und, gen):
                 parts.append(None if x is None else shared_tokens(x, cos, sin, k.shape[1], start_B + first, share_BK))
                 first = und.shape[1]
-            self.shared = cos, *parts
-        way, (_, mine, others) = self.way, self.shared
+            route = None
+            if self.exchange:
+                rows, count = len(gen), gen.shape[0] * gen.shape[1]
+                parts[1] = parts[1]._replace(slot_M=torch.arange(count, device=gen.device))
+                route = self.exchange.route(rows, count, k.shape[1], start_B + first)
+            self.shared = cos, *parts, route
+        way, (_, mine, others, route) = self.way, self.shared
         caches = Caches(*(cache.view(-1, *cache.shape[2:]) for cache in (k, v)))
 
         def attend(q: Tensor, x: Tensor) -> Tensor:
@@ -246,7 +258,12 @@ class TwoStreams:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             q_und = way.enter(layer.und, und_M, mine, caches)
-        q_gen = way.enter(layer.gen, gen_M, others, caches)
+        if self.exchange is None:
+            q_gen = way.enter(layer.gen, gen_M, others, caches)
+        else:  # while the others' are on their way, the markers' expert computes
+            outbox = self.exchange.outbox(len(others.slot_M), caches.k_RGD)
+            q_gen = way.enter(layer.gen, gen_M, others, Caches(*outbox))
+            self.exchange.deliver(outbox, route, caches)
         main.wait_stream(side)
         side.wait_stream(main)
         with torch.cuda.stream(side):

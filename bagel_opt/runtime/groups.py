@@ -1,0 +1,100 @@
+"""Ranks that gather each other's tensors: by NCCL on GPUs, by Gloo on CPUs.
+
+The communicators belong to a model. `torch.distributed.init_process_group` would make one for the process, which then could
+have no second model, and no training run of its own.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
+
+PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
+# How NCCL is to be had. A rank that dies must not end the caller's process, as torch's watchdog would. Memory that graphs
+# use is not registered, for which all ranks would have to capture at once. Multicast over NVLink is missing on many virtual
+# machines, where NCCL fails over it, and gains nothing with messages of this size.
+NCCL = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "NCCL_GRAPH_REGISTER": "0",
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+class Group:
+    """Some of a model's ranks. rank: this one's number among them. count: gathers so far."""
+
+    def __init__(self, store: dist.Store, ranks: Sequence[int], me: int, device: torch.device):
+        self.rank, self.size, self.count = ranks.index(me), len(ranks), 0
+        name = "ranks " + " ".join(map(str, ranks))
+        store, timeout = dist.PrefixStore(name, store), timedelta(seconds=PATIENCE)
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options.is_high_priority_stream = False
+            options._timeout, options.group_name, options.global_ranks_in_group = timeout, name, list(ranks)
+            self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        else:
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = timeout
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+        self.options = AllgatherOptions()
+        self.options.asyncOp = False  # on the current stream, where a CUDA graph captures it
+        self.gather(torch.zeros(1, device=device))  # which connects them
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, which has the same shape on all: [size, *x.shape]. Raises RuntimeError where a rank is gone."""
+        self.count += 1
+        out = x.new_empty(self.size, *x.shape)
+        # as bytes, in which there is no dtype that one of the libraries has not
+        given = (y.contiguous().view(-1).view(torch.uint8) for y in (out, x))
+        work = self.backend._allgather_base(*given, self.options)
+        if work is not None:
+            work.wait()
+        return out
+
+    def abort(self) -> None:
+        """Ends what waits for others, and the communicator."""
+        self.backend.abort()
+
+
+class Groups:
+    """A rank's groups. world: all ranks. part[n]: n neighbours, this one among them, that share out a row's latents."""
+
+    def __init__(self, store: dist.Store, rank: int, ranks: int, device: torch.device, parts: Sequence[int]):
+        self.rank, self.ranks = rank, ranks
+        with nccl_settings():
+            self.world = Group(store, range(ranks), rank, device)
+            self.part = {ranks: self.world}
+            for size in parts:
+                if 1 < size < ranks:
+                    first = rank // size * size
+                    self.part[size] = Group(store, range(first, first + size), rank, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    @property
+    def count(self) -> int:
+        """Gathers so far, in all of them."""
+        return sum(group.count for group in self.part.values())
+
+    def abort(self) -> None:
+        for group in self.part.values():
+            group.abort()
+
+
+@contextmanager
+def nccl_settings() -> Iterator[None]:
+    """The environment as NCCL's communicators are to find it as they are made."""
+    added = NCCL.keys() - os.environ.keys()
+    os.environ.update({name: NCCL[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
