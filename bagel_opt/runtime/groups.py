@@ -15,15 +15,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
 PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
-# How NCCL is to be had. A rank that dies must not end the caller's process, as torch's watchdog would. Memory that graphs
-# use is not registered, for which all ranks would have to capture at once. Multicast over NVLink is missing on many virtual
-# machines, where NCCL fails over it, and gains nothing with messages of this size.
-NCCL = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "NCCL_GRAPH_REGISTER": "0",
-    "NCCL_NVLS_ENABLE": "0",
-}
+# Of torch's watchdog, read as a communicator is made: a rank that dies must not end the caller's process.
+WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+# Of NCCL, read when it pleases. Memory that graphs use is not registered, for which all ranks would have to capture at once.
+# Multicast over NVLink is missing on many virtual machines, where NCCL fails over it, and gains nothing with so small messages.
+NCCL = {"NCCL_GRAPH_REGISTER": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 class Group:
@@ -68,7 +64,9 @@ class Groups:
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, device: torch.device, parts: Sequence[int]):
         self.rank, self.ranks = rank, ranks
-        with nccl_settings():
+        for name, value in NCCL.items():
+            os.environ.setdefault(name, value)
+        with watchdog_settings():
             self.world = Group(store, range(ranks), rank, device)
             self.part = {ranks: self.world}
             for size in parts:
@@ -89,10 +87,10 @@ class Groups:
 
 
 @contextmanager
-def nccl_settings() -> Iterator[None]:
-    """The environment as NCCL's communicators are to find it as they are made."""
-    added = NCCL.keys() - os.environ.keys()
-    os.environ.update({name: NCCL[name] for name in added})
+def watchdog_settings() -> Iterator[None]:
+    """In the environment meanwhile, where nobody set others."""
+    added = WATCHDOG.keys() - os.environ.keys()
+    os.environ.update({name: WATCHDOG[name] for name in added})
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ host alone is computed here alone.
 """
 
 import copy
+import functools
 import itertools
 import os
 import sys
@@ -26,6 +27,8 @@ from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import ROW
 from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Name, Rank, Ref
+from bagel_opt.runtime.cuda_graphs import Graphs
+from bagel_opt.runtime.groups import Groups
 from bagel_opt.runtime.member import FIRST, JOINED, LOADED, Place, join, serve
 from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun, start
 from bagel_opt.runtime.parallel import Parallel
@@ -68,7 +71,7 @@ class MirroredRuntime:
         self.inner = rank.runtime.inner
         self.released: deque[Name] = deque()
         self.numbers, self.lock = itertools.count(FIRST), threading.RLock()
-        members.abort = rank.runtime.groups.abort
+        members.abort = functools.partial(_abort, rank.runtime.groups, self.inner.graphs)
         self.finalizer = weakref.finalize(rank, members.close)
 
     @property
@@ -221,7 +224,14 @@ class MirroredRuntime:
             alike = self.members.fail_alike(call.number)
             self.members.check()
             if not alike:
-                raise self.members.fail(f"rank 0 failed alone ({reason(error)}): {AGAIN}") from error
+                raise self.members.fail(f"rank 0 failed where the others did not ({reason(error)}): {AGAIN}") from error
+
+
+def _abort(groups: Groups, graphs: Graphs | None) -> None:
+    """Ends this rank's part in what ranks exchange, and what would do so again: NCCL waits for graphs that it is in."""
+    if graphs:
+        graphs.clear()
+    groups.abort()
 
 
 def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel: Parallel, device: torch.device) -> Any:

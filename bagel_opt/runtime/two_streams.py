@@ -202,6 +202,8 @@ class TwoStreams:
     copy them all.
     """
 
+    exchange: Any = None
+
     def __init__(self, device: torch.device, dtype: torch.dtype, codes: bool = False):
         """codes: whether there are weights in 8-bit floats."""
         self.side = torch.cuda.Stream(device, priority=-1)
