@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bagel_opt.model.attention import Visible
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
-from bagel_opt.model.transformer import Expert, Layer
+from bagel_opt.model.transformer import Expert, Layer, angles_of_each
 from bagel_opt.runtime.groups import Group
 from bagel_opt.runtime.two_streams import Caches, TwoStreams, compiled
 
@@ -112,8 +112,9 @@ class SplitLayers:
         share: Tensor | None = None,
     ) -> tuple:
         und, markers = und.contiguous(), und.shape[1]
-        q_und, *mine = self.project(layer.und, und, cos, sin, ops, share)
-        q_gen, *others = self.project(layer.gen, gen, cos, sin, ops, share)
+        angles, others = angles_of_each(markers, cos, sin)
+        q_und, *mine = self.project(layer.und, und, *angles, ops, share)
+        q_gen, *others = self.project(layer.gen, gen, *others, ops, share)
         k, v = (ops.write(cache, new, start_B) for cache, new in zip((k, v), mine, strict=True))
         whole = self.exchange.whole(*others)
         k, v = (ops.write(cache, new, start_B + markers) for cache, new in zip((k, v), whole, strict=True))
@@ -129,7 +130,7 @@ class SplitGenerate:
     """The program "generate" of which a rank computes a part: it takes all latents, and returns its own.
     -> velocity [B, T, L], hidden [B, T, C], then the caches"""
 
-    def __init__(self, model: Bagel, group: Group, compiles: bool, run: Any):
+    def __init__(self, model: Mixture, group: Group, compiles: bool, run: Any):
         """run: how layers are run where nothing is split."""
         self.model, self.exchange = model, Exchange(group)
         two = isinstance(run, TwoStreams)
@@ -137,10 +138,14 @@ class SplitGenerate:
 
     def __call__(self, *tensors: Tensor) -> tuple:
         count = len(tensors) - 2 * len(self.model.llm.layers)
-        x_BNL, t_B, index_BN, *others = tensors[:count]
+        x_BNL, t, index_BN, position, *others = tensors[:count]
         self.exchange.latents = x_BNL.shape[1]
         token_T = self.exchange.mine(x_BNL.device)
-        inputs = x_BNL.index_select(1, token_T), t_B, index_BN.index_select(1, token_T), *others
+        x_BTL, index_BT = (given.index_select(1, token_T) for given in (x_BNL, index_BN))
+        t = t if t.ndim == 1 else t.index_select(1, token_T)
+        if position.ndim > 1:  # of two markers, and of each latent
+            position = torch.cat((position[..., :2], position[..., 2:].index_select(-1, token_T)), dim=-1)
+        inputs = x_BTL, t, index_BT, position, *others
         try:
             return self.model.through_layers("generate", inputs, tensors[count:], self.run)
         except torch.OutOfMemoryError as error:  # which is not tried again: the others would wait for other layers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bagel_opt.model.attention import Visible
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.ops import TorchOps
-from bagel_opt.model.transformer import Expert, Layer
+from bagel_opt.model.transformer import Expert, Layer, angles_of_each
 from bagel_opt.runtime import fused_products
 
 OPS = TorchOps("flash")
@@ -234,16 +234,16 @@ class TwoStreams:
         share_BK: Tensor | None = None,
     ) -> tuple:
         if self.shared[0] is not cos:  # a program's first layer
-            parts, first = [], 0
-            for x in (und, gen):
-                parts.append(None if x is None else shared_tokens(x, cos, sin, k.shape[1], start_B + first, share_BK))
-                first = und.shape[1]
-            route = None
-            if self.exchange:
-                rows, count = len(gen), gen.shape[0] * gen.shape[1]
-                parts[1] = parts[1]._replace(slot_M=torch.arange(count, device=gen.device))
-                route = self.exchange.route(rows, count, k.shape[1], start_B + first)
-            self.shared = cos, *parts, route
+            slots, n_und = k.shape[1], und.shape[1]
+            mine, others, route = (cos, sin), None, None
+            if gen is not None:
+                mine, others = angles_of_each(n_und, cos, sin)
+                others = shared_tokens(gen, *others, slots, start_B + n_und, share_BK)
+            if self.exchange and others:
+                count = len(others.slot_M)
+                others = others._replace(slot_M=torch.arange(count, device=gen.device))
+                route = self.exchange.route(len(gen), count, slots, start_B + n_und)
+            self.shared = cos, shared_tokens(und, *mine, slots, start_B, share_BK), others, route
         way, (_, mine, others, route) = self.way, self.shared
         caches = Caches(*(cache.view(-1, *cache.shape[2:]) for cache in (k, v)))
 

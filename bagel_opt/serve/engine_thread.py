@@ -69,8 +69,7 @@ class Ticket:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the picture to answer with, in pixels."""
-        side = self.engine.config.token_pixels
-        return self.plan.resized or (self.plan.grid[0] * side, self.plan.grid[1] * side)
+        return self.plan.resized or self.plan.canvas.size
 
     def post(self, event: Any) -> None:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
