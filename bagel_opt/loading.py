@@ -63,9 +63,9 @@ def load(
     and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
     no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
     gpus: how many compute each request together, from `device` on, in a process each, which `Model.close` ends; with device="cpu"
-    so many processes. parallel: what of a flow evaluation they share out: "guidance" (a request's branches, or several
-    pictures), "sequence" (the latents of each), ranks of both, such as {"guidance": 2, "sequence": 2}, or "auto", by the work at
-    hand. Under torchrun the ranks are its processes: all but the first end in here.
+    so many processes. parallel: what they share out: of a flow evaluation "guidance" (a request's branches, or several
+    pictures) or "sequence" (the latents of each), of decoding "tensor" (the weights), ranks of each, such as {"guidance": 2,
+    "sequence": 2}, or "auto", by the work at hand. Under torchrun the ranks are its processes: all but the first end in here.
     Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
     total) in tensors or files.
 

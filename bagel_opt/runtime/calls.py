@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagel_opt.profile import Profile
-from bagel_opt.runtime.parallel import EXCHANGING, Part, RankRuntime
+from bagel_opt.runtime.parallel import Part, RankRuntime
 
 Name = tuple[int, int]
 
@@ -93,7 +93,8 @@ class Rank:
 
     def exchanges(self, call: Call) -> bool:
         """Whether ranks wait for each other in it."""
-        return (call.method == "run" and call.given[0] in EXCHANGING) or self._any_in_parts(call.given)
+        runs = call.method == "run" and self.runtime.exchanging(call.given[0])
+        return runs or self._any_in_parts(call.given)
 
     def _any_in_parts(self, given: Any) -> bool:
         if isinstance(given, tuple | list):

@@ -2,13 +2,14 @@
 whose work is shared out.
 
 A flow evaluation is shared out by rows (`guidance`: a request's branches are rows, and so are several pictures) and by the
-latents of each row (`sequence`): with g * s ranks, rank r has the rows of part r // s and the latents of part r % s.
+latents of each row (`sequence`): with g * s ranks, rank r has the rows of part r // s and the latents of part r % s. Decoding
+is shared out by weights (`tensor`).
 """
 
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,34 +22,44 @@ from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import ROW
 from bagel_opt.runtime.groups import Group, Groups
 from bagel_opt.runtime.split_layers import SplitGenerate
+from bagel_opt.runtime.split_weights import SplitDecode, undivided
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_bundle import PackagedRuntime
 
 Parallel = str | Mapping[str, int]
-WAYS = ("guidance", "sequence")
+WAYS = ("guidance", "sequence", "tensor")
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How flow evaluations are shared out over ranks. guidance, sequence: parts of the rows and of the latents; 0 and 0 go by
-    the rows at hand."""
+    """What is shared out over ranks. guidance, sequence: parts of a flow evaluation's rows, and of its latents; 0 and 0 go by the
+    rows at hand. tensor: whether decoding is; None where that can be and pays."""
 
     ranks: int
     guidance: int = 0
     sequence: int = 0
+    tensor: bool | None = None
 
     @classmethod
     def read(cls, parallel: Parallel, gpus: int) -> "Shares":
         """Raises ValueError."""
-        allowed = f"'auto', {', '.join(map(repr, WAYS))}, or ranks of each, such as {{'guidance': 2, 'sequence': 2}}"
-        if isinstance(parallel, str) and parallel in ("auto", *WAYS):
-            return cls(gpus) if parallel == "auto" else cls.read({parallel: gpus}, gpus)
+        if parallel == "auto":
+            return cls(gpus)
+        if isinstance(parallel, str) and parallel in WAYS:
+            return cls.read({parallel: gpus}, gpus)
         if not isinstance(parallel, Mapping) or not parallel or not parallel.keys() <= set(WAYS):
-            raise ValueError(f"parallel={parallel!r}; allowed are {allowed}")
+            raise ValueError(
+                f"parallel={parallel!r}; allowed are 'auto', {', '.join(map(repr, WAYS))}, or ranks of each, such as "
+                "{'guidance': 2, 'sequence': 2}"
+            )
         sizes = [parallel.get(way, 1) for way in WAYS]
-        if any(type(size) is not int or size < 1 for size in sizes) or math.prod(sizes) != gpus:
+        guidance, sequence, tensor = sizes
+        alone = parallel.keys() == {"tensor"}  # flow evaluations are not shared out, then
+        if any(type(size) is not int or size < 1 for size in sizes) or (guidance * sequence != gpus and not alone):
             raise ValueError(f"parallel={dict(parallel)!r} must multiply to gpus={gpus}")
-        return cls(gpus, *sizes)
+        if tensor not in (1, gpus) or (alone and tensor != gpus):
+            raise ValueError(f"parallel={dict(parallel)!r}: tensor is for all gpus={gpus} or none")
+        return cls(gpus, guidance, sequence, tensor > 1)
 
     def of(self, rows: int) -> tuple[int, int]:
         """Parts of the rows and of the latents, for so many rows. A single row is not shared out by rows: each part then
@@ -95,6 +106,9 @@ class RankRuntime:
                 split = SplitGenerate(inner.model, groups.part[size], compiles, run)
                 inner.programs[_split(size)] = split
                 inner.graphed.add(_split(size))
+            if shares.tensor:
+                inner.programs[BY_WEIGHTS] = SplitDecode(inner.model, groups.world, inner.backend == "compile")
+                inner.graphed.add(BY_WEIGHTS)
 
     def for_profile(self, profile: Profile) -> "RankRuntime":
         other = copy.copy(self)
@@ -102,7 +116,11 @@ class RankRuntime:
         return other
 
     def set_adapters(self, adapters: Named) -> None:
-        self.inner.set_adapters(adapters)
+        try:
+            self.inner.set_adapters(adapters)
+        finally:
+            if self.shares.tensor:
+                self.inner.programs[BY_WEIGHTS].forget()
 
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         return self.inner.caches(rows, slots)
@@ -123,9 +141,17 @@ class RankRuntime:
         self.inner.copy_row(source, row, target, to, length)
 
     def run(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> tuple:
-        if program in EXCHANGING:
+        if program in GENERATE:
             return self._generate(program, inputs, caches, rows)
-        return self.inner.run(program, inputs, caches, rows)
+        return self.inner.run(BY_WEIGHTS if self._by_weights(program) else program, inputs, caches, rows)
+
+    def exchanging(self, program: str) -> bool:
+        """Whether ranks wait for each other in it."""
+        return program in GENERATE or self._by_weights(program)
+
+    def _by_weights(self, program: str) -> bool:
+        """Adapters are beside whole weights."""
+        return bool(self.shares.tensor) and program in DECODE and not self.inner.adapters
 
     def _generate(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> tuple:
         """-> the velocity, whole; the last layer's output, as a Part where it is shared out"""
@@ -160,7 +186,8 @@ class RankRuntime:
         return self.inner.run(program, [x[mine] for x in inputs], caches, slice(start + first, start + last))
 
 
-EXCHANGING = {"generate", "generate" + ROW}  # programs in which ranks wait for each other
+GENERATE, DECODE = ({name, name + ROW} for name in ("generate", "decode"))
+BY_WEIGHTS = "decode, by weights"
 
 
 def _split(size: int) -> str:
@@ -173,14 +200,19 @@ def filled(x: Tensor, rows: int) -> Tensor:
 
 
 def shares_for(inner: TorchRuntime, parallel: Parallel, ranks: int) -> Shares:
-    """How a runtime's flow evaluations are shared out. Raises ValueError, and BundleError for a bundle whose compiled layers
+    """What of a runtime's work is shared out. Raises ValueError, and BundleError for a bundle whose compiled layers
     cannot be taken apart."""
     shares = Shares.read(parallel, ranks)
     if not isinstance(inner, PackagedRuntime):
-        return shares
-    if shares.sequence > 1:
+        why = undivided(inner.model, ranks)
+        if shares.tensor and why:
+            raise ValueError(f"parallel={parallel!r}: {why}; use 'guidance' or 'sequence'")
+        # launched one by one, gathering takes longer than a part of the weights saves
+        pays = inner.device.type == "cpu" or inner.graphs is not None
+        return replace(shares, tensor=not why and pays) if shares.tensor is None else shares
+    if shares.sequence > 1 or shares.tensor:
         raise BundleError(
             f"parallel={parallel!r} takes layers apart, and a bundle of kind {inner.manifest.kind!r} has them compiled whole; use "
             "parallel='guidance', or load the checkpoint"
         )
-    return Shares(ranks, ranks, 1)
+    return Shares(ranks, ranks, 1, False)

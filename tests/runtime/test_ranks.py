@@ -36,6 +36,7 @@ def start(gpus, parallel="auto", source=CHECKPOINT, **settings):
         (2, "auto"),
         (3, "sequence"),
         pytest.param((2, "guidance"), marks=pytest.mark.second),
+        pytest.param((2, "tensor"), marks=pytest.mark.second),
         pytest.param((3, "auto"), marks=pytest.mark.second),
         pytest.param((3, "guidance"), marks=pytest.mark.second),
         pytest.param((4, BOTH), marks=pytest.mark.second),
@@ -51,7 +52,7 @@ def several(request):
 
 @pytest.fixture(scope="module")
 def two():
-    model = start(2, "sequence")
+    model = start(2)
     yield model
     model.close()
 
@@ -106,6 +107,19 @@ def test_step_caches_and_latents_that_do_not_divide(several, eager, step_cache):
         assert np.abs(np.asarray(got[0]).astype(int) - np.asarray(want[0])).max() <= 1
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}])
+def test_decoding_by_weights(two, eager, sampling):
+    """Each rank reads its part of them; of one row and of several."""
+    before, seen = two.runtime.rank.runtime.groups.count, []
+    requests = [Request([text], output="text", max_think_tokens=20, **sampling) for text in ("why?", "a b", "who")]
+    for request in requests:
+        seen.append(two.run(request.inputs, output="text", max_think_tokens=20, **sampling))
+        assert seen[-1] == eager.run(request.inputs, output="text", max_think_tokens=20, **sampling)
+    assert two.run_many(requests) == seen
+    layers = two.config.llm.num_hidden_layers
+    assert two.runtime.rank.runtime.groups.count - before > 20 * (2 * layers + 1)
+
+
 def test_interleaved(two, eager):
     options = {"output": "interleaved", "num_timesteps": 5, "max_rounds": 2, "max_think_tokens": 12, "seed": 5}
     check_alike(two, eager, [Image.new("RGB", (48, 64), "red"), "what comes next?"], **options)
@@ -150,17 +164,19 @@ def test_adapters(two, eager, tmp_path):
     from adapters import adapted
 
     adapted(targets=TARGETS).save_pretrained(tmp_path)
-    plain = two.generate("a red circle", num_timesteps=4, seed=1)
+    plain, question = two.generate("a red circle", num_timesteps=4, seed=1), {"output": "text", "max_think_tokens": 30}
     merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=tmp_path)
     two.set_adapters({"one": tmp_path})
     try:
         check_alike(two, merged, **ODD_SIZE)
+        check_alike(two, merged, ["why?"], **question)
         with pytest.raises(FileNotFoundError):
             two.set_adapters({"none": tmp_path / "none"})
         check_alike(two, merged, **ODD_SIZE)
     finally:
         two.set_adapters({})
     assert two.generate("a red circle", num_timesteps=4, seed=1) == plain
+    check_alike(two, eager, ["why?"], **question)
 
 
 def test_tensors_that_nobody_uses_are_released(two):
@@ -300,7 +316,11 @@ def test_torchrun(tmp_path):
     [
         ({"gpus": 0}, "gpus=0; allowed are whole numbers"),
         ({"gpus": 2.0}, r"gpus=2.0; allowed"),
-        ({"gpus": 2, "parallel": "ring"}, "parallel='ring'; allowed are 'auto', 'guidance', 'sequence', or"),
+        ({"gpus": 2, "parallel": "ring"}, "parallel='ring'; allowed are 'auto', 'guidance', 'sequence', 'tensor', or"),
+        ({"gpus": 4, "parallel": {"guidance": 2, "sequence": 2, "tensor": 2}}, "tensor is for all gpus=4 or none"),
+        ({"gpus": 2, "parallel": {"tensor": 1}}, "tensor is for all"),
+        ({"gpus": 3, "parallel": "tensor"}, "2 key-value heads do not divide by 3; use 'guidance'"),
+        ({"gpus": 2, "parallel": "tensor", "quantization": "int8"}, "weights in int8 cannot be taken apart"),
         ({"gpus": 3, "parallel": BOTH}, "must multiply to gpus=3"),
         ({"gpus": 2, "parallel": {"sequence": "2"}}, "must multiply to gpus=2"),
         ({"gpus": 2, "parallel": {"rings": 2}}, "allowed are"),
@@ -339,6 +359,7 @@ def test_one_gpu_is_no_group():
     [
         ("auto", 2, 2, (2, 1)), ("auto", 2, 3, (1, 2)), ("auto", 4, 2, (2, 2)), ("auto", 4, 6, (2, 2)), ("auto", 4, 1, (1, 4)),
         ("guidance", 2, 3, (2, 1)), ("guidance", 2, 1, (1, 1)), ("sequence", 4, 2, (1, 4)), (BOTH, 4, 1, (1, 2)), (BOTH, 4, 3, (2, 2)),
+        ("tensor", 2, 2, (1, 1)), ({"guidance": 2, "tensor": 2}, 2, 2, (2, 1)),
     ],
 )  # fmt: skip
 def test_shares(parallel, ranks, rows, want):

@@ -17,7 +17,7 @@ from bagel_opt.model.linear import Linear, LowRank
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.rotary import rope
 from bagel_opt.model.transformer import Layer, run_layer
-from bagel_opt.runtime import cuda_graphs, fused_products, split_layers
+from bagel_opt.runtime import cuda_graphs, fused_products, split_layers, split_weights
 from bagel_opt.runtime import two_streams as streams
 
 
@@ -146,6 +146,30 @@ def test_parts_of_the_latents_on_several_ranks_compute_the_layers(
     for mine, _, *caches in found:
         for got, other in zip((mine, *caches), (want[0], *want[2:]), strict=True):
             assert relative(got, other) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(1, 2), (2, 2), (2, 4)])
+def test_parts_of_the_weights_on_several_ranks_compute_a_token(rows, ranks):
+    torch.manual_seed(0)
+    config = LLMConfig(64, 96, 1, 8, 4, 10)
+    layers = [Layer(config).eval().requires_grad_(False) for _ in range(2)]
+    und, _, cos, sin, _, _, start, seen, ops = program(rows, 1, 0)
+    cos, sin = rope(torch.tensor([[5], [9]])[:rows], 8, 1e4)
+    k, v = (torch.randn(rows, 16, 4, 8) for _ in range(2))
+
+    def run(runner):
+        x, caches = und, [k.clone(), v.clone()]
+        with torch.no_grad():
+            for layer in layers:
+                x, _, *caches = runner(layer, x, None, cos, sin, *caches, start, seen, ops)
+        return x, *caches
+
+    want, group = run(run_layer), Threads(ranks)
+    with ThreadPoolExecutor(ranks) as pool:
+        runners = [split_weights.SplitWeights(config, group.of(rank), compiles=False) for rank in range(ranks)]
+        for found in pool.map(run, runners):
+            for got, other in zip(found, want, strict=True):
+                assert relative(got, other) < 1e-5
 
 
 @pytest.mark.parametrize("fused", [False, True])
