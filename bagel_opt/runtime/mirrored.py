@@ -165,13 +165,14 @@ class MirroredRuntime:
         device = self.inner.device
         if device.type != "cuda":
             return
-        event, end = torch.cuda.Event(), time.monotonic() + groups.PATIENCE
+        event, begun = torch.cuda.Event(), time.monotonic()
         event.record(torch.cuda.current_stream(device))
         while not event.query():
             self.members.check()
-            if time.monotonic() > end:
+            seconds = time.monotonic() - begun
+            if seconds > groups.PATIENCE:
                 raise self.members.fail(f"the GPUs have computed for {groups.PATIENCE} s without an end: {AGAIN}")
-            time.sleep(2e-5)
+            time.sleep(0 if seconds < 0.01 else 1e-4)  # a token is there soon, and each wait for one counts
 
     def _call(self, method: str, *given: Any, answered: bool = False) -> tuple:
         """Has all ranks perform it; handles of its results."""
