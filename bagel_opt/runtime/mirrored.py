@@ -217,10 +217,12 @@ class MirroredRuntime:
 
 
 def _abort(groups: Groups, graphs: Graphs | None) -> None:
-    """Ends this rank's part in what ranks exchange, and what would do so again: NCCL waits for graphs that it is in."""
+    """Ends this rank's part in what ranks exchange. NCCL stops what runs, and then waits for the graphs that it is in to go."""
+    aborting = threading.Thread(target=groups.abort, daemon=True)
+    aborting.start()
     if graphs:
         graphs.clear()
-    groups.abort()
+    aborting.join()
 
 
 def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel: Parallel, device: torch.device) -> Any:
