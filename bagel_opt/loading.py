@@ -1,6 +1,7 @@
 """Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -155,6 +156,8 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
         raise ValueError(f"gpus={gpus!r}; allowed are whole numbers from 1 on")
     if gpus == 1:
         return load(**given)
+    if os.name != "posix":
+        raise ValueError(f"gpus={gpus}: several GPUs need Linux, or macOS for processes on the CPU")
     source, device = given["source"], given["device"]
     if given["memory"] is not None:
         raise ValueError(

@@ -3,6 +3,7 @@
 A tensor that a call returns is known to all ranks by the call's number and its place among the results; each has its own.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,39 @@ class Ref:
 
     name: Name
     keys: tuple = ()
+
+
+class Kept:
+    """A result that all ranks keep as long as this object is there."""
+
+    def __init__(self, name: Name, released: deque):
+        self.name, self.released = name, released
+
+    def __del__(self):
+        self.released.append(self.name)
+
+
+class Handle:
+    """A tensor, or a batch's caches, that every rank has of its own."""
+
+    def __init__(self, kept: Kept, keys: tuple = ()):
+        self.kept, self.keys = kept, keys
+
+    def __getitem__(self, key: Any) -> "Handle":
+        return Handle(self.kept, (*self.keys, key))
+
+    __iter__ = None  # or it would have no end
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.kept.name, self.keys)
+
+
+def named_in(given: Any) -> Any:
+    """With names in place of handles, for a message."""
+    if isinstance(given, tuple | list):
+        return type(given)(map(named_in, given))
+    return given.ref if isinstance(given, Handle) else given
 
 
 @dataclass(frozen=True)

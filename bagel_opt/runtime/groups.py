@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
+from bagel_opt.errors import reason
+
 PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
 # Of torch's watchdog, read as a communicator is made: a rank that dies must not end the caller's process.
 WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -23,10 +25,11 @@ NCCL = {"NCCL_GRAPH_REGISTER": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 class Group:
-    """Some of a model's ranks. rank: this one's number among them. count: gathers so far."""
+    """Some of a model's ranks. rank: this one's number among them. count: gathers so far. rehearsing: a gather takes as much
+    memory, and its own tensor for all others'."""
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], me: int, device: torch.device):
-        self.rank, self.size, self.count = ranks.index(me), len(ranks), 0
+        self.rank, self.size, self.count, self.rehearsing = ranks.index(me), len(ranks), 0, False
         name = "ranks " + " ".join(map(str, ranks))
         store, timeout = dist.PrefixStore(name, store), timedelta(seconds=PATIENCE)
         if device.type == "cuda":
@@ -45,14 +48,27 @@ class Group:
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, which has the same shape on all: [size, *x.shape]. Raises RuntimeError where a rank is gone."""
-        self.count += 1
         out = x.new_empty(self.size, *x.shape)
+        if self.rehearsing:
+            return out.copy_(x)
+        self.count += 1
         # as bytes, in which there is no dtype that one of the libraries has not
         given = (y.contiguous().view(-1).view(torch.uint8) for y in (out, x))
         work = self.backend._allgather_base(*given, self.options)
         if work is not None:
             work.wait()
         return out
+
+    @contextmanager
+    def once(self, program: str) -> Iterator[None]:
+        """Runs a program in which others wait for this rank: where memory is full, a second try would begin with other layers
+        than theirs. Nobody waits for a rehearsal, nor while a CUDA graph is captured. Raises MemoryError."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.rehearsing or torch.cuda.is_current_stream_capturing():
+                raise
+            raise MemoryError(f"the GPU's memory is full (program {program!r}): {reason(error)}") from None
 
     def abort(self) -> None:
         """Ends what waits for others, and the communicator."""
@@ -80,6 +96,17 @@ class Groups:
     def count(self) -> int:
         """Gathers so far, in all of them."""
         return sum(group.count for group in self.part.values())
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Meanwhile nothing is exchanged."""
+        try:
+            for group in self.part.values():
+                group.rehearsing = True
+            yield
+        finally:
+            for group in self.part.values():
+                group.rehearsing = False
 
     def abort(self) -> None:
         for group in self.part.values():

@@ -4,16 +4,17 @@ closes, or is no more."""
 import importlib
 import logging
 import os
-import queue
+import select
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bagel_opt.errors import reason
-from bagel_opt.runtime.calls import Answer, Call, Rank
+from bagel_opt.runtime.calls import Answer, Rank
 
 LOADED, JOINED = 0, 1  # numbers of answers before the first call's
 FIRST = 2  # the first call's
@@ -40,26 +41,29 @@ def main(number: int) -> None:
     except EOFError:
         os._exit(1)
     logging.getLogger("bagel_opt").setLevel(logging.ERROR)  # the first rank says the same
+    status = 1
     try:
         serve(connection, place, parent)
+        status = 0
+    except EOFError:
+        pass
     finally:
         sys.stderr.flush()
-        os._exit(0)  # NCCL would wait for ranks that are gone
+        os._exit(status)  # at once: NCCL would wait for ranks that are gone
 
 
 def serve(connection: Connection, place: Place, parent: int | None = None) -> None:
     """Performs calls until the first rank closes. parent: the process without which this one ends, too."""
-    calls: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, calls, parent), daemon=True).start()
+    threading.Thread(target=_watch, args=(connection.fileno(), parent), daemon=True).start()
     try:
         runtime = _load(place)
     except Exception as error:
         connection.send(Answer(LOADED, error=_told(error)))
-        while calls.get() is not None:
+        while connection.recv() is not None:
             """Until the first rank has read it."""
         return
     connection.send(Answer(LOADED))
-    if calls.get() is None:
+    if connection.recv() is None:
         return
     try:
         rank = join(place, runtime)
@@ -67,7 +71,7 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> No
         connection.send(Answer(JOINED, error=_told(error)))
         return
     connection.send(Answer(JOINED))
-    while (call := calls.get()) is not None:
+    while (call := connection.recv()) is not None:
         error = None
         try:
             rank.perform(call)
@@ -99,12 +103,11 @@ def _told(error: Exception) -> tuple[str, str]:
     return type(error).__name__, reason(error)
 
 
-def _listen(connection: Connection, calls: "queue.SimpleQueue[Call | None]", parent: int | None) -> None:
-    """Hands on what the first rank sends; ends the process, whatever it does, when that rank is gone."""
-    try:
-        while parent is None or os.getppid() == parent:
-            if connection.poll(1):
-                calls.put(connection.recv())
-    except (EOFError, OSError):
+def _watch(number: int, parent: int | None) -> None:
+    """Ends the process, whatever it does, when the first rank is gone. number: of the file that joins it to that rank."""
+    poll = select.poll()
+    poll.register(number, 0)  # tells of nothing but the other end's closing
+    while (parent is None or os.getppid() == parent) and not poll.poll(1000):
         pass
+    time.sleep(1)  # in which what came before is read, where the first rank has closed
     os._exit(1)

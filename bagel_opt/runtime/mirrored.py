@@ -8,6 +8,7 @@ host alone is computed here alone.
 import copy
 import functools
 import itertools
+import math
 import os
 import sys
 import threading
@@ -26,7 +27,7 @@ from bagel_opt.files.adapters import Named
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import ROW
 from bagel_opt.runtime import groups
-from bagel_opt.runtime.calls import Call, Name, Rank, Ref
+from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
 from bagel_opt.runtime.groups import Groups
 from bagel_opt.runtime.member import FIRST, JOINED, LOADED, Place, join, serve
@@ -37,38 +38,13 @@ LOADING = 3600  # seconds that another rank may load for longer than the first
 ALONE = {"vae_encode", "vae_decode", "choose", "choose" + ROW}  # programs whose results go to the host
 
 
-class Kept:
-    """A result that all ranks keep as long as this object is there."""
-
-    def __init__(self, name: Name, released: deque):
-        self.name, self.released = name, released
-
-    def __del__(self):
-        self.released.append(self.name)
-
-
-class Handle:
-    """A tensor, or a batch's caches, that every rank has of its own."""
-
-    def __init__(self, kept: Kept, keys: tuple = ()):
-        self.kept, self.keys = kept, keys
-
-    def __getitem__(self, key: Any) -> "Handle":
-        return Handle(self.kept, (*self.keys, key))
-
-    __iter__ = None  # or it would have no end
-
-    @property
-    def ref(self) -> Ref:
-        return Ref(self.kept.name, self.keys)
-
-
 class MirroredRuntime:
     """The runtime interface (programs/interface.py). Several threads may call it."""
 
     def __init__(self, rank: Rank, members: Members, parallel: Any):
         self.rank, self.members, self.parallel, self.profile = rank, members, parallel, None
         self.inner = rank.runtime.inner
+        self.rehearses, self.rehearsed = self.inner.device.type == "cuda", {}
         self.released: deque[Name] = deque()
         self.numbers, self.lock = itertools.count(FIRST), threading.RLock()
         members.abort = functools.partial(_abort, rank.runtime.groups, self.inner.graphs)
@@ -140,7 +116,19 @@ class MirroredRuntime:
         if program in ALONE:
             self.members.check()
             return self.inner.run(program, [self._here(x) for x in inputs])
+        if self.rehearses and self.rank.runtime.exchanging(program):
+            self._rehearse(program, inputs, caches, rows)
         return self._call("run", program, inputs, caches, rows)
+
+    def _rehearse(self, program: str, inputs: list, caches: Handle, rows: int | slice | None) -> None:
+        """Sees whether every rank has the memory for a program, where it is larger than those before: one that fails while
+        others wait for it ends the model."""
+        size = math.prod(self._here(inputs[0]).shape[:2])
+        if size > self.rehearsed.get(program, 0):
+            _, failures = self._ask("rehearse", program, inputs, caches, rows)
+            if failures:
+                raise failures[0]
+            self.rehearsed[program] = size
 
     def host(self, tensor: Any, row: int | None = None) -> np.ndarray:
         value = self._here(tensor)
@@ -165,13 +153,14 @@ class MirroredRuntime:
         device = self.inner.device
         if device.type != "cuda":
             return
-        event, end = torch.cuda.Event(), time.monotonic() + groups.PATIENCE
+        event, begun = torch.cuda.Event(), time.monotonic()
         event.record(torch.cuda.current_stream(device))
         while not event.query():
             self.members.check()
-            if time.monotonic() > end:
+            seconds = time.monotonic() - begun
+            if seconds > groups.PATIENCE:
                 raise self.members.fail(f"the GPUs have computed for {groups.PATIENCE} s without an end: {AGAIN}")
-            time.sleep(2e-5)
+            time.sleep(0 if seconds < 0.01 else 1e-4)  # a token is there soon, and each wait for one counts
 
     def _call(self, method: str, *given: Any, answered: bool = False) -> tuple:
         """Has all ranks perform it; handles of its results."""
@@ -196,7 +185,7 @@ class MirroredRuntime:
 
     def _new(self, method: str, given: tuple, answered: bool) -> Call:
         released = tuple(self.released.popleft() for _ in range(len(self.released)))
-        return Call(next(self.numbers), method, _named(given), released, self.profile, answered)
+        return Call(next(self.numbers), method, named_in(given), released, self.profile, answered)
 
     def _handles(self, call: Call, count: int) -> tuple[Handle, ...]:
         return tuple(Handle(Kept((call.number, place), self.released)) for place in range(count))
@@ -281,10 +270,3 @@ def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel:
         members.fail("loading failed")
         members.close()
         raise
-
-
-def _named(given: Any) -> Any:
-    """With names in place of handles, for a message."""
-    if isinstance(given, tuple | list):
-        return type(given)(map(_named, given))
-    return given.ref if isinstance(given, Handle) else given

@@ -145,6 +145,18 @@ class RankRuntime:
             return self._generate(program, inputs, caches, rows)
         return self.inner.run(BY_WEIGHTS if self._by_weights(program) else program, inputs, caches, rows)
 
+    def rehearse(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> None:
+        """Runs it without the others: where memory is full, nobody waits, and what has to be compiled is. What it writes to the
+        caches the program itself writes over."""
+        graphs, self.inner.graphs = self.inner.graphs, None  # a graph is captured after a run with the others
+        try:
+            with self.groups.rehearsal():
+                for result in self.run(program, inputs, caches, rows):
+                    if isinstance(result, Part):
+                        result.whole()
+        finally:
+            self.inner.graphs = graphs
+
     def exchanging(self, program: str) -> bool:
         """Whether ranks wait for each other in it."""
         return program in GENERATE or self._by_weights(program)

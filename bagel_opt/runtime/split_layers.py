@@ -146,7 +146,5 @@ class SplitGenerate:
         if position.ndim > 1:  # of two markers, and of each latent
             position = torch.cat((position[..., :2], position[..., 2:].index_select(-1, token_T)), dim=-1)
         inputs = x_BTL, t, index_BT, position, *others
-        try:
+        with self.exchange.group.once("generate"):
             return self.model.through_layers("generate", inputs, tensors[count:], self.run)
-        except torch.OutOfMemoryError as error:  # which is not tried again: the others would wait for other layers
-            raise MemoryError(f"the GPU's memory is full (program 'generate'): {error}") from None

@@ -147,15 +147,13 @@ class SplitDecode:
         model, size = self.model, self.group.size
         count = len(tensors) - 2 * len(model.llm.layers)
         started = model.start("decode", tensors[:count], tensors[count].shape[1])
-        try:
+        with self.group.once("decode"):
             und_B1C, _, new = model.llm(started, tensors[count:], model.ops, self.run)
             head = model.llm.lm_head
             rows = -(-head.out_features // size)
             weight = head.weight[self.group.rank * rows : (self.group.rank + 1) * rows]
             logits = product(head, model.llm.norm_und(und_B1C[:, 0]), weight)
             parts_WBV = self.group.gather(F.pad(logits, (0, rows - logits.shape[1])))
-        except torch.OutOfMemoryError as error:  # which is not tried again: the others would wait for other layers
-            raise MemoryError(f"the GPU's memory is full (program 'decode'): {error}") from None
         return parts_WBV.transpose(0, 1).flatten(1)[:, : head.out_features].float(), *new
 
     def forget(self) -> None:

@@ -8,7 +8,9 @@ import torch
 from support import CHECKPOINT, cases
 
 import bagel_opt
+from bagel_opt import Request
 from bagel_opt.runtime.split_layers import SplitGenerate
+from bagel_opt.runtime.split_weights import SplitDecode
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -26,7 +28,7 @@ def start():
         model.close()
 
 
-@pytest.mark.parametrize("parallel", ["guidance", "sequence"])
+@pytest.mark.parametrize("parallel", ["guidance", "sequence", "auto", "tensor"])
 @pytest.mark.parametrize(
     ("backend", "dtype", "attention"),
     [("eager", "float32", "sdpa"), ("compile", "float32", "sdpa"), ("eager", "bfloat16", "auto"), ("compile", "bfloat16", "auto")],
@@ -44,9 +46,21 @@ def test_golden_cases(start, parallel, backend, dtype, attention):
             errors[case.name] = max(case.velocity_error(events), errors.get(case.name, 0))
     print(f"\n{parallel} {backend} {dtype}", " ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     assert max(errors.values()) < (1e-4 if dtype == "float32" else 0.1)
-    if backend == "compile" and parallel == "sequence":
-        captured = model.runtime.inner.graphs.captured
-        assert any(graph and isinstance(key[0], SplitGenerate) for key, graph in captured.items())
+    if backend == "compile":
+        captured = {type(key[0]) for key, graph in model.runtime.inner.graphs.captured.items() if graph}
+        assert (SplitGenerate in captured) == (parallel in ("sequence", "auto"))
+        assert (SplitDecode in captured) == (parallel in ("tensor", "auto"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_texts_of_several_rows(start, backend):
+    """As one GPU writes them."""
+    one = bagel_opt.load(CHECKPOINT, device="cuda", dtype="float32", backend=backend)
+    requests = [Request([text], output="text", max_think_tokens=20) for text in ("why?", "a b", "who")]
+    for parallel in ("auto", "tensor"):
+        model = start(parallel=parallel, backend=backend, dtype="float32")
+        for _ in range(3):
+            assert model.run_many(requests) == one.run_many(requests)
 
 
 def draw(model, seconds):

@@ -213,16 +213,33 @@ def test_what_fails_on_one_rank_alone_ends_the_request(two):
     two.generate("a red circle", num_timesteps=3)
 
 
-def test_what_fails_on_one_rank_while_others_wait_ends_the_model():
-    model = start(2, "sequence")
+def lost_on_one_rank(model):
+    """The inputs of a flow evaluation, of which rank 1 lacks one."""
     x = model.runtime.zeros((1, 8, model.config.latent_dim))
     model.runtime.members.send(Call(next(model.runtime.numbers), "zeros", ((1,), False), (x.kept.name,)))
-    inputs = [x, np.zeros(1, np.float32), np.zeros((1, 8), np.int64), *[np.zeros(1, np.int64)] * 3]
+    return [x, np.zeros(1, np.float32), np.zeros((1, 8), np.int64), *[np.zeros(1, np.int64)] * 3]
+
+
+def test_what_fails_on_one_rank_while_others_wait_ends_the_model():
+    model = start(2, "sequence")
+    inputs, caches = lost_on_one_rank(model), model.runtime.caches(1, 64)
     with pytest.raises(ChildProcessError, match="load the model again"):
-        model.runtime.run("generate", inputs, model.runtime.caches(1, 64))
+        model.runtime.run("generate", inputs, caches)
     with pytest.raises(ChildProcessError, match="load the model again"):
         model.generate("a red circle")
     check_ended(model)
+
+
+def test_what_fails_in_a_rehearsal_loses_nothing(two, eager, monkeypatch):
+    """On GPUs every evaluation larger than those before has one: a rank may lack memory."""
+    monkeypatch.setattr(two.runtime, "rehearses", True)
+    inputs, caches = lost_on_one_rank(two), two.runtime.caches(1, 64)
+    with pytest.raises(RuntimeError, match="rank 1: "):
+        two.runtime.run("generate", inputs, caches)
+    two.runtime.give_back(caches)
+    for case in cases():
+        check_alike(two, eager, case.inputs, **case.options)
+    assert two.runtime.rehearsed.keys() >= {"generate", "decode"}
 
 
 def check_ended(model):
