@@ -137,6 +137,11 @@ class MirroredRuntime:
         self.members.settle()
         return found
 
+    def gather_seconds(self, size: int) -> float:
+        """How long it takes all ranks to gather so many bytes of each, within a program."""
+        with self.lock:
+            return self._perform(self._new("gather_seconds", (size,), False))[0]
+
     # ---- calls
 
     def _here(self, given: Any) -> Any:
