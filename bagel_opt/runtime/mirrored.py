@@ -25,7 +25,7 @@ import torch
 from bagel_opt.errors import reason
 from bagel_opt.files.adapters import Named
 from bagel_opt.profile import Profile
-from bagel_opt.programs.signatures import ROW
+from bagel_opt.programs.signatures import NEXT, OUTPUTS, ROW
 from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
@@ -35,7 +35,8 @@ from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun
 from bagel_opt.runtime.parallel import Parallel
 
 LOADING = 3600  # seconds that another rank may load for longer than the first
-ALONE = {"vae_encode", "vae_decode", "choose", "choose" + ROW}  # programs whose results go to the host
+# Programs whose results go to the host, and what they keep to the next one of them.
+ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS), "choose", "choose" + ROW}
 
 
 class MirroredRuntime:
