@@ -83,7 +83,7 @@ class MirroredRuntime:
         return other
 
     def set_adapters(self, adapters: Named) -> None:
-        _, failures = self._ask("set_adapters", adapters)
+        _, failures = self._ask("set_adapters", dict(adapters) if isinstance(adapters, Mapping) else adapters)
         if failures:
             if len(failures) < self.rank.runtime.groups.ranks:  # they are to have the same
                 self._ask("set_adapters", {})
@@ -101,7 +101,10 @@ class MirroredRuntime:
             self._call("give_back", caches)
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Handle:
-        return self._call("zeros", tuple(shape), hidden)[0]
+        (made, *_), failures = self._ask("zeros", tuple(shape), hidden)
+        if failures:
+            raise failures[0]
+        return made
 
     def write_row(self, tensor: Handle, row: int, values: np.ndarray | Handle) -> Handle:
         self._call("write_row", tensor, row, values)

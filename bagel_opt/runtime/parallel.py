@@ -170,7 +170,14 @@ class RankRuntime:
 
     def rehearse(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> None:
         """Runs it without the others: where memory is full, nobody waits, and what has to be compiled is. What it writes to the
-        caches the program itself writes over."""
+        caches the program itself writes over. Raises MemoryError."""
+        try:
+            self._rehearse(program, inputs, caches, rows)
+        except MemoryError:
+            self.inner.free_memory()
+            self._rehearse(program, inputs, caches, rows)
+
+    def _rehearse(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> None:
         graphs, self.inner.graphs = self.inner.graphs, None  # a graph is captured after a run with the others
         try:
             with self.groups.rehearsal():
