@@ -20,7 +20,7 @@ from torch import Tensor
 import bagel_opt
 from bagel_opt.bench.contenders import Ours, in_process, random_model
 from bagel_opt.bench.full_size_adapters import adapters
-from bagel_opt.bench.full_size_gpus import FEW_SIZES, memory_of_gpus, several
+from bagel_opt.bench.full_size_gpus import FEW_SIZES, gathers, memory_of_gpus, several
 from bagel_opt.bench.full_size_memory import planned, under_caps
 from bagel_opt.bench.full_size_official import Official
 from bagel_opt.bench.measure import CONTEXT, evaluation, figures, seconds
@@ -127,7 +127,7 @@ def run_full_size(
         torch.cuda.empty_cache()
     for way, shared in several(gpus, precisions, progress) if gpus > 1 else ():
         results["figures"][way] = figures(shared, repeats, lambda what, way=way: progress(f"{way}: {what}"), FEW_SIZES)
-        results["figures"][way] |= memory_of_gpus(gpus)
+        results["figures"][way] |= gathers(gpus, shared) | memory_of_gpus(gpus)
         results["velocity errors"][way] = relative(shared.velocity(noise), exact)
         save(results)
     if plans:

@@ -46,6 +46,21 @@ def random_loaded(device: Any, kinds: Mapping[str, str], **_: object) -> Model:
     return in_process(random_model(config, device, kinds), tokenizer).model
 
 
+def gathers(gpus: int, shared: Ours) -> dict[str, list[float]]:
+    """Microseconds of what the GPUs exchange: in a layer of two rows of 4,096 latents, and for a token; and the rate."""
+    c = shared.model.config.llm
+    sizes = {
+        "a layer's keys and values": 2 * 2 * 4096 // gpus * 2 * c.num_key_value_heads * c.head_dim,
+        "a token's parts": 2 * c.hidden_size,
+    }
+    found = {}
+    for name, size in sizes.items():
+        seconds = shared.model.runtime.gather_seconds(size)
+        found[f"gathering {name}, us"] = [1e6 * seconds]
+        found[f"gathering {name}, GB/s into each"] = [(gpus - 1) * size / seconds / 1e9]
+    return found
+
+
 def memory_of_gpus(gpus: int) -> dict[str, list[float]]:
     """What is taken of each, all told."""
     found = {}

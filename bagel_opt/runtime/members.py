@@ -199,9 +199,10 @@ class Members:
             self.watcher.join()
         for connection in self.connections:
             connection.close()
-        aborting = threading.Thread(target=self.abort, daemon=True)
-        aborting.start()
-        aborting.join(ENDING)
+        if not self.failed:
+            aborting = threading.Thread(target=self.abort, daemon=True)
+            aborting.start()
+            aborting.join(ENDING)
         self.folder.cleanup()
 
     def _kill(self) -> None:

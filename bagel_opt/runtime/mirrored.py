@@ -25,7 +25,7 @@ import torch
 from bagel_opt.errors import reason
 from bagel_opt.files.adapters import Named
 from bagel_opt.profile import Profile
-from bagel_opt.programs.signatures import ROW
+from bagel_opt.programs.signatures import NEXT, OUTPUTS, ROW
 from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
@@ -35,7 +35,8 @@ from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun
 from bagel_opt.runtime.parallel import Parallel
 
 LOADING = 3600  # seconds that another rank may load for longer than the first
-ALONE = {"vae_encode", "vae_decode", "choose", "choose" + ROW}  # programs whose results go to the host
+# Programs whose results go to the host, and what they keep to the next one of them.
+ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS), "choose", "choose" + ROW}
 
 
 class MirroredRuntime:
@@ -82,7 +83,7 @@ class MirroredRuntime:
         return other
 
     def set_adapters(self, adapters: Named) -> None:
-        _, failures = self._ask("set_adapters", adapters)
+        _, failures = self._ask("set_adapters", dict(adapters) if isinstance(adapters, Mapping) else adapters)
         if failures:
             if len(failures) < self.rank.runtime.groups.ranks:  # they are to have the same
                 self._ask("set_adapters", {})
@@ -100,7 +101,10 @@ class MirroredRuntime:
             self._call("give_back", caches)
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Handle:
-        return self._call("zeros", tuple(shape), hidden)[0]
+        (made, *_), failures = self._ask("zeros", tuple(shape), hidden)
+        if failures:
+            raise failures[0]
+        return made
 
     def write_row(self, tensor: Handle, row: int, values: np.ndarray | Handle) -> Handle:
         self._call("write_row", tensor, row, values)
@@ -136,6 +140,11 @@ class MirroredRuntime:
         found = self.inner.host(value, row)
         self.members.settle()
         return found
+
+    def gather_seconds(self, size: int) -> float:
+        """How long it takes all ranks to gather so many bytes of each, within a program."""
+        with self.lock:
+            return self._perform(self._new("gather_seconds", (size,), False))[0]
 
     # ---- calls
 
@@ -217,10 +226,12 @@ class MirroredRuntime:
 
 
 def _abort(groups: Groups, graphs: Graphs | None) -> None:
-    """Ends this rank's part in what ranks exchange, and what would do so again: NCCL waits for graphs that it is in."""
+    """Ends this rank's part in what ranks exchange. NCCL stops what runs, and then waits for the graphs that it is in to go."""
+    aborting = threading.Thread(target=groups.abort, daemon=True)
+    aborting.start()
     if graphs:
         graphs.clear()
-    groups.abort()
+    aborting.join()
 
 
 def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel: Parallel, device: torch.device) -> Any:

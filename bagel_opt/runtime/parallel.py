@@ -8,6 +8,7 @@ is shared out by weights (`tensor`).
 
 import copy
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,6 +141,28 @@ class RankRuntime:
     def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
         self.inner.copy_row(source, row, target, to, length)
 
+    def gather_seconds(self, size: int, times: int = 100) -> float:
+        """How long it takes to gather so many bytes of every rank, one time after another, as within a program."""
+        x = torch.zeros(size, dtype=torch.uint8, device=self.inner.device)
+
+        def gather() -> None:
+            for _ in range(times):
+                self.groups.world.gather(x)
+
+        gather()
+        if x.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                gather()
+            gather = graph.replay
+            gather()
+            torch.cuda.synchronize(x.device)
+        begun = time.perf_counter()
+        gather()
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        return (time.perf_counter() - begun) / times
+
     def run(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> tuple:
         if program in GENERATE:
             return self._generate(program, inputs, caches, rows)
@@ -147,7 +170,14 @@ class RankRuntime:
 
     def rehearse(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> None:
         """Runs it without the others: where memory is full, nobody waits, and what has to be compiled is. What it writes to the
-        caches the program itself writes over."""
+        caches the program itself writes over. Raises MemoryError."""
+        try:
+            self._rehearse(program, inputs, caches, rows)
+        except MemoryError:
+            self.inner.free_memory()
+            self._rehearse(program, inputs, caches, rows)
+
+    def _rehearse(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> None:
         graphs, self.inner.graphs = self.inner.graphs, None  # a graph is captured after a run with the others
         try:
             with self.groups.rehearsal():

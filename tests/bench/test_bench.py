@@ -57,7 +57,15 @@ def test_two_processes_of_a_model_are_timed():
 
 
 def test_eager_is_not_timed_as_compiled(eager, monkeypatch):
-    job = {"device": None, "dtype": None, "profile": None, "backend": "compile", "attention": "auto", "source": None}
+    job = {
+        "device": None,
+        "dtype": None,
+        "profile": None,
+        "backend": "compile",
+        "attention": "auto",
+        "source": None,
+        "gpus": None,
+    }
     monkeypatch.setattr(worker.sys, "argv", ["worker", json.dumps(job)])
     monkeypatch.setattr(worker.bagel_opt, "load", lambda *_, **__: eager)
     with pytest.raises(RuntimeError, match=r"nothing compiles here.*bagel-opt doctor"):

@@ -379,7 +379,7 @@ def test_interrupted(run, monkeypatch):
 def test_without_a_compiler_all_runs_eager(run, eager, monkeypatch):
     """One line says so."""
     lacks = Compiler("a C++ compiler", "No working C++ compiler found", "install g++")
-    monkeypatch.setattr("bagel_opt.loading.compiler", lambda _: lacks)
+    monkeypatch.setattr("bagel_opt.devices.compiler", lambda _: lacks)
     status, out, err = run("chat", "a", *TEXT, "--backend", "compile")
     assert (status, out) == (0, eager.chat("a", max_think_tokens=6) + "\n")
     [line] = [line for line in err.splitlines() if "compile" in line]

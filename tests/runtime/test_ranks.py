@@ -179,6 +179,10 @@ def test_adapters(two, eager, tmp_path):
     check_alike(two, eager, ["why?"], **question)
 
 
+def test_gathering_is_timed(two):
+    assert 0 < two.runtime.gather_seconds(1000) < 1
+
+
 def test_tensors_that_nobody_uses_are_released(two):
     sizes = []
     for _ in range(3):
