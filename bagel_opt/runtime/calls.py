@@ -87,6 +87,11 @@ class Rank:
         self.values: dict[Name, Any] = {}
         self.gathers = 0
 
+    def __reduce__(self):
+        raise TypeError(
+            "a model on several GPUs cannot be pickled or copied: load it in each process that is to have it"
+        )
+
     def perform(self, call: Call) -> tuple:
         """The results, which are kept under their names, too."""
         for name in call.released:

@@ -39,7 +39,7 @@ class Members:
     def __init__(self, connections: list[Connection], processes: list[subprocess.Popen], folder: Any):
         self.connections, self.processes, self.folder = connections, processes, folder
         self.failed: Exception | None = None
-        self.closed = False
+        self.closed, self.process = False, os.getpid()
         self.abort: Callable[[], None] = lambda: None  # what ends this rank's own waiting for others
         self.changed = threading.Condition()
         self.answers: dict[tuple[int, int], Answer] = {}
@@ -73,7 +73,11 @@ class Members:
                 raise self.fail(f"a rank is gone: {AGAIN}") from None
 
     def check(self) -> None:
-        """Raises what ended the ranks."""
+        """Raises what ended the ranks; and in a fork, which would talk to them beside the process that they belong to."""
+        if self.process != os.getpid():
+            raise RuntimeError(
+                f"this model was loaded in process {self.process}, of which this one is a fork; load it here"
+            )
         if self.failed:
             raise self.failed.with_traceback(None)
         if self.closed:
@@ -203,8 +207,8 @@ class Members:
         return self.failed
 
     def close(self) -> None:
-        """Ends all ranks that are still there."""
-        if self.closed:
+        """Ends all ranks that are still there. A fork that ends leaves them alone."""
+        if self.closed or self.process != os.getpid():
             return
         self.closed = True
         for connection in self.connections:

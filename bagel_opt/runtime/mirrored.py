@@ -30,6 +30,7 @@ from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
 from bagel_opt.runtime.groups import Groups
+from bagel_opt.runtime.interrupts import uninterrupted
 from bagel_opt.runtime.member import FIRST, JOINED, LOADED, Place, join, serve
 from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun, start
 from bagel_opt.runtime.parallel import Parallel
@@ -141,6 +142,7 @@ class MirroredRuntime:
         self.members.settle()
         return found
 
+    @uninterrupted()
     def gather_seconds(self, size: int) -> float:
         """How long it takes all ranks to gather so many bytes of each, within a program."""
         with self.lock:
@@ -171,6 +173,7 @@ class MirroredRuntime:
                 raise self.members.fail(f"the GPUs have computed for {groups.PATIENCE} s without an end: {AGAIN}")
             time.sleep(0 if seconds < 0.01 else 1e-4)  # a token is there soon, and each wait for one counts
 
+    @uninterrupted()
     def _call(self, method: str, *given: Any, answered: bool = False) -> tuple:
         """Has all ranks perform it; handles of its results."""
         with self.lock:
@@ -178,6 +181,7 @@ class MirroredRuntime:
             count = len(self._perform(call))
         return self._handles(call, count)
 
+    @uninterrupted()
     def _ask(self, method: str, *given: Any) -> tuple[tuple, list[Exception]]:
         """The same, and how it failed on some of the ranks."""
         failures = []

@@ -136,6 +136,14 @@ class SplitWeights:
         return with_parts(und, self.group.gather(part)), None, k, v
 
 
+def all_logits(head: Linear, x_BC: Tensor, group: Group) -> Tensor:
+    """Logits [B, V], of which each rank computes a part of the vocabulary; the last ones may have less, or none."""
+    rows = -(-head.out_features // group.size)
+    logits = product(head, x_BC, head.weight[group.rank * rows : (group.rank + 1) * rows])
+    parts_WBV = group.gather(F.pad(logits, (0, rows - logits.shape[1])))
+    return parts_WBV.transpose(0, 1).flatten(1)[:, : head.out_features]
+
+
 class SplitDecode:
     """The program "decode" of which each rank reads its part of the weights. -> logits [B, V] on all, then the caches"""
 
@@ -144,17 +152,13 @@ class SplitDecode:
         self.run = SplitWeights(model.config.llm, group, compiles)
 
     def __call__(self, *tensors: Tensor) -> tuple:
-        model, size = self.model, self.group.size
+        model = self.model
         count = len(tensors) - 2 * len(model.llm.layers)
         started = model.start("decode", tensors[:count], tensors[count].shape[1])
         with self.group.once("decode"):
             und_B1C, _, new = model.llm(started, tensors[count:], model.ops, self.run)
-            head = model.llm.lm_head
-            rows = -(-head.out_features // size)
-            weight = head.weight[self.group.rank * rows : (self.group.rank + 1) * rows]
-            logits = product(head, model.llm.norm_und(und_B1C[:, 0]), weight)
-            parts_WBV = self.group.gather(F.pad(logits, (0, rows - logits.shape[1])))
-        return parts_WBV.transpose(0, 1).flatten(1)[:, : head.out_features].float(), *new
+            logits_BV = all_logits(model.llm.lm_head, model.llm.norm_und(und_B1C[:, 0]), self.group)
+        return logits_BV.float(), *new
 
     def forget(self) -> None:
         """Weights may have moved."""

@@ -1,6 +1,9 @@
 """A model on several ranks, here processes of the CPU that exchange tensors by Gloo, answers as one process does."""
 
+import copy
+import gc
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -8,6 +11,8 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +25,7 @@ import bagel_opt
 from bagel_opt import BundleError, Request
 from bagel_opt.runtime import groups, members
 from bagel_opt.runtime.calls import Call
-from bagel_opt.runtime.parallel import Shares
+from bagel_opt.runtime.parallel import BY_WEIGHTS, Shares
 
 BOTH = {"guidance": 2, "sequence": 2}
 ODD_SIZE = {"height": 80, "width": 48, "num_timesteps": 6, "seed": 3, "cfg_interval": (0.5, 1.0)}  # 15 latents
@@ -175,8 +180,82 @@ def test_adapters(two, eager, tmp_path):
         check_alike(two, merged, **ODD_SIZE)
     finally:
         two.set_adapters({})
+    assert not two.runtime.inner.programs[BY_WEIGHTS].run.slices  # of weights that adapters may have moved
     assert two.generate("a red circle", num_timesteps=4, seed=1) == plain
     check_alike(two, eager, ["why?"], **question)
+
+
+def test_models_and_threads_at_once(several, two):
+    jobs = [(model, seed) for seed in (1, 2) for model in (several, two)]
+
+    def draw(model, seed):
+        return model.generate("a red circle", num_timesteps=4, seed=seed)
+
+    want = [draw(*job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(draw, *zip(*jobs, strict=True))) == want
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_callback_that_raises_ends_its_request_alone(two, kind):
+    def stop(step):
+        raise kind("enough")
+
+    options = {"num_timesteps": 4, "seed": 1}
+    want = two.generate("a red circle", **options)
+    with pytest.raises(kind, match="enough"):
+        two.run_many([Request(["a blue circle"], on_step=stop, **options), Request(["a red circle"], **options)])
+    assert two.generate("a red circle", **options) == want
+
+
+def test_ctrl_c_ends_its_request_alone(two, monkeypatch):
+    """Also in the midst of a call, for which the other rank may wait."""
+    real, options = two.runtime.rank.perform, {"num_timesteps": 4, "seed": 1}
+    want = two.generate("a red circle", **options)
+
+    def perform(call):
+        if call.method == "run":
+            signal.raise_signal(signal.SIGINT)
+        return real(call)
+
+    monkeypatch.setattr(two.runtime.rank, "perform", perform)
+    with pytest.raises(KeyboardInterrupt):
+        two.generate("a red circle", **options)
+    monkeypatch.undo()
+    assert two.generate("a red circle", **options) == want
+
+
+def test_a_fork_leaves_the_ranks_alone(two):
+    """It can neither use nor end them."""
+    with warnings.catch_warnings(action="ignore"):  # of threads, which a fork has not
+        child = os.fork()
+    if not child:
+        status = 1
+        signal.alarm(20)  # ends it where it waits for an answer
+        try:
+            two.set_adapters({})
+        except RuntimeError as error:
+            status = int("of which this one is a fork" not in str(error))
+        finally:
+            two.close()
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    two.generate("a red circle", num_timesteps=3)
+
+
+def test_no_copies(two):
+    for make in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="load it in each process"):
+            make(two)
+
+
+def test_a_model_that_nobody_holds_ends_its_processes():
+    model = start(2)
+    model.generate("a red circle", num_timesteps=3)
+    (process,) = model.runtime.members.processes
+    del model
+    gc.collect()
+    assert process.wait(5) == 0
 
 
 def test_gathering_is_timed(two):
@@ -249,6 +328,7 @@ def test_what_fails_in_a_rehearsal_loses_nothing(two, eager, monkeypatch):
 def check_ended(model):
     for process in model.runtime.members.processes:
         assert process.wait(5) is not None
+    model.close()
     model.close()
     assert not os.path.exists(model.runtime.members.folder.name)
     with pytest.raises((ChildProcessError, RuntimeError), match="load"):

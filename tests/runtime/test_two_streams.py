@@ -172,6 +172,17 @@ def test_parts_of_the_weights_on_several_ranks_compute_a_token(rows, ranks):
                 assert relative(got, other) < 1e-5
 
 
+@pytest.mark.parametrize(("vocabulary", "ranks"), [(10, 2), (11, 2), (5, 4)])
+def test_parts_of_the_vocabulary_are_in_order(vocabulary, ranks):
+    """Where it divides and where not."""
+    head, x, group = Linear(64, vocabulary, bias=False).requires_grad_(False), torch.randn(2, 1, 64), Threads(ranks)
+    head.weight.normal_()
+    with ThreadPoolExecutor(ranks) as pool:
+        parts = list(pool.map(lambda rank: split_weights.all_logits(head, x[:, 0], group.of(rank)), range(ranks)))
+    for found in parts:
+        assert relative(found, head(x[:, 0])) < 1e-6
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_pieces_are_compiled_once_for_all_sizes(fused, monkeypatch):
     """But for tokens of which each row has one: of one row or of several."""
