@@ -123,7 +123,7 @@ def test_as_a_plain_reference(exact_products, monkeypatch, folder, part, kind):
 
     monkeypatch.setattr(Linear, "forward", forward)
     for case in cases(folder.parent):
-        if case.name in ("image_editing", "text_to_image", "image_understanding"):
+        if case.name in ("image_editing", "image_understanding"):  # all parts are at work in one or the other
             assert same(first(got, case), first(want, case))
 
 
@@ -151,7 +151,7 @@ def alone(request, exact_products):
     return model, [first(model, case) for case in ALL]
 
 
-@examples(20)
+@examples(10)
 @given(data=st.data())
 def test_shapes_neighbours_and_garbage_change_nothing(alone, data):
     model, wanted = alone
