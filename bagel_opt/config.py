@@ -159,6 +159,19 @@ class BagelConfig:
         """Side of a picture when none is asked for: 1024, or as far as the position table reaches."""
         return min(1024, self.latent_side * self.token_pixels)
 
+    @property
+    def rope_sections(self) -> tuple[int, ...]:
+        """Of the rotary frequencies, where positions have several axes."""
+        return ()
+
+    def position_shape(self, tokens: int) -> tuple[int, ...]:
+        """Of a row's positions of an image block: it shares one."""
+        return ()
+
+    def time_shape(self, tokens: int) -> tuple[int, ...]:
+        """Of a row's flow times: its tokens share one."""
+        return ()
+
     def reading(self, options: Options) -> "BagelConfig":
         """This, with the sides of input images that a request asks for."""
 

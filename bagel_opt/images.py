@@ -1,6 +1,7 @@
 """Pictures on the host: PIL modes, BAGEL's resize rules, pixels, patches and latent tokens, in NumPy."""
 
 import io
+import math
 import os
 from dataclasses import dataclass
 
@@ -16,6 +17,37 @@ MAX_ASPECT = 200  # beyond it the resize rule squeezes a picture into something 
 WHITE = {"I": (255, 65535), "F": (1, 255), **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), (65535,))}
 
 
+@dataclass(frozen=True)
+class Canvas:
+    """A picture as rows and columns of latent tokens."""
+
+    config: BagelConfig
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return tuple(side * self.config.token_pixels for side in self.grid)
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where its tokens are in the table of positions."""
+        return positions(*self.grid, self.config.latent_side)
+
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise of the VAE's posterior, where it is an input."""
+        side = self.config.latent_patch_size
+        return 1, self.config.vae.z_channels, self.grid[0] * side, self.grid[1] * side
+
+    def latents(self, tokens_NC: np.ndarray) -> list[np.ndarray]:
+        """What the VAE decodes, a call each: [1, Z, H, W]."""
+        return [untokens(tokens_NC, *self.grid, self.config.latent_patch_size)[None]]
+
+
 @dataclass(frozen=True, eq=False)
 class InputImage:
     """An input image, resized by the VAE rule and then, for each encoder, by that encoder's rule.
@@ -24,12 +56,35 @@ class InputImage:
     original: (height, width) before. vae, vit: None while the image itself is still to be drawn.
     """
 
+    config: BagelConfig
     original: tuple[int, int]
     size: tuple[int, int]  # (height, width) after the first
     vae_grid: tuple[int, int]
     vit_grid: tuple[int, int]
     vae: Image.Image | None = None
     vit: Image.Image | None = None
+
+    @property
+    def canvas(self) -> Canvas:
+        """Of its latent tokens."""
+        return Canvas(self.config, self.vae_grid)
+
+    def patches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the ViT reads, a call each: patches [P, K], and their places in the table of positions [P]."""
+        places = positions(*self.vit_grid, self.config.vit_side)
+        return [(tokens(pixels(self.vit), self.config.vit.patch_size), places)]
+
+    def frames(self) -> list[np.ndarray]:
+        """What the VAE encodes, a call each: pixels [1, 3, H, W]."""
+        return [pixels(self.vae)[None]]
+
+    def latents(self, moments: list[np.ndarray], noise: np.ndarray) -> np.ndarray:
+        """Latent tokens [tokens, channels] drawn from the VAE's posterior, which a call each gave."""
+        mean, log_variance = np.split(moments[0], 2, axis=1)
+        z = mean + np.exp(np.float32(0.5) * log_variance) * noise
+        vae = self.config.vae
+        scaled = np.float32(vae.scale_factor) * (z - np.float32(vae.shift_factor))
+        return tokens(scaled[0], self.config.latent_patch_size)
 
 
 def open_picture(source: str | os.PathLike | bytes, where: str) -> Image.Image:

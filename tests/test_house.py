@@ -10,7 +10,18 @@ HOME = Path(bagel_opt.__file__).parent
 # From the ground up. Parts on one floor do not know each other.
 FLOORS = (
     ("dtypes", "errors", "json_files", "limits", "option_kinds", "toml_files", "versions"),
-    ("config", "profile", "tokenizer", "images", "installed", "options", "quantization", "request", "examples"),
+    (
+        "config",
+        "profile",
+        "tokenizer",
+        "images",
+        "installed",
+        "options",
+        "quantization",
+        "request",
+        "examples",
+        "devices",
+    ),
     ("model",),
     ("programs", "files"),
     ("sampling", "runtime"),

@@ -13,7 +13,7 @@ from torch._inductor.utils import clear_caches
 from bagel_opt.files.manifest import CACHE
 from bagel_opt.installed import kernel_folder
 from bagel_opt.model import attention
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.profile import Profile
 from bagel_opt.programs.exercise import run_programs
 from bagel_opt.runtime import fused_products
@@ -21,7 +21,7 @@ from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
 
 
-def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable[[str, int, int], None]) -> None:
+def warm(model: Mixture, profiles: list[Profile], folder: Path, progress: Callable[[str, int, int], None]) -> None:
     """Runs every program of all profiles once, compiled, into an empty cache, and keeps the cache in folder/cache."""
     kernels = _kernel_folders(model)  # named before torch's own is another
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -45,7 +45,7 @@ def warm(model: Bagel, profiles: list[Profile], folder: Path, progress: Callable
         _copy(source, folder / CACHE / name)
 
 
-def keep_attention_kernels(model: Bagel, folder: Path) -> None:
+def keep_attention_kernels(model: Mixture, folder: Path) -> None:
     """For a bundle whose programs call FlashAttention: compiles its kernels, and keeps them in folder/cache."""
     c = model.config.llm
     for name, source in _kernel_folders(model).items():
@@ -58,7 +58,7 @@ def keep_attention_kernels(model: Bagel, folder: Path) -> None:
             _copy(source, folder / CACHE / name)
 
 
-def _kernel_folders(model: Bagel) -> dict[str, Path]:
+def _kernel_folders(model: Mixture) -> dict[str, Path]:
     """Where those packages keep what they compile, by the names of these folders in a bundle's cache; of those that the model
     uses."""
     if model.ops.backend != "flash" or attention.flash_package() != "flash_attn.cute":

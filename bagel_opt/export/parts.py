@@ -12,7 +12,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from bagel_opt.export.examples import free_axes
 from bagel_opt.model.attention import Visible
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.programs.signatures import ROW
 
 LAYERS = {"vit": "vit_encoder.layers.{}."}  # of all other programs that have layers: the transformer's
@@ -39,7 +39,7 @@ class Part:
 
 
 def cut(
-    model: Bagel,
+    model: Mixture,
     name: str,
     call: Callable,
     inputs: tuple[Tensor, ...],
@@ -60,7 +60,7 @@ def cut(
         yield dataclasses.replace(part, free=found if any(found) else ())
 
 
-def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
+def _vit(model: Mixture, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
     layer = model.vit_encoder.layers[0]
 
     def start(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ def _vit(model: Bagel, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
     yield Part("end", model, "", end, (state[0], *inputs))
 
 
-def _transformer(model: Bagel, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
+def _transformer(model: Mixture, name: str, inputs: tuple[Tensor, ...], caches: list[Tensor]) -> Iterator[Part]:
     layer, slots, name = model.llm.layers[0], caches[0].shape[1], name.removesuffix(ROW)
     flash, causal = model.ops.backend == "flash", model.start(name, inputs, slots).seen.causal
 

@@ -20,7 +20,7 @@ from bagel_opt.export.examples import example_inputs, free_sides, profile_to_tra
 from bagel_opt.export.given import Given
 from bagel_opt.export.parts import Functional, Part, cut
 from bagel_opt.export.processes import ProcessDiedError, in_processes
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.profile import Profile
 from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import ROW, Signature, signatures
@@ -98,7 +98,7 @@ def check_loads(path: str, device: torch.device) -> None:
 
 
 def export_packaged(
-    model: Bagel, profiles: Sequence[Profile], folder: Path, progress: Callable[[str, int, int], None]
+    model: Mixture, profiles: Sequence[Profile], folder: Path, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, dict]]:
     """Writes the parts of programs to folder/NAME.ROLE.pt2 as torch.export archives, once for all profiles, since their sizes
     are free but for the rows of some. -> each profile's programs, as the manifest has them"""
@@ -126,12 +126,12 @@ def _rows(name: str, profile: Profile) -> int | None:
     return profile.rows if name == "step" and profile.batches > 1 else None
 
 
-def _sides(model: Bagel) -> set[int]:
+def _sides(model: Mixture) -> set[int]:
     return {side for tensor in (*model.parameters(), *model.buffers()) for side in tensor.shape}
 
 
 def _export(
-    model: Bagel, file: str, name: str, call: Callable, signature: Signature, traced: Profile, folder: Path
+    model: Mixture, file: str, name: str, call: Callable, signature: Signature, traced: Profile, folder: Path
 ) -> dict[str, dict]:
     """A program's parts, by role: the file, and the weights that it takes. file: what files' names begin with."""
     inputs, caches, free = example_inputs(model.config, signature, traced, model.dtype, model.device)

@@ -1,13 +1,19 @@
-"""Rotary positions (arXiv 2104.09864), always in float32. B rows, T tokens, H heads of D channels."""
+"""Rotary positions (arXiv 2104.09864), always in float32. B rows, T tokens, A axes, H heads of D channels."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def rope(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, D / 2] of positions [B, T]."""
+def rope(position: Tensor, head_dim: int, theta: float, sections: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, D / 2] of positions [B, T], or of [B, A, T], of which each axis has its section of the
+    D / 2 frequencies (M-RoPE, arXiv 2409.12191)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = (position.float()[..., None] * (1.0 / theta**exponent))[:, :, None]
+    angle = position.float()[..., None] * (1.0 / theta**exponent)
+    if position.ndim == 3:
+        angle = torch.cat([part[:, axis] for axis, part in enumerate(angle.split(list(sections), dim=-1))], dim=-1)
+    angle = angle[:, :, None]
     return angle.cos(), angle.sin()
 
 

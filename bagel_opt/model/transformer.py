@@ -73,6 +73,13 @@ class Expert(nn.Module):
         return x_BTC + self.down(F.silu(gate) * up, share_BK)
 
 
+def angles_of_each(n_und: int, *angles: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Of the first tokens, which are the understanding expert's, and of the latents, where not all share one."""
+    if angles[0].shape[1] == 1:
+        return angles, angles
+    return tuple(angle[:, :n_und] for angle in angles), tuple(angle[:, n_und:] for angle in angles)
+
+
 class Layer(nn.Module):
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -93,13 +100,16 @@ class Layer(nn.Module):
         share_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """New keys and values go to slots start_B onwards: the understanding expert's tokens, then the latents."""
-        q, k, v = self.und.project(und_BTC, cos, sin, ops, share_BK)
+        und, gen = (cos, sin), (cos, sin)
+        n_und = und_BTC.shape[1]
         if gen_BNC is not None:
-            parts = zip((q, k, v), self.gen.project(gen_BNC, cos, sin, ops, share_BK), strict=True)
+            und, gen = angles_of_each(n_und, cos, sin)
+        q, k, v = self.und.project(und_BTC, *und, ops, share_BK)
+        if gen_BNC is not None:
+            parts = zip((q, k, v), self.gen.project(gen_BNC, *gen, ops, share_BK), strict=True)
             q, k, v = (torch.cat(part, dim=1) for part in parts)
         k_BSGD, v_BSGD = (ops.write(old, new, start_B) for old, new in ((k_BSGD, k), (v_BSGD, v)))
         out = ops.attend(q, k_BSGD, v_BSGD, seen)
-        n_und = und_BTC.shape[1]
         und_BTC = self.und.finish(und_BTC, out[:, :n_und], share_BK)
         if gen_BNC is not None:
             gen_BNC = self.gen.finish(gen_BNC, out[:, n_und:], share_BK)
@@ -130,9 +140,11 @@ class Started(NamedTuple):
 
 
 class Transformer(nn.Module):
-    def __init__(self, c: LLMConfig):
+    """sections: of the rotary frequencies, where positions have several axes."""
+
+    def __init__(self, c: LLMConfig, sections: Sequence[int] = ()):
         super().__init__()
-        self.config = c
+        self.config, self.sections = c, sections
         self.embed = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm_und = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -152,11 +164,12 @@ class Transformer(nn.Module):
     ) -> Started:
         """Prepares new tokens for the layers.
 
-        position: [B, T] for text, [B, 1] where an image block shares one position. start_B: valid slots before this
+        position: [B, T] for text, [B] where an image block shares one position, or [B, axes, T]. start_B: valid slots before this
         call. n_new_B: how many of the new tokens attention may see (all of them for a causal chunk, whose padding
         causality hides; the real ones for an image block).
         """
-        cos, sin = rope(position, self.config.head_dim, self.config.rope_theta)
+        position = position[:, None] if position.ndim == 1 else position
+        cos, sin = rope(position, self.config.head_dim, self.config.rope_theta, self.sections)
         queries = und_BTC.shape[1] + (0 if gen_BNC is None else gen_BNC.shape[1])
         seen = ops.visible(start_B + n_new_B, queries, slots, causal)
         return Started(und_BTC, gen_BNC, cos, sin, start_B, seen)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.transformer import LayerRunner, run_layer
 from bagel_opt.programs.choose_token import ChooseToken
 from bagel_opt.programs.guidance import GuidedStep
@@ -17,7 +17,7 @@ from bagel_opt.programs.step_cache import TaylorPredict, TaylorUpdate, TeaApply,
 class Layered:
     """A program that runs the transformer's layers, each by `run`: inputs, then caches -> outputs, then caches."""
 
-    model: Bagel
+    model: Mixture
     name: str
     run: LayerRunner
 
@@ -26,7 +26,7 @@ class Layered:
         return self.model.through_layers(self.name, tensors[:count], tensors[count:], self.run)
 
 
-def programs(model: Bagel, run: LayerRunner = run_layer) -> dict[str, Callable]:
+def programs(model: Mixture, run: LayerRunner = run_layer) -> dict[str, Callable]:
     """Callables from input tensors to a tuple of output tensors, by the names of programs/signatures.py."""
     found = {
         **{name: Layered(model, name, run) for name in LAYERED},

@@ -24,19 +24,20 @@ class GuidedStep(nn.Module):
         img_scale_R: Tensor,
         renorm_min_R: Tensor,
         renorm_R: Tensor,
-        dt_R: Tensor,
+        dt: Tensor,
         n_R: Tensor,
         *x_and_v: Tensor,
     ) -> tuple:
         """cond, text, img: the rows of the request's branches. renorm: index into request.RENORM_TYPES. n: real tokens, 0
-        for a row that takes no step. x_and_v: each batch's latents [B, N, L], then each batch's velocities.
+        for a row that takes no step. dt: [R], or [R, N] where each token has its own. x_and_v: each batch's latents [B, N, L], then each batch's velocities.
         -> new latents of each batch, guided velocities of each batch. Scales of at most 1 switch a guidance off.
         """
         batches = len(x_and_v) // 2
         x, v = torch.cat(x_and_v[:batches]), torch.cat(x_and_v[batches:])
-        text_scale, img_scale, renorm_min, renorm, dt = (
-            number_R[:, None, None] for number_R in (text_scale_R, img_scale_R, renorm_min_R, renorm_R, dt_R)
+        text_scale, img_scale, renorm_min, renorm = (
+            number_R[:, None, None] for number_R in (text_scale_R, img_scale_R, renorm_min_R, renorm_R)
         )
+        dt = dt[..., None] if dt.ndim == 2 else dt[:, None, None]
         real_RN1 = (torch.arange(x.shape[1], device=x.device) < n_R[:, None])[..., None]
         v = torch.where(real_RN1, v, 0.0)  # the global norm is the real tokens' alone
         cond, text, img = v[cond_R], v[text_R], v[img_R]

@@ -11,6 +11,10 @@ ONE_ROW = ("decode", "choose", "generate")
 ROW = "_row"
 # Programs that run the transformer's layers, and so have caches.
 LAYERED = ("text", "vit_context", "decode", "generate")
+# The VAE's programs: how many outputs they have besides what they keep for the next part of a video, which goes to the
+# program of that name with NEXT after it.
+OUTPUTS = {"vae_encode": 1, "vae_decode": 2}
+NEXT = "_next"
 MAX_ORDER = 6  # TaylorSeer's highest difference, as the official code sets it
 STORE, REUSE = 1, 2  # what TeaCache does with a row
 
@@ -70,16 +74,19 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         **ints("cond", "text", "img", rows=total),
         **floats("text_scale", "img_scale", "renorm_min", rows=total),
         **ints("renorm", rows=total),
-        **floats("dt", rows=total),
+        "dt": ((total, *c.time_shape(p.latents)), "float32"),
         **ints("n", rows=total),
         **latents(p.rows, *(f"x.{batch}" for batch in per_batch), *(f"v.{batch}" for batch in per_batch)),
     }
+    position = {"position": ((1, *c.position_shape(p.patches)), "int64")}
+    at = {"position": ((p.rows, *c.position_shape(p.latents)), "int64")}
+    time = {"t": ((p.rows, *c.time_shape(p.latents)), "float32")}
     patches = {"patches": ((1, p.patches, c.vit.patch_dim), "float32"), "index": ((1, p.patches), "int64")}
     return {
         "text": Signature({"ids": ((1, p.text), "int64"), **ints("position", "kv_len")}, ("hidden",), 1),
         "vit": Signature({**patches, **ints("n")}, ("embeddings",)),
         "vit_context": Signature(
-            {"embeddings": ((1, p.patches, c.llm.hidden_size), "model"), **ints("position", "n", "kv_len")},
+            {"embeddings": ((1, p.patches, c.llm.hidden_size), "model"), **position, **ints("n", "kv_len")},
             ("hidden",),
             1,
         ),
@@ -90,9 +97,10 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         "generate": Signature(
             {
                 **latents(p.rows, "x"),
-                **floats("t"),
+                **time,
                 "index": ((p.rows, p.latents), "int64"),
-                **ints("position", "n", "kv_len", rows=p.rows),
+                **at,
+                **ints("n", "kv_len", rows=p.rows),
             },
             ("velocity", "hidden"),
             p.rows,
@@ -108,7 +116,7 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
         "tea_change": Signature(
             {
                 **latents(p.rows, "x"),
-                **floats("t"),
+                **time,
                 "index": ((p.rows, p.latents), "int64"),
                 **ints("n", rows=p.rows),
                 "before": hidden,

@@ -7,7 +7,7 @@ F stored orders, B rows, N latent tokens, L latent channels, C hidden channels.
 import torch
 from torch import Tensor, nn
 
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.programs.signatures import MAX_ORDER, REUSE, STORE
 
 
@@ -28,7 +28,7 @@ class TaylorUpdate(nn.Module):
 class TaylorPredict(nn.Module):
     """The velocities of skipped evaluations, beside those that were evaluated."""
 
-    def __init__(self, model: Bagel):
+    def __init__(self, model: Mixture):
         super().__init__()
         self.model = model
 
@@ -44,13 +44,13 @@ class TaylorPredict(nn.Module):
 class TeaChange(nn.Module):
     """How much the transformer's input differs from that of the step before."""
 
-    def __init__(self, model: Bagel):
+    def __init__(self, model: Mixture):
         super().__init__()
         self.model = model
 
-    def forward(self, x_BNL: Tensor, t_B: Tensor, index_BN: Tensor, n_B: Tensor, before_BNC: Tensor) -> tuple:
+    def forward(self, x_BNL: Tensor, t: Tensor, index_BN: Tensor, n_B: Tensor, before_BNC: Tensor) -> tuple:
         """n: real tokens. -> change_B, the mean absolute difference over the mean absolute value; embedded_BNC"""
-        embedded_BNC = self.model.embed_latents(x_BNL, t_B, index_BN)
+        embedded_BNC = self.model.embed_latents(x_BNL, t, index_BN)
         real_BN1 = (torch.arange(x_BNL.shape[1], device=x_BNL.device) < n_B[:, None])[..., None]
 
         def size(u_BNC: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class TeaChange(nn.Module):
 class TeaApply(nn.Module):
     """What evaluations added to their input is stored, and added again to the input of rows that are not evaluated."""
 
-    def __init__(self, model: Bagel):
+    def __init__(self, model: Mixture):
         super().__init__()
         self.model = model
 

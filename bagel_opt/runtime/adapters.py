@@ -13,8 +13,8 @@ from bagel_opt.files.checkpoint import part_rows, published_names, published_sha
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import parameter_shapes
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.linear import Linear, LowRank
+from bagel_opt.model.mixture import Mixture
 
 LAYERS = r"llm\.layers\.\d+\."
 ROUND = 64  # ranks of a product, so that kernels find them aligned, and adapters of nearly the same rank fit the same shapes
@@ -36,7 +36,7 @@ def read_adapters(places: Sequence[Path | str], config: BagelConfig) -> list[Lor
     return adapters
 
 
-def attach(model: Bagel, adapters: Sequence[Lora], widen: bool) -> bool:
+def attach(model: Mixture, adapters: Sequence[Lora], widen: bool) -> bool:
     """Gives the model's layers these adapters in place of those before. widen: as `Linear.widen` does, where that counts.
     -> whether tensors of the layers moved; adapters that need no more ranks than those before take the same memory."""
     products = {name: m for name, m in model.named_modules() if re.match(LAYERS, name) and isinstance(m, Linear)}
@@ -66,7 +66,7 @@ def attach(model: Bagel, adapters: Sequence[Lora], widen: bool) -> bool:
 Share = tuple[Lora, int, str, int]
 
 
-def _shares(model: Bagel, name: str, product: Linear, adapters: Sequence[Lora]) -> list[Share]:
+def _shares(model: Mixture, name: str, product: Linear, adapters: Sequence[Lora]) -> list[Share]:
     weights, found, row = published_names(f"{name}.weight"), [], 0
     rows = part_rows(model.config, f"{name}.weight", len(weights), product.out_features)
     for weight, count in zip(weights, rows, strict=True):
@@ -75,7 +75,7 @@ def _shares(model: Bagel, name: str, product: Linear, adapters: Sequence[Lora]) 
     return found
 
 
-def _make(model: Bagel, product: Linear, ranks: int, widen: bool) -> None:
+def _make(model: Mixture, product: Linear, ranks: int, widen: bool) -> None:
     if product.low_rank is not None and product.low_rank.wide is not None:
         product.weight.data = product.weight.data.contiguous()
     channels = product.in_features, product.out_features

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.transformer import Layer, LayerRunner
 from bagel_opt.runtime.memory_plan import ALIGNED, EXPERTS, MemoryPlan
 
@@ -164,7 +164,7 @@ class Visiting:
             self.packed.unbind(self.device)
 
 
-def place_layers(model: Bagel, plan: MemoryPlan, run: LayerRunner) -> LayerRunner:
+def place_layers(model: Mixture, plan: MemoryPlan, run: LayerRunner) -> LayerRunner:
     """Moves weights of layers to where a plan has them, and those that are read over the link. -> how layers are then run"""
     device, places = model.device, {}
     if device.type == "cuda":
@@ -182,7 +182,7 @@ def place_layers(model: Bagel, plan: MemoryPlan, run: LayerRunner) -> LayerRunne
     return Streamed(run, places) if places else run
 
 
-def place_visitors(model: Bagel, plan: MemoryPlan, programs: dict[str, Callable]) -> dict[str, Callable]:
+def place_visitors(model: Mixture, plan: MemoryPlan, programs: dict[str, Callable]) -> dict[str, Callable]:
     """Moves the weights of programs that a plan has come and go. -> those programs in place of the given ones"""
     parts = {
         "vit": [model.vit_encoder, model.connector, model.vit_position],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bagel_opt.installed import fault, told
-from bagel_opt.model.bagel import Bagel
 from bagel_opt.model.linear import Linear
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.quantized import Quantized
 from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
 from bagel_opt.model.vae import NormSilu
@@ -29,7 +29,7 @@ class Prepared:
     widen: products take the adapters beside their weights in one, see Linear.widen. compiled: whether layers are. plan: of
     what lies on the device, where that is not all."""
 
-    model: Bagel
+    model: Mixture
     programs: dict[str, Callable]
     fixed_slots: bool
     free_rows: bool
@@ -41,7 +41,7 @@ class Prepared:
     plan: MemoryPlan | None = None
 
 
-def prepare(model: Bagel, compiled: bool = False, plan: MemoryPlan | None = None) -> Prepared:
+def prepare(model: Mixture, compiled: bool = False, plan: MemoryPlan | None = None) -> Prepared:
     """The model with its programs, eager or compiled, which changes it. What is compiled serves all sizes, but for FlexAttention.
     plan: moves weights to where that has them."""
     if any(isinstance(module, Quantized) for module in model.modules()):
@@ -80,7 +80,7 @@ def prepare(model: Bagel, compiled: bool = False, plan: MemoryPlan | None = None
     )
 
 
-def _placed(model: Bagel, plan: MemoryPlan | None, run: LayerRunner) -> dict[str, Callable]:
+def _placed(model: Mixture, plan: MemoryPlan | None, run: LayerRunner) -> dict[str, Callable]:
     """The programs, with weights where a plan has them."""
     if plan is None:
         return programs(model, run)
@@ -100,7 +100,7 @@ def run_any_size(layer: Layer, und_BTC: Tensor, *given: Any) -> tuple:
     return layer(und_BTC, *given)
 
 
-def _use_kernels(model: Bagel) -> None:
+def _use_kernels(model: Mixture) -> None:
     """Those of a GPU for what torch.compile would have to compile for each shape. Its ViT is no faster compiled."""
     from bagel_opt.runtime import group_norm, one_token
 
@@ -127,7 +127,7 @@ def register_kernels(device: torch.device) -> None:
     import bagel_opt.runtime.quantized_products  # noqa: F401
 
 
-def _two_streams(model: Bagel) -> LayerRunner:
+def _two_streams(model: Mixture) -> LayerRunner:
     from bagel_opt.runtime.two_streams import TwoStreams  # which compiles as it is made
 
     codes = any(isinstance(m, Quantized) and m.kind == "fp8" for m in model.modules())

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from bagel_opt.images import InputImage
 from bagel_opt.options import Options
 from bagel_opt.sampling.flow import FlowStep
@@ -10,12 +12,33 @@ from bagel_opt.sampling.flow import FlowStep
 
 @dataclass(frozen=True)
 class Block:
-    """A text (its ids with start and end), or the VAE or ViT block of image number `image`."""
+    """A text (its ids with start and end), or the VAE or ViT block of image number `image`.
+
+    start: its first position, where that is not the one after what comes before.
+    """
 
     kind: str  # "text", "vae" or "vit"
     length: int  # slots that it takes, markers included
     ids: tuple[int, ...] = ()
     image: int = -1
+    start: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of what a profile counts: all of a text, of an image those between its markers."""
+        return self.length - (0 if self.kind == "text" else 2)
+
+    @property
+    def positions(self) -> int:
+        """How many it takes: an image block shares one."""
+        return self.length if self.kind == "text" else 1
+
+    def placed(self, position: int, tokens: int) -> np.ndarray:
+        """Of an image block that begins at this position: what programs take, for so many tokens."""
+        return np.array(position)
+
+
+DRAWN = Block("vae", 0)  # what is to be drawn
 
 
 Item = Block | int  # a text, or an image's number

@@ -209,7 +209,7 @@ class Engine:
 
     def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """One flow step of each of these requests; (x_t, v_t) for those that watch."""
-        rows = FlowRows(self.batches, *self._lengths())
+        rows = FlowRows(self.batches, self._lengths()[0])
         for job in jobs:
             rows.add(job)
         acting = []

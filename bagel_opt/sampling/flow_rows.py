@@ -11,19 +11,19 @@ from bagel_opt.sampling.job import Job
 class FlowRows:
     """Arrays over the rows of all batches. A row that takes no part is its own only branch, at time 0, with no tokens.
 
-    kv_len, position: of what each row has read. The others are those that "generate" and "step" take, under their names
+    kv_len: of what each row has read. The others are those that "generate" and "step" take, under their names
     in programs/signatures.py; `evaluated` is the n of "generate", 0 for a row whose velocity need not be computed.
     """
 
-    def __init__(self, batches: Batches, kv_len: np.ndarray, position: np.ndarray):
-        self.batches, self.kv_len, self.position = batches, kv_len, position
-        rows = len(kv_len)
+    def __init__(self, batches: Batches, kv_len: np.ndarray):
+        self.batches, self.kv_len = batches, kv_len
+        rows, latents = len(kv_len), batches.profile.latents
         self.cond, self.text, self.img = (np.arange(rows) for _ in range(3))
-        self.text_scale, self.img_scale, self.renorm_min, self.dt, self.t = (
-            np.zeros(rows, np.float32) for _ in range(5)
-        )
+        self.text_scale, self.img_scale, self.renorm_min = (np.zeros(rows, np.float32) for _ in range(3))
+        self.dt, self.t = (np.zeros((rows, *batches.config.time_shape(latents)), np.float32) for _ in range(2))
         self.renorm, self.n, self.evaluated = (np.zeros(rows, np.int64) for _ in range(3))
-        self.index = np.zeros((rows, batches.profile.latents), np.int64)
+        self.index = np.zeros((rows, latents), np.int64)
+        self.position = np.zeros((rows, *batches.config.position_shape(latents)), np.int64)
         self.share = np.zeros((rows, len(batches.runtime.adapters or ())), np.float32)
 
     def add(self, job: Job) -> None:
@@ -39,6 +39,7 @@ class FlowRows:
         for c in job.branches():
             row = at(c)
             self.t[row], self.evaluated[row], self.index[row, : len(job.places)] = step.t, len(job.places), job.places
+            self.position[row] = job.target(c).placed(c.position, self.index.shape[1])
 
     def skip(self, row: int) -> None:
         """A step cache has this row's velocity."""

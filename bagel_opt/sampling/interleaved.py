@@ -14,7 +14,7 @@ from functools import cached_property
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import ProfileError
-from bagel_opt.images import InputImage
+from bagel_opt.images import Canvas, InputImage
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.sampling.contexts import Block, Item, contexts, evaluated, image_blocks
@@ -62,8 +62,7 @@ class Interleaved:
 
     def planned(self, phase: Plan) -> InputImage:
         """How a picture will be read once it is drawn."""
-        side = self.config.token_pixels
-        height, width = phase.grid[0] * side, phase.grid[1] * side
+        height, width = phase.canvas.size
         return planned_image((width, height), self.config, f"the picture that is drawn, {width}x{height},")
 
     @property
@@ -72,9 +71,9 @@ class Interleaved:
         return self.phases[0].main
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def canvas(self) -> Canvas:
         """Of the first picture."""
-        return self.phases[1].grid
+        return self.phases[1].canvas
 
     @property
     def spare(self) -> int:
@@ -153,7 +152,7 @@ class Course:
         """Of this round: that of its picture, then that of the images that are read anew, as one seed gives them."""
         first = 0 if self.rebuilt else self.unread
         options = self._options("image")
-        self.noise, found = draw_noise(options, self._grid(), self.images[first:], self.plan.config)
+        self.noise, found = draw_noise(options, self._canvas(), self.images[first:], self.plan.config)
         self.vae_noise[first:] = found
 
     def writing(self) -> Plan:
@@ -175,7 +174,7 @@ class Course:
             cfg_img,
             self.images,
             self.plan.steps,
-            self._grid(),
+            self._canvas(),
             noise=self.noise,
             vae_noise=list(self.vae_noise),
         )
@@ -191,11 +190,11 @@ class Course:
         plan = self.plan
         return contexts(plan.opening, self.items, self.images, draws, plan.negative)
 
-    def _grid(self) -> tuple[int, int]:
+    def _canvas(self) -> Canvas:
         """Of this round's picture: unless a size was asked for it has that of the last image, or with "main" of the last
         input."""
         size = picture_size(self.plan.options, self.images, self.plan.config) if self.rebuilt else self.size
-        return images.latent_grid(*size, self.plan.config)
+        return Canvas(self.plan.config, images.latent_grid(*size, self.plan.config))
 
     def _options(self, output: str) -> Options:
         """Of a text or a picture by itself."""

@@ -1,6 +1,6 @@
 """One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from bagel_opt import images
 from bagel_opt.errors import ProfileError
 from bagel_opt.options import StepEvent
 from bagel_opt.programs.interface import Tensor
-from bagel_opt.programs.signatures import one_row
+from bagel_opt.programs.signatures import NEXT, OUTPUTS, one_row
 from bagel_opt.sampling.adapters import adapter_share, as_inputs
 from bagel_opt.sampling.batches import Batches, Context, padded
-from bagel_opt.sampling.contexts import Block
+from bagel_opt.sampling.contexts import DRAWN, Block
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.interleaved import Course, Interleaved
 from bagel_opt.sampling.pictures import read_image
@@ -71,6 +71,10 @@ class Job:
     def take_rows(self) -> None:
         self.contexts = [self.batches.take() for _ in range(self.plan.contexts())]
 
+    def target(self, context: Context) -> Block:
+        """What is drawn after a context, as a block."""
+        return DRAWN
+
     def branches(self) -> list[Context]:
         """The contexts that the wanted flow step evaluates."""
         return self.drawn_from if self.want.guided else [self.main]
@@ -123,8 +127,8 @@ class Job:
         self.phase, self.remembered = plan, None
         self.drawn_from = self.contexts[: plan.contexts()]
         self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
-        # where the latent tokens of the picture to draw are in the position table
-        self.places = images.positions(*plan.grid, self.config.latent_side)
+        # where the latent tokens of the picture to draw are
+        self.places = plan.canvas.places if plan.canvas else np.zeros(0, np.int64)
 
     def _told(self, output: str | Image.Image) -> str | Image.Image:
         if self.observer.on_output:
@@ -167,29 +171,36 @@ class Job:
         program that this row takes no part in writes after what it holds."""
         caches, p = self.batches[context.batch].caches, self.profile
 
-        def run(program: str, inputs: list, lengths: list[int], slots: int, positions: int) -> None:
-            numbers = [np.array([value], np.int64) for value in (context.position, *lengths, context.kv_len)]
-            self.runtime.run(program, inputs + numbers + as_inputs(self.share[None]), caches, context.row)
+        def run(
+            program: str, inputs: list, position: np.ndarray, lengths: list[int], slots: int, positions: int
+        ) -> None:
+            numbers = [np.array([value], np.int64) for value in (*lengths, context.kv_len)]
+            given = [*inputs, position[None], *numbers, *as_inputs(self.share[None])]
+            self.runtime.run(program, given, caches, context.row)
             context.kv_len += slots
             context.position += positions
 
         for block in blocks:
+            if block.start is not None:
+                context.position = block.start
             if block.kind == "text":
                 for start in range(0, block.length, p.text):
                     chunk = np.array(block.ids[start : start + p.text], np.int64)
                     ids = padded(chunk, self.batches.size("text", len(chunk)))
-                    run("text", [ids[None]], [], len(chunk), len(chunk))
+                    run("text", [ids[None]], np.array(context.position), [], len(chunk), len(chunk))
                     yield None
             elif block.kind == "vit":
-                run("vit_context", [self._embeddings(block.image)], [block.length - 2], block.length, 1)
+                size, n = self.batches.size("patches", block.tokens), block.tokens
+                position = block.placed(context.position, size)
+                run("vit_context", [self._embeddings(block.image)], position, [n], block.length, block.positions)
                 yield None
             else:  # clean latents, at time 0
-                grid = self.phase.images[block.image].vae_grid
-                size = self.batches.size("latents", block.length - 2)
-                index = padded(images.positions(*grid, self.config.latent_side), size)
+                size, n = self.batches.size("latents", block.tokens), block.tokens
+                index = padded(self.phase.images[block.image].canvas.places, size)
                 latents = padded(self._latents(block.image), size)
-                inputs = [latents[None], np.zeros(1, np.float32), index[None]]
-                run(one_row("generate", p), inputs, [block.length - 2], block.length, 1)
+                time = np.zeros((1, *self.config.time_shape(size)), np.float32)
+                inputs, position = [latents[None], time, index[None]], block.placed(context.position, size)
+                run(one_row("generate", p), inputs, position, [n], block.length, block.positions)
                 yield None
             context.blocks.append(block)
             context.marks.append((context.kv_len, context.position))
@@ -197,24 +208,28 @@ class Job:
     def _embeddings(self, image: int) -> Tensor:
         """ViT embeddings of an input image, computed once per request."""
         if ("vit", image) not in self.encoded:
-            picture, side = self.phase.images[image], self.config.vit_side
-            patches = images.tokens(images.pixels(picture.vit), self.config.vit.patch_size)
+            ((patches, places),) = self.phase.images[image].patches()
             size = self.batches.size("patches", len(patches))
-            index = padded(images.positions(*picture.vit_grid, side), size)
-            inputs = [padded(patches, size)[None], index[None], np.array([len(patches)], np.int64)]
+            inputs = [padded(patches, size)[None], padded(places, size)[None], np.array([len(patches)], np.int64)]
             self.encoded["vit", image] = self.runtime.run("vit", inputs)[0]
         return self.encoded["vit", image]
 
     def _latents(self, image: int) -> np.ndarray:
         """Latent tokens [tokens, channels] of an input image, drawn from the VAE's posterior, which is computed once per
         request."""
+        picture = self.phase.images[image]
         if ("vae", image) not in self.encoded:
-            pixels = images.pixels(self.phase.images[image].vae)
-            self.encoded["vae", image] = self.runtime.host(self.runtime.run("vae_encode", [pixels[None]])[0])
-        mean, log_variance = np.split(self.encoded["vae", image], 2, axis=1)
-        z = mean + np.exp(np.float32(0.5) * log_variance) * self.phase.vae_noise[image]
-        scaled = np.float32(self.config.vae.scale_factor) * (z - np.float32(self.config.vae.shift_factor))
-        return images.tokens(scaled[0], self.config.latent_patch_size)
+            self.encoded["vae", image] = [moments for (moments,) in self._in_turn("vae_encode", picture.frames())]
+        return picture.latents(self.encoded["vae", image], self.phase.vae_noise[image])
+
+    def _in_turn(self, program: str, parts: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """One after the other through the VAE, which keeps of some what the next need. -> outputs, on the host"""
+        outputs = OUTPUTS[program]
+        state: list[Tensor] = []
+        for number, part in enumerate(parts):
+            found = self.runtime.run(program + NEXT * (number > 0), [part, *state])
+            state = list(found[outputs:])
+            yield [self.runtime.host(tensor) for tensor in found[:outputs]]
 
     def _write(self) -> Generator:
         """Generates text after the main context and takes its slots back: a thought is encoded anew."""
@@ -257,12 +272,13 @@ class Job:
 
     def picture(self, tokens: np.ndarray) -> Image.Image:
         """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for."""
-        latent = images.untokens(tokens, *self.phase.grid, self.config.latent_patch_size)
-        picture, finite = map(self.runtime.host, self.runtime.run("vae_decode", [latent[None]]))
-        if not finite.all():
-            raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
-        found, size = Image.fromarray(picture), self.phase.resized
-        return found if size is None else images.resize_to(found, size[::-1])
+        frames, size = [], self.phase.resized
+        for pixels, finite in self._in_turn("vae_decode", self.phase.canvas.latents(tokens)):
+            if not finite.all():
+                raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
+            found = [Image.fromarray(frame) for frame in pixels.reshape(-1, *pixels.shape[-3:])]
+            frames += found if size is None else [images.resize_to(frame, size[::-1]) for frame in found]
+        return frames[0]
 
 
 def _alike(one: list[Block], other: list[Block]) -> int:

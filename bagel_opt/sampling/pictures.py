@@ -8,7 +8,7 @@ from PIL import Image
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
 from bagel_opt.errors import reason
-from bagel_opt.images import InputImage
+from bagel_opt.images import Canvas, InputImage
 from bagel_opt.options import Options
 from bagel_opt.sampling.flow import seeded_noise
 
@@ -25,7 +25,7 @@ def planned_image(size: tuple[int, int], config: BagelConfig, where: str) -> Inp
         raise ValueError(
             f"{where}: needs {last} places in the ViT's position table, which has {config.vit.num_positions}"
         )
-    return InputImage(size[::-1], first[::-1], vae_grid, vit_grid)
+    return InputImage(config, size[::-1], first[::-1], vae_grid, vit_grid)
 
 
 def read_image(image: Image.Image, config: BagelConfig, where: str) -> InputImage:
@@ -67,16 +67,15 @@ def size_to_give(options: Options, inputs: list[InputImage]) -> tuple[int, int] 
 
 
 def draw_noise(
-    options: Options, grid: tuple[int, int], inputs: list[InputImage], config: BagelConfig
+    options: Options, canvas: Canvas, inputs: list[InputImage], config: BagelConfig
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The initial latents and each input image's posterior noise: those given, else from the seed.
 
     The official code on a GPU draws the initial latents first from the CPU generator; the posterior noise follows
     here, so that a seed means the same picture on every device.
     """
-    down = config.vae.downsample
-    shape = (grid[0] * grid[1], config.latent_dim)
-    vae_shapes = [(1, config.vae.z_channels, i.vae.height // down, i.vae.width // down) for i in inputs]
+    shape = (canvas.tokens, config.latent_dim)
+    vae_shapes = [image.canvas.noise_shape() for image in inputs]
     noise, *vae_noise = seeded_noise(options.seed, [shape, *vae_shapes])
     if options.noise is not None:
         noise = _given("noise", options.noise, shape)

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from bagel_opt.errors import ProfileError
-from bagel_opt.images import InputImage
+from bagel_opt.images import Canvas, InputImage
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.sampling.contexts import Block
@@ -22,6 +22,9 @@ class AnyPlan(Protocol):
     options: Options
     max_tokens: int
     resized: tuple[int, int] | None
+
+    @property
+    def canvas(self) -> Canvas | None: ...
 
     @property
     def draws(self) -> bool: ...
@@ -54,7 +57,7 @@ class Plan:
     cfg_img: list[Block] | None
     images: list[InputImage]
     steps: list[FlowStep] = field(default_factory=list)
-    grid: tuple[int, int] = (0, 0)  # latent tokens of the picture to draw
+    canvas: Canvas | None = None  # the picture to draw
     max_tokens: int = 0  # longest text to generate, the start token included
     noise: np.ndarray | None = None
     vae_noise: list[np.ndarray] = field(default_factory=list)
@@ -103,10 +106,10 @@ class Plan:
     def tokens(self, kind: str) -> int:
         """The longest block of a kind, without markers for images."""
         blocks = [b for blocks in (self.main, self.cfg_text, self.cfg_img) for b in blocks or [] if b.kind == kind]
-        return max((b.length - (0 if kind == "text" else 2) for b in blocks), default=0)
+        return max((b.tokens for b in blocks), default=0)
 
     def latents(self) -> int:
-        return max(self.tokens("vae"), self.grid[0] * self.grid[1])
+        return max(self.tokens("vae"), self.canvas.tokens if self.canvas else 0)
 
     def peak(self, text: int, patches: int, latents: int) -> tuple[int, int]:
         """(slots that contexts fill at most, slots that the padded programs touch at most) for these chunk sizes.

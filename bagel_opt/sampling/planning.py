@@ -5,7 +5,7 @@ import secrets
 
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
-from bagel_opt.images import InputImage
+from bagel_opt.images import Canvas, InputImage
 from bagel_opt.options import DEFAULT_ROUNDS, DEFAULT_TOKENS, Options
 from bagel_opt.request import Request
 from bagel_opt.sampling.contexts import Block, Item, contexts, evaluated
@@ -63,9 +63,9 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
     main, cfg_text, cfg_img = contexts(first, items, inputs, draws, negative)
     if not draws:
         return Plan(options, main, None, None, inputs, max_tokens=max_tokens)
-    grid = images.latent_grid(*picture_size(options, inputs, config), config)
+    canvas = Canvas(config, images.latent_grid(*picture_size(options, inputs, config), config))
     with_text, with_img = evaluated(options, steps)
-    noise, vae_noise = draw_noise(options, grid, inputs, config)
+    noise, vae_noise = draw_noise(options, canvas, inputs, config)
     return Plan(
         options,
         main,
@@ -73,7 +73,7 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         cfg_img if with_img else None,
         inputs,
         steps,
-        grid,
+        canvas,
         max_tokens,
         noise,
         vae_noise,

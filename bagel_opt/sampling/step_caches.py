@@ -154,7 +154,8 @@ class TeaCache:
     def _change(self, batch: int, jobs: list[Job]) -> np.ndarray:
         """How much the input of each row of a batch has changed."""
         b, p = self.batches, self.batches.profile
-        t, n = np.zeros(p.rows, np.float32), np.zeros(p.rows, np.int64)
+        t = np.zeros((p.rows, *b.config.time_shape(p.latents)), np.float32)
+        n = np.zeros(p.rows, np.int64)
         index = np.zeros((p.rows, p.latents), np.int64)
         for job in jobs:
             for c in (c for c in job.drawn_from if c.batch == batch):

@@ -69,8 +69,7 @@ class Ticket:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the picture to answer with, in pixels."""
-        side = self.engine.config.token_pixels
-        return self.plan.resized or (self.plan.grid[0] * side, self.plan.grid[1] * side)
+        return self.plan.resized or self.plan.canvas.size
 
     def post(self, event: Any) -> None:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
@@ -262,6 +261,8 @@ class EngineThread:
         self.seconds, self.last_end = 0.8 * self.seconds + 0.2 * min(now - self.last_end, 60), now
         if not isinstance(job.result, Exception):
             self.failures = 0
+        elif isinstance(job.result, ChildProcessError):  # of several GPUs one is lost, and this model with it
+            self.failures = FAILURES
         elif not isinstance(
             job.result, ProfileError | FloatingPointError | MemoryError
         ):  # those are the request's own fault

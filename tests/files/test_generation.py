@@ -61,7 +61,7 @@ def test_sizes_that_are_recommended(folder):
 
     def drawn(*inputs, **given):
         plan = make_plan(Request(inputs, **given), checkpoint.config, checkpoint.tokenizer)
-        return plan.grid, plan.resized
+        return plan.canvas.grid, plan.resized
 
     image = Image.new("RGB", (100, 70))
     assert drawn("a") == ((4, 3), None)

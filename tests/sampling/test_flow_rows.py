@@ -10,6 +10,7 @@ from support import CHECKPOINT
 from bagel_opt import Options
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.sampling.batches import Batches, Context
+from bagel_opt.sampling.contexts import DRAWN
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
 
@@ -23,7 +24,7 @@ def batches():
 
 def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
     """A request in the rows of its contexts: main, cfg_text, cfg_img."""
-    main, cfg_text, cfg_img = (Context(*divmod(row, SMALL.rows)) for row in contexts)
+    main, cfg_text, cfg_img = (Context(*divmod(row, SMALL.rows), position=row + 5) for row in contexts)
     own = [
         main,
         *([cfg_text] if contexts[1] != contexts[0] else []),
@@ -39,11 +40,12 @@ def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
         places=np.array(places),
         share=np.zeros(0, np.float32),
         branches=lambda: own if guided else [main],
+        target=lambda context: DRAWN,
     )
 
 
 def rows(batches):
-    return FlowRows(batches, np.arange(ROWS) * 10, np.arange(ROWS) + 5)
+    return FlowRows(batches, np.arange(ROWS) * 10)
 
 
 def test_a_row_that_takes_no_part_is_its_own_only_branch_and_has_zeros(batches):
@@ -93,6 +95,6 @@ def test_each_batch_is_given_its_own_rows(batches):
     found = rows(batches)
     found.add(job((1, 2, 1)))
     t, index, position, n, kv_len = found.evaluation(1)
-    assert (t.tolist(), position.tolist(), n.tolist(), kv_len.tolist()) == ([0.75, 0], [7, 8], [3, 0], [20, 30])
+    assert (t.tolist(), position.tolist(), n.tolist(), kv_len.tolist()) == ([0.75, 0], [7, 0], [3, 0], [20, 30])
     assert index.shape == (SMALL.rows, SMALL.latents)
     assert [array.shape for array in found.guidance()] == [(ROWS,)] * 9

@@ -16,6 +16,7 @@ from test_golden import tier
 
 import bagel_opt
 from bagel_opt import Options, Profile, ProfileError, Request
+from bagel_opt.images import Canvas
 from bagel_opt.sampling.contexts import Block
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.flow import schedule, seeded_noise
@@ -97,7 +98,7 @@ def one_by_one(model, profile, rule, inputs, options):
         texts[f"t{number}"] = run(dataclasses.replace(plan, max_tokens=plain["max_think_tokens"], vae_noise=noises))
         contexts = map(blocks, READ[rule][2 * number + 1])
         [drawn] = seeded_noise(seed, [(16, 64)])
-        plan = Plan(Options(**single), *contexts, pictures, steps, (4, 4), 0, drawn, noises)
+        plan = Plan(Options(**single), *contexts, pictures, steps, Canvas(model.config, (4, 4)), 0, drawn, noises)
         picture = run(plan)
         outputs += [texts[f"t{number}"], picture]
         pictures.append(read_image(picture, model.config, ""))

@@ -99,7 +99,7 @@ def test_contexts(plan, checkpoint, inputs, options, main, cfg_text, cfg_img):
 )
 def test_sides_of_the_resize_rule(plan, options, size, vae, vit):
     p = plan([SQUARE, "a"], **options)
-    assert (p.images[0].size, p.images[0].vae_grid, p.images[0].vit_grid, p.grid) == (size, vae, vit, vae)
+    assert (p.images[0].size, p.images[0].vae_grid, p.images[0].vit_grid, p.canvas.grid) == (size, vae, vit, vae)
 
 
 def test_sides_beyond_the_tables(plan):
@@ -136,7 +136,7 @@ def test_rows(plan, inputs, options, rows):
 def test_lengths(plan):
     p = plan([SQUARE, "a cat"])
     assert [b.length for b in p.main] == [16 + 2, 25 + 2, len(p.main[2].ids)]
-    assert (p.grid, p.images[0].vae_grid, p.images[0].vit_grid) == ((4, 4), (4, 4), (5, 5))
+    assert (p.canvas.grid, p.images[0].vae_grid, p.images[0].vit_grid) == ((4, 4), (4, 4), (5, 5))
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_size_of_the_picture(plan, options, message):
 
 
 def test_default_sizes(plan):
-    assert plan("a").grid == (8, 8)  # as far as the table reaches
-    assert plan("a", height=32).grid == (2, 8)
-    assert plan([WIDE, SQUARE, "a"]).grid == (4, 4)  # the last input image's
+    assert plan("a").canvas.grid == (8, 8)  # as far as the table reaches
+    assert plan("a", height=32).canvas.grid == (2, 8)
+    assert plan([WIDE, SQUARE, "a"]).canvas.grid == (4, 4)  # the last input image's
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_default_sizes(plan):
 def test_an_edit_at_a_chosen_size(plan, options, grid):
     """The input is read as ever."""
     p, alone = plan([SQUARE, WIDE, "a"], **options, seed=1), plan([SQUARE, WIDE, "a"])
-    assert (p.grid, p.noise.shape, p.resized) == (grid, (grid[0] * grid[1], 64), None)
+    assert (p.canvas.grid, p.noise.shape, p.resized) == (grid, (grid[0] * grid[1], 64), None)
     assert p.main == alone.main
     assert p.latents() == max(grid[0] * grid[1], 32)
 
@@ -190,8 +190,8 @@ def test_sizes_of_an_edit_that_are_refused(plan):
 def test_the_size_that_an_input_came_in(plan, size):
     image = Image.new("RGB", size)
     p = plan([WIDE, image, "a"], size="input")
-    assert (p.resized, p.grid) == (size[::-1], plan([image, "a"]).grid)
-    assert plan([WIDE, image, "a"], size="input", height=32, width=32).grid == (2, 2)  # what is drawn
+    assert (p.resized, p.canvas.grid) == (size[::-1], plan([image, "a"]).canvas.grid)
+    assert plan([WIDE, image, "a"], size="input", height=32, width=32).canvas.grid == (2, 2)  # what is drawn
     assert plan([WIDE, image, "a"]).resized is None
 
 

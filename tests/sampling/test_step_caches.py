@@ -62,7 +62,7 @@ def job(*numbers, steps=20):
 
 def step(cache, batches, *jobs):
     """One flow step up to its evaluation: which rows are left to evaluate."""
-    rows = FlowRows(batches, np.zeros(ROWS, np.int64), np.zeros(ROWS, np.int64))
+    rows = FlowRows(batches, np.zeros(ROWS, np.int64))
     rows.evaluated[:] = rows.t[:] = rows.index[:, 0] = 9
     cache.before(rows, list(jobs))
     assert np.array_equal(rows.evaluated, rows.t)

@@ -148,7 +148,7 @@ def _about(body: ImageBody, ticket: Ticket) -> dict:
 
 def _usage(tickets: list[Ticket]) -> dict:
     text, image = (sum(counts) for counts in zip(*(input_tokens(ticket.plan) for ticket in tickets), strict=True))
-    drawn = sum(ticket.plan.grid[0] * ticket.plan.grid[1] for ticket in tickets)
+    drawn = sum(ticket.plan.canvas.tokens for ticket in tickets)
     thought = sum(len(ticket.tokens) for ticket in tickets)
     return {
         "input_tokens": text + image,
