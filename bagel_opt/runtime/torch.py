@@ -100,7 +100,8 @@ class TorchRuntime:
             self.memory.give_back(caches)
 
     def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype if hidden else torch.float32, device=self.device)
+        dtype = self.dtype if hidden else torch.float32
+        return self._within_memory("values of a request", lambda: torch.zeros(shape, dtype=dtype, device=self.device))
 
     def write_row(self, tensor: Tensor, row: int, values: np.ndarray | Tensor) -> Tensor:
         tensor[row, : len(values)] = self._tensor(values)

@@ -12,7 +12,10 @@ from bagel_opt.runtime.torch_setup import prepare
 
 CPU = torch.device("cpu")
 KINDS = {"16 bits": {}, "int8": {"und": "int8"}}
-PROFILE = Profile("small", rows=2, slots=384, text=64, patches=16, latents=64)
+PROFILES = {
+    "bagel-1024": Profile("small", rows=2, slots=384, text=64, patches=16, latents=64),
+    "bagel-edit-1024": Profile("edits", rows=3, slots=640, text=64, patches=64, latents=64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,19 @@ def test_random_weights_are_the_same_wherever_they_lie(model, kinds):
 @pytest.fixture
 def gpu(monkeypatch):
     """What the CPU is taken for. -> the shares of its memory that are allowed, one after another"""
-    small = {"DEVICE": CPU, "RESERVE": 0, "DEFAULTS": {}, "SIDE": 64, "LATENTS": 16, "STEPS": 2, "TIMEPOINTS": 3}
+    small = {
+        "DEVICE": CPU,
+        "RESERVE": 0,
+        "DEFAULTS": {},
+        "SIDE": 64,
+        "LATENTS": 16,
+        "STEPS": 2,
+        "TIMEPOINTS": 3,
+        "EDIT_POINTS": 3,
+    }
     for name, value in {**small, "LINK_BYTES": 1000}.items():
         monkeypatch.setattr(full_size_memory, name, value)
-    monkeypatch.setattr(full_size_memory, "load_profile", lambda _: PROFILE)
+    monkeypatch.setattr(full_size_memory, "load_profile", PROFILES.get)
     monkeypatch.setattr(full_size_memory, "prepare", lambda model, compiled, plan: prepare(model, False, plan))
     monkeypatch.setattr(contenders, "DTYPE", torch.float32)  # convolutions in bfloat16 take minutes on some CPUs
     monkeypatch.setattr(contenders, "TOKENS", 3)
@@ -58,7 +70,8 @@ def gpu(monkeypatch):
 @pytest.mark.second
 def test_caps_of_memory(gpu, model):
     plans = full_size_memory.planned(model.config, KINDS, ["400MB", "20MB"])
-    streamed = {at: plan.step_bytes for at, plan in plans.items()}
+    streamed = {at: plan["bagel-1024"].step_bytes for at, plan in plans.items()}
+    del plans["int8", "20MB"]["bagel-edit-1024"]  # as where an edit has no room
     assert streamed["16 bits", "20MB"]
     assert not streamed["16 bits", "400MB"]
     found = full_size_memory.under_caps(model.config, model.tokenizer, KINDS, plans, lambda what: None)
@@ -67,8 +80,9 @@ def test_caps_of_memory(gpu, model):
     ]
     for row in found:
         if row["cap"] != "none":
-            assert row["same picture"]
+            assert row["same pictures"]
             assert bool(row["link's floor of a step, ms"]) == bool(streamed[row["weights"], row["cap"]])
+    assert ["edit, whole, s" in row for row in found] == [True] * 5 + [False]
     assert gpu == pytest.approx([0.39, 1.0, 0.01, 1.0] * 2)  # less what is taken outside of torch
     results = {"device": "", "versions": {"torch": ""}, "figures": {"ours": {"token, ms": [1.0]}}, "scaling": []}
     *_, table = full_size_tables.tables({**results, "bytes per token": 1, "memory": found})

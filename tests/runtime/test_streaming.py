@@ -321,6 +321,22 @@ def test_a_full_device_ends_a_request_alone(monkeypatch):
     np.testing.assert_array_equal(model.generate("a red circle", seed=1, **FEW), want)
 
 
+def test_step_caches_without_room(monkeypatch):
+    """What they remember is no program's, and is told all the same."""
+    model, zeros = bagel_opt.load(device="cpu"), torch.zeros
+
+    def full(*shape, **given):
+        if isinstance(shape[0], tuple) and len(shape[0]) == 4:  # by order, row and token
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return zeros(*shape, **given)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(MemoryError, match=r"memory is full .*use a smaller height and width"):
+        model.generate("a red circle", step_cache="taylorseer", **FEW)
+    model.generate("a red circle", **FEW)
+
+
 def test_what_earlier_requests_left_makes_room(monkeypatch):
     model = bagel_opt.load(device="cpu")
     generate, want = model.runtime.programs["generate"], np.asarray(model.generate("a red circle", seed=1, **FEW))
