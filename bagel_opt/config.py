@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from bagel_opt.limits import Range, check_number, check_numbers, real, whole
 from bagel_opt.options import Options, check_recommended
@@ -124,6 +124,7 @@ class BagelConfig:
     generation: options that the model recommends, which count where a request gives none.
     """
 
+    family: ClassVar[str] = "bagel"
     llm: LLMConfig
     vit: ViTConfig
     vae: VAEConfig
@@ -158,6 +159,11 @@ class BagelConfig:
     def default_size(self) -> int:
         """Side of a picture when none is asked for: 1024, or as far as the position table reaches."""
         return min(1024, self.latent_side * self.token_pixels)
+
+    @property
+    def vit_joins(self) -> int:
+        """How many patches are one embedding; 0 where each is its own, and all of a picture are encoded at once."""
+        return 0
 
     @property
     def rope_sections(self) -> tuple[int, ...]:

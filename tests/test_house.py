@@ -10,7 +10,19 @@ HOME = Path(bagel_opt.__file__).parent
 # From the ground up. Parts on one floor do not know each other.
 FLOORS = (
     ("dtypes", "errors", "json_files", "limits", "option_kinds", "toml_files", "versions"),
-    ("config", "profile", "tokenizer", "images", "installed", "options", "quantization", "request", "examples"),
+    (
+        "config",
+        "profile",
+        "tokenizer",
+        "images",
+        "installed",
+        "options",
+        "quantization",
+        "request",
+        "examples",
+        "lance",
+        "videos",
+    ),
     ("model",),
     ("programs", "files"),
     ("sampling", "runtime"),
@@ -22,7 +34,7 @@ FLOORS = (
     ("cli",),
     ("demo", "__main__"),
 )
-WORDS = FLOORS[1]  # single files, whose order among themselves is that of their imports
+WORDS = FLOORS[1]  # their order among themselves is that of their imports
 ENTRIES = {("export/__main__.py", "cli"), ("serve/ray.py", "cli")}  # commands, which are below what they start
 
 

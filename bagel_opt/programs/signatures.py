@@ -15,6 +15,8 @@ LAYERED = ("text", "vit_context", "decode", "generate")
 # program of that name with NEXT after it.
 OUTPUTS = {"vae_encode": 1, "vae_decode": 2}
 NEXT = "_next"
+# Programs of a model without caches; those of NEXT where it has them.
+ALONE = ("vit", *OUTPUTS, *(name + NEXT for name in OUTPUTS))
 MAX_ORDER = 6  # TaylorSeer's highest difference, as the official code sets it
 STORE, REUSE = 1, 2  # what TeaCache does with a row
 

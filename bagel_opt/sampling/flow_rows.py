@@ -36,9 +36,13 @@ class FlowRows:
             self.img_scale[row] = options.cfg_img_scale if step.guided else 0
             self.renorm_min[row], self.renorm[row] = options.cfg_renorm_min, RENORM_TYPES.index(options.cfg_renorm_type)
             self.dt[row], self.n[row], self.share[row] = step.dt, len(job.places), job.share
+            if job.clean:
+                self.dt[row, : job.clean] = 0
         for c in job.branches():
             row = at(c)
             self.t[row], self.evaluated[row], self.index[row, : len(job.places)] = step.t, len(job.places), job.places
+            if job.clean:
+                self.t[row, : job.clean] = 0
             self.position[row] = job.target(c).placed(c.position, self.index.shape[1])
 
     def skip(self, row: int) -> None:
