@@ -91,6 +91,18 @@ class VAEConfig:
     def downsample(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
 
+    def encoding(self, pixels: int) -> int:
+        """Numbers that are alive at the widest place."""
+        return 3 * pixels * self.ch
+
+    def decoding(self, pixels: int) -> int:
+        """The same: in the last blocks, a block's input and two more of its size, the first two with the level below's channels."""
+        return pixels * self.ch * (2 * max(self.ch_mult[:2]) + 1)
+
+    @property
+    def widths(self) -> str:
+        return f"{self.ch} x {list(self.ch_mult)}"
+
 
 @dataclass(frozen=True)
 class ResizeConfig:
@@ -156,9 +168,19 @@ class BagelConfig:
         return self.vae.downsample * self.latent_patch_size
 
     @property
+    def largest_size(self) -> int:
+        """Side of a picture as far as the position table reaches."""
+        return self.latent_side * self.token_pixels
+
+    @property
     def default_size(self) -> int:
-        """Side of a picture when none is asked for: 1024, or as far as the position table reaches."""
-        return min(1024, self.latent_side * self.token_pixels)
+        """Side of a picture when none is asked for."""
+        return min(1024, self.largest_size)
+
+    @property
+    def longest(self) -> int:
+        """Frames of a video."""
+        return 1
 
     @property
     def vit_joins(self) -> int:

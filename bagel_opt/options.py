@@ -105,20 +105,8 @@ class Options:
         "the same seed gives the same picture or text, up to rounding",
         unset="random",
     )
-    height: int | None = option(
-        None,
-        PIXELS,
-        SIZE,
-        "in pixels, a multiple of 16",
-        unset=OWN_SIZE,
-    )
-    width: int | None = option(
-        None,
-        PIXELS,
-        SIZE,
-        "in pixels, a multiple of 16",
-        unset=OWN_SIZE,
-    )
+    height: int | None = option(None, PIXELS, SIZE, "in pixels, a multiple of 16", unset=OWN_SIZE)
+    width: int | None = option(None, PIXELS, SIZE, "in pixels, a multiple of 16", unset=OWN_SIZE)
     size: str | None = option(
         None,
         Choice(("input",), "None or 'input'"),
@@ -127,26 +115,13 @@ class Options:
         unset="as drawn",
     )
     num_timesteps: int = option(
-        50,
-        Number(2, whole=True),
-        PICTURE,
-        "points of the flow schedule: more take longer and refine the picture",
+        50, Number(2, whole=True), PICTURE, "points of the flow schedule: more take longer and refine the picture"
     )
     timestep_shift: float = option(
         3.0, Number(0.001, 1000), PICTURE, "above 1, more steps go to high noise, where the layout is made"
     )
-    cfg_text_scale: float = option(
-        4.0,
-        SCALE,
-        PICTURE,
-        "how strongly the picture follows the text; up to 1 is off",
-    )
-    cfg_img_scale: float = option(
-        1.5,
-        SCALE,
-        INPUTS,
-        "how strongly it keeps to the input pictures; up to 1 is off",
-    )
+    cfg_text_scale: float = option(4.0, SCALE, PICTURE, "how strongly the picture follows the text; up to 1 is off")
+    cfg_img_scale: float = option(1.5, SCALE, INPUTS, "how strongly it keeps to the input pictures; up to 1 is off")
     cfg_interval: tuple[float, float] = option(
         (0.4, 1.0),
         Interval(0, 1),

@@ -48,6 +48,10 @@ def collect(folder: Path) -> Weights:
         raise CheckpointError(
             f"{pickle} is {PICKLED}; `bagel-opt convert {folder.parent}` reads its numbers alone and writes {VAE_FILE} beside it"
         )
+    if not vae.is_file():
+        raise FileNotFoundError(
+            f"{vae} is missing; it is published as a pickle, of which `bagel-opt convert` with the checkpoint makes it"
+        )
     _add(found, vae, "vae.")
     if others := [name for name in LLMS if name != folder.name and (folder.parent / name / SIZES).is_file()]:
         found.notes.append(

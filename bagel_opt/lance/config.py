@@ -102,10 +102,27 @@ class WanConfig:
         """Of the sides; pixels are folded two by two first."""
         return 2 ** (len(self.encoder) - 1)
 
+    def encoding(self, pixels: int) -> int:
+        """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part."""
+        return _alive(pixels // 4, self.encoder[:2], self.encoder[1:], self.num_res_blocks, self.frames)
+
+    def decoding(self, pixels: int) -> int:
+        return _alive(pixels // 4, self.decoder[-2:], self.decoder[:0:-1], self.num_res_blocks + 1, self.frames)
+
+    @property
+    def widths(self) -> str:
+        return f"{list(self.encoder)} and {list(self.decoder)}"
+
     @property
     def frames(self) -> int:
         """That a latent frame stands for, but for the first, which stands for one."""
         return 2 ** sum(self.encoder_time)
+
+
+def _alive(folded: int, widest: tuple[int, ...], widths: tuple[int, ...], blocks: int, frames: int) -> int:
+    """folded: pixels at the finest level. widths: from there on. Each convolution keeps two frames, old and new ones."""
+    kept = sum(2 * 2 * 2 * blocks * width * folded // 4**level for level, width in enumerate(widths))
+    return kept + folded * max(widest) * (2 * (frames + 2) + frames)
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,17 @@ class LanceConfig:
     @property
     def default_size(self) -> int:
         """Side of a picture when none is asked for."""
-        return min(768, SIDE * self.token_pixels)
+        return min(768, self.largest_size)
+
+    @property
+    def largest_size(self) -> int:
+        """Side of a picture as far as the table of places reaches."""
+        return SIDE * self.token_pixels
+
+    @property
+    def longest(self) -> int:
+        """Frames of a video."""
+        return (FRAMES - 1) * self.vae.frames + 1
 
     @property
     def vit_joins(self) -> int:

@@ -150,7 +150,7 @@ def centre(image: Image.Image, unit: int) -> Image.Image:
 
 
 def planned_input(
-    size: tuple[int, int], frames: int, config: LanceConfig, resolutions: tuple[int, int], where: str
+    size: tuple[int, int], frames: int, config: LanceConfig, resolutions: Sequence[int], where: str
 ) -> LanceInput:
     """How a picture of (width, height), or a video of so many such frames, is read, without its pixels. resolutions: of the VAE
     and of the ViT. Raises ValueError where it exceeds what the model takes."""
@@ -168,7 +168,7 @@ def planned_input(
 
 
 def read_input(
-    frames: Sequence[Image.Image], config: LanceConfig, resolutions: tuple[int, int], where: str
+    frames: Sequence[Image.Image], config: LanceConfig, resolutions: Sequence[int], where: str
 ) -> LanceInput:
     """Brings a picture, or a video's frames, to the sides that each encoder takes. Raises as `planned_input`."""
     planned = planned_input(frames[0].size, len(frames), config, resolutions, where)
@@ -185,9 +185,8 @@ def check_canvas(canvas: LanceCanvas, where: str) -> None:
     """Raises ValueError where there are more latents than the table of places has."""
     frames, height, width = canvas.frames, *canvas.size
     if canvas.grid[0] > FRAMES:
-        most = (FRAMES - 1) * canvas.config.vae.frames + 1
-        raise ValueError(f"{where}: {frames} frames; allowed: at most {most}")
+        raise ValueError(f"{where}: {frames} frames; allowed: at most {canvas.config.longest}")
     if max(canvas.grid[1:]) > SIDE:
         raise ValueError(
-            f"{where}: {height}x{width} pixels (height x width); allowed: at most {SIDE * canvas.config.token_pixels} a side"
+            f"{where}: {height}x{width} pixels (height x width); allowed: at most {canvas.config.largest_size} a side"
         )

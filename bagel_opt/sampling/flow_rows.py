@@ -49,10 +49,13 @@ class FlowRows:
         """A step cache has this row's velocity."""
         self.t[row], self.evaluated[row], self.index[row] = 0, 0, 0
 
-    def evaluation(self, batch: int) -> list[np.ndarray]:
+    def evaluation(self, batch: int, size: int | None = None) -> list[np.ndarray]:
         """What "generate" takes after the latents: t, index, position, n, kv_len of one batch, and how much of each adapter
-        counts."""
-        arrays = self.t, self.index, self.position, self.evaluated, self.kv_len, *as_inputs(self.share)
+        counts. size: of the latents that it is given, where those are fewer."""
+        t, position = self.t, self.position
+        if size is not None:  # of arrays that have each token by itself; positions have the markers too
+            t, position = t[:, :size] if t.ndim > 1 else t, position[..., : size + 2] if position.ndim > 1 else position
+        arrays = t, self.index[:, :size], position, self.evaluated, self.kv_len, *as_inputs(self.share)
         return [self.batches.of(array, batch) for array in arrays]
 
     def guidance(self) -> list[np.ndarray]:

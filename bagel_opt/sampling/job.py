@@ -1,6 +1,6 @@
 """One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,11 @@ from PIL import Image
 from bagel_opt import images
 from bagel_opt.errors import ProfileError
 from bagel_opt.options import StepEvent
-from bagel_opt.programs.interface import Tensor
-from bagel_opt.programs.signatures import NEXT, OUTPUTS, one_row
+from bagel_opt.programs.signatures import one_row
 from bagel_opt.sampling.adapters import adapter_share, as_inputs
 from bagel_opt.sampling.batches import Batches, Context, padded
 from bagel_opt.sampling.contexts import DRAWN, Block
+from bagel_opt.sampling.encoders import Encoders
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.interleaved import Course, Interleaved
 from bagel_opt.sampling.pictures import read_image
@@ -65,7 +65,7 @@ class Job:
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
         self.remembered: Any = None  # by its step cache
-        self.encoded: dict[tuple[str, int], Any] = {}
+        self.encoded = Encoders(batches)
         self.phase, self.round = plan, 0
         self.work = self._work()
 
@@ -196,7 +196,14 @@ class Job:
             elif block.kind == "vit":
                 size, n = self.batches.size("patches", block.tokens), block.tokens
                 position = block.placed(context.position, size)
-                run("vit_context", [self._embeddings(block.image, size)], position, [n], block.length, block.positions)
+                run(
+                    "vit_context",
+                    [self.encoded.embeddings(block.image, self.phase.images[block.image], size)],
+                    position,
+                    [n],
+                    block.length,
+                    block.positions,
+                )
                 yield None
             else:  # clean latents, at time 0
                 size, n = self.batches.size("latents", block.tokens), block.tokens
@@ -209,38 +216,8 @@ class Job:
             context.blocks.append(block)
             context.marks.append((context.kv_len, context.position))
 
-    def _embeddings(self, image: int, size: int) -> Tensor | np.ndarray:
-        """ViT embeddings of an input image [1, size, channels], computed once per request."""
-        if ("vit", image) not in self.encoded:
-            parts = [self._seen(*part) for part in self.phase.images[image].patches()]
-            self.encoded["vit", image] = parts[0][0]
-            if self.config.vit_joins:  # several parts, or fewer embeddings than patches
-                found = [self.runtime.host(part, 0)[:count] for part, count in parts]
-                self.encoded["vit", image] = padded(np.concatenate(found), size)[None]
-        return self.encoded["vit", image]
-
-    def _seen(self, patches: np.ndarray, places: np.ndarray) -> tuple[Tensor, int]:
-        """One call of the ViT: embeddings, and how many are real."""
-        n, size = len(patches), self.batches.size("patches", len(patches))
-        inputs = [padded(patches, size)[None], padded(places, size)[None], np.array([n], np.int64)]
-        return self.runtime.run("vit", inputs)[0], n // (self.config.vit_joins or 1)
-
     def _latents(self, image: int) -> np.ndarray:
-        """Latent tokens [tokens, channels] of an input image, drawn from the VAE's posterior, which is computed once per
-        request."""
-        picture = self.phase.images[image]
-        if ("vae", image) not in self.encoded:
-            self.encoded["vae", image] = [moments for (moments,) in self._in_turn("vae_encode", picture.frames())]
-        return picture.latents(self.encoded["vae", image], self.phase.vae_noise[image])
-
-    def _in_turn(self, program: str, parts: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """One after the other through the VAE, which keeps of some what the next need. -> outputs, on the host"""
-        outputs = OUTPUTS[program]
-        state: list[Tensor] = []
-        for number, part in enumerate(parts):
-            found = self.runtime.run(program + NEXT * (number > 0), [part, *state])
-            state = list(found[outputs:])
-            yield [self.runtime.host(tensor) for tensor in found[:outputs]]
+        return self.encoded.latents(image, self.phase.images[image], self.phase.vae_noise[image])
 
     def _write(self) -> Generator:
         """Generates text after the main context and takes its slots back: a thought is encoded anew."""
@@ -288,7 +265,7 @@ class Job:
     def picture(self, tokens: np.ndarray) -> Picture:
         """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for; of a video its frames."""
         frames, size = [], self.phase.resized
-        for pixels, finite in self._in_turn("vae_decode", self.phase.canvas.latents(tokens)):
+        for pixels, finite in self.encoded.in_turn("vae_decode", self.phase.canvas.latents(tokens)):
             if not finite.all():
                 raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
             found = [Image.fromarray(frame) for frame in pixels.reshape(-1, *pixels.shape[-3:])]

@@ -44,6 +44,7 @@ ASK = {
 VIT_START = 1000  # of the ViT block's start marker, on the first axis, where something is drawn
 DEFAULT_TOKENS = 256  # of an answer
 RESOLUTIONS = {"image": (768, 672), "video": (640, 616)}  # VAE, ViT
+LOWER = 512  # the official resolution below the first
 WIDE = 16, 9  # of a video, where no size is asked for
 FPS, SECONDS = 12, 6  # of a video that is read: how densely, and how much at most
 WHOSE = (
@@ -177,7 +178,9 @@ def read_shown(shown: "Image.Image | Video", options: Options, config: LanceConf
     """A picture, or the frames of a video that the official code reads, in the sizes that the encoders take."""
     noun = "video" if isinstance(shown, Video) or options.output == "video" else "image"
     asked = options.resolution_vae, options.resolution_vit
-    resolutions = tuple(own if one is None else one for one, own in zip(asked, RESOLUTIONS[noun], strict=True))
+    resolutions = [own if one is None else one for one, own in zip(asked, RESOLUTIONS[noun], strict=True)]
+    if options.resolution_vae is None and max(bucket(shown.size, resolutions[0])) > config.largest_size:
+        resolutions[0] = LOWER  # so wide a picture would be beyond the table of places
     frames = shown.pick(frame_numbers(shown)) if isinstance(shown, Video) else [shown]
     return read_input(frames, config, resolutions, where)
 
