@@ -122,8 +122,10 @@ def run_full_size(
         gc.collect()
         torch.cuda.empty_cache()
     if plans:
-        results["memory"] = under_caps(config, tokenizer, precisions, plans, progress)
-        save(results)
+        results["memory"] = []
+        for row in under_caps(config, tokenizer, precisions, plans, progress):
+            results["memory"].append(row)
+            save(results)
     return results
 
 

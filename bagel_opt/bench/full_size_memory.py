@@ -56,15 +56,15 @@ def under_caps(
     kinds: Kinds,
     plans: Plans,
     progress: Callable[[str], None],
-) -> list[Figures]:
+) -> Iterator[Figures]:
     """kinds: by a name, of the parts that are quantised. plans: as `planned` makes them. -> figures of each kind without a cap
     and under each"""
-    speed, found = link_speed(), []
+    speed = link_speed()
     for name, parts in kinds.items():
         progress(f"{name} without a cap")
         without, drawn = _drawing(config, tokenizer, parts, None)
         edit, edited = _editing(config, tokenizer, parts, None)
-        found.append({"weights": name, "cap": "none", **without, **edit})
+        yield {"weights": name, "cap": "none", **without, **edit}
         for (mine, cap), by_profile in plans.items():
             if mine != name:
                 continue
@@ -77,18 +77,15 @@ def under_caps(
                     edit, same = _editing(config, tokenizer, parts, by_profile[EDITS])
                     figures |= edit
                     equal = equal and np.array_equal(edited, same)
-            found.append(
-                {
-                    "weights": name,
-                    "cap": cap,
-                    **figures,
-                    "step, times no cap": figures["step, ms"] / without["step, ms"],
-                    "link's floor of a step, ms": plan.step_bytes / speed / 1e6,
-                    "link's floor of a token, ms": plan.token_bytes / speed / 1e6,
-                    "same pictures": bool(equal),
-                }
-            )
-    return found
+            yield {
+                "weights": name,
+                "cap": cap,
+                **figures,
+                "step, times no cap": figures["step, ms"] / without["step, ms"],
+                "link's floor of a step, ms": plan.step_bytes / speed / 1e6,
+                "link's floor of a token, ms": plan.token_bytes / speed / 1e6,
+                "same pictures": bool(equal),
+            }
 
 
 def link_speed() -> float:

@@ -74,7 +74,7 @@ def test_caps_of_memory(gpu, model):
     del plans["int8", "20MB"]["bagel-edit-1024"]  # as where an edit has no room
     assert streamed["16 bits", "20MB"]
     assert not streamed["16 bits", "400MB"]
-    found = full_size_memory.under_caps(model.config, model.tokenizer, KINDS, plans, lambda what: None)
+    found = [*full_size_memory.under_caps(model.config, model.tokenizer, KINDS, plans, lambda what: None)]
     assert [(row["weights"], row["cap"]) for row in found] == [
         (name, cap) for name in KINDS for cap in ("none", "400MB", "20MB")
     ]
