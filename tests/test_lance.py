@@ -1,11 +1,14 @@
 """Lance: the official code's answers, and what must not change one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lance_cases import CHECKPOINT, cases, loaded
+from safetensors.torch import save_file
 from support import Poisoned, examples, relative
 
 import bagel_opt
@@ -214,3 +217,28 @@ def test_the_same_seed_draws_the_same(model):
     options = {"num_timesteps": 2, "seed": 3, "height": 32, "width": 32, "output": "video", "num_frames": 5}
     first, second = (np.stack(model.generate("a", **options)) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def adapter(folder, factor=1.0):
+    """A LoRA of one product, and that product with it."""
+    name, generator = "language_model.model.layers.1.self_attn.q_proj_moe_gen", torch.Generator().manual_seed(0)
+    down, up = (0.2 * torch.randn(shape, generator=generator) for shape in ((4, 64), (64, 4)))
+    folder.mkdir()
+    tensors = {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": factor * up}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj_moe_gen"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_adapters_merged_and_apart(model, tmp_path):
+    case, events = named["t2v"], {}
+    lora = adapter(tmp_path / "lora")
+    merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=[lora])
+    apart = bagel_opt.load(CHECKPOINT, device="cpu", adapters={"a": lora})
+    for name, one, options in (("merged", merged, {}), ("apart", apart, {}), ("without", apart, {"adapters": {}})):
+        one.run(case.inputs, on_step=events.setdefault(name, []).append, **case.options, **options)
+    assert case.velocity_error(events["without"]) < 1e-4
+    assert case.velocity_error(events["merged"]) > 1e-3
+    for got, want in zip(events["apart"], events["merged"], strict=True):
+        assert relative(got.v_t, want.v_t) < 1e-4
