@@ -63,6 +63,11 @@ class ViTConfig:
             raise ValueError(f"head counts do not divide: {self}")
 
     @property
+    def places(self) -> int:
+        """How many there are for patches."""
+        return self.num_positions
+
+    @property
     def patch_dim(self) -> int:
         return self.num_channels * self.patch_size**2
 
@@ -181,6 +186,16 @@ class BagelConfig:
     def longest(self) -> int:
         """Frames of a video."""
         return 1
+
+    @property
+    def places(self) -> int:
+        """How many there are for latent tokens."""
+        return self.latent_side**2
+
+    @property
+    def vit_in_layers(self) -> bool:
+        """Whether bundles have one layer of the ViT for all: they take the same."""
+        return True
 
     @property
     def vit_joins(self) -> int:

@@ -17,7 +17,6 @@ from bagel_opt.export.placing import check_space, put_in_place
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, list_files, read_manifest
 from bagel_opt.files.parameters import stored_dtypes, stored_shapes
-from bagel_opt.lance.config import Config
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
 from bagel_opt.quantization import Quantization, fits_onnx, kinds_of_parts
@@ -108,7 +107,6 @@ def export(
 
     kind = getattr(torch, dtype)
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
-    check_family(source.config)
     for note in source.notes:
         log.info(note)
     if onnx and not fits_onnx(source.kinds, device, dtype):
@@ -149,12 +147,6 @@ def export(
             tried["machine"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
             dataclasses.replace(read_manifest(partial, UNFINISHED), tried=tried).write(partial)
     return out
-
-
-def check_family(config: Config) -> None:
-    """Raises ValueError for a model that cannot be exported yet."""
-    if config.family != "bagel":
-        raise ValueError("Lance models are not exported yet; load the checkpoint")
 
 
 def write_bundle(

@@ -10,6 +10,7 @@ from bagel_opt.options import Options, check_recommended
 
 # The most latent frames, and rows or columns of latents, that the official table of places has.
 FRAMES, SIDE = 31, 64
+PLACES = 4096  # a patch's place is row * PLACES + column
 # Means and deviations of the Wan 2.2 autoencoder's 48 latent channels; its published file has none.
 MEANS = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098,
@@ -25,6 +26,9 @@ DEVIATIONS = (
 )  # fmt: skip
 # The official script's options where BAGEL's are others.
 GENERATION = {"num_timesteps": 30, "timestep_shift": 3.5}
+
+
+Kept = tuple[int, int, int]  # of frames that a convolution keeps: channels, frames, and pixels to one of its
 
 
 def check_whole(name: str, values: object, least: int, most: int) -> None:
@@ -58,6 +62,11 @@ class QwenViTConfig:
             raise ValueError(f"heads must have a multiple of 4 channels: {self}")
         if self.window_size % (self.patch_size * self.spatial_merge_size):
             raise ValueError(f"window_size is {self.window_size}; it must be a multiple of {self.merged_pixels} pixels")
+
+    @property
+    def places(self) -> int:
+        """How many there are for patches in a row."""
+        return PLACES
 
     @property
     def patch_dim(self) -> int:
@@ -101,6 +110,28 @@ class WanConfig:
     def downsample(self) -> int:
         """Of the sides; pixels are folded two by two first."""
         return 2 ** (len(self.encoder) - 1)
+
+    def encoder_state(self) -> list[Kept]:
+        """What is kept from part to part, in the order in which the encoder runs."""
+        found, fold = [(12, 2, 2)], 2
+        for level, width in enumerate(self.encoder[1:]):
+            for block in range(self.num_res_blocks):
+                found += [(width if block else self.encoder[level], 2, fold), (width, 2, fold)]
+            if level < len(self.encoder) - 2:
+                fold *= 2
+                found += [(width, 1, fold)] if self.encoder_time[level] else []
+        return found + [(self.encoder[-1], 2, fold)] * 5
+
+    def decoder_state(self) -> list[Kept]:
+        fold = self.downsample
+        found = [(self.z_channels, 2, fold), *[(self.decoder[0], 2, fold)] * 4]
+        for level, width in enumerate(self.decoder[1:]):
+            for block in range(self.num_res_blocks + 1):
+                found += [(width if block else self.decoder[level], 2, fold), (width, 2, fold)]
+            if level < len(self.decoder) - 2:
+                found += [(width, 2, fold)] if self.decoder_time[level] else []
+                fold //= 2
+        return [*found, (self.decoder[-1], 2, fold)]
 
     def encoding(self, pixels: int) -> int:
         """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part."""
@@ -184,6 +215,16 @@ class LanceConfig:
         return self.vit.spatial_merge_size**2
 
     @property
+    def vit_in_layers(self) -> bool:
+        """Whether bundles have one layer of the ViT for all: some see windows, some all."""
+        return False
+
+    @property
+    def places(self) -> int:
+        """How many there are for latent tokens."""
+        return FRAMES * SIDE**2
+
+    @property
     def rope_sections(self) -> tuple[int, ...]:
         return self.mrope_section
 
@@ -199,7 +240,27 @@ class LanceConfig:
         return self
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {"family": self.family, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "LanceConfig":
+        """Of what `to_dict` gave. Raises ValueError, TypeError or KeyError for anything else."""
+
+        def of(part: Mapping) -> dict:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+
+        parts = {
+            "llm": LLMConfig(**data["llm"]),
+            "vit": QwenViTConfig(**of(data["vit"])),
+            "vae": WanConfig(**of(data["vae"])),
+            "special": SpecialTokens(**data["special"]),
+        }
+        return cls(**{name: value for name, value in of(data).items() if name != "family"} | parts)
 
 
 Config = BagelConfig | LanceConfig
+
+
+def config_from(data: Mapping) -> Config:
+    """Of what either's `to_dict` gave. Raises as they do."""
+    return (LanceConfig if data.get("family") == LanceConfig.family else BagelConfig).from_dict(data)

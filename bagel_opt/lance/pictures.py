@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from bagel_opt.images import to_rgb
-from bagel_opt.lance.config import DEVIATIONS, FRAMES, MEANS, SIDE, LanceConfig
+from bagel_opt.lance.config import DEVIATIONS, FRAMES, MEANS, PLACES, SIDE, LanceConfig
 
-PLACES = 4096  # a patch's place is row * PLACES + column
 RATIOS = (21 / 9, 16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # width to height
 STRIDE = 16  # of sides, for both encoders
 RGB_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)  # CLIP's

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel_opt.lance.config import QwenViTConfig
-from bagel_opt.lance.pictures import PLACES
+from bagel_opt.lance.config import PLACES, QwenViTConfig
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.ops import Ops
 
