@@ -87,6 +87,11 @@ class Model:
                 raise RuntimeError("requests are on their way; set adapters when they have ended")
             self.runtime.set_adapters(adapters)
 
+    def close(self) -> None:
+        """Ends the processes of a model on several GPUs, which end with this one or with the model itself, too. It answers
+        nothing afterwards."""
+        self.runtime.close()
+
     @contextmanager
     def _under_way(self) -> Iterator[None]:
         with self._counting:

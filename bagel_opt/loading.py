@@ -1,6 +1,7 @@
 """Loading a checkpoint or a bundle: which runtime runs it, on which device, in which dtype."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagel_opt.api import Model
 from bagel_opt.config import BagelConfig
-from bagel_opt.dtypes import COMPUTE
+from bagel_opt.devices import check_kinds, compiles, torch_device, torch_dtype
 from bagel_opt.errors import BundleError
 from bagel_opt.examples import read_examples
 from bagel_opt.files.adapters import Loras, Named
@@ -18,7 +19,7 @@ from bagel_opt.files.manifest import MANIFEST, TOKENIZER, Manifest, read_manifes
 from bagel_opt.installed import compiler, missing
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
-from bagel_opt.quantization import NEEDS, Quantization, kinds_of_parts
+from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.runtime.memory_plan import RESERVE, MemoryPlan, host_memory, make_plan, size_text
 from bagel_opt.sampling.default_profile import default_profile
@@ -45,6 +46,8 @@ def load(
     adapters: Named = MappingProxyType({}),
     quantization: Quantization | None = None,
     memory: "str | int | None" = None,
+    gpus: int | None = None,
+    parallel: "str | Mapping[str, int]" = "auto",
     check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
@@ -60,12 +63,22 @@ def load(
     experts, or an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read,
     and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
     no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
+    gpus: how many compute each request together, from `device` on, in a process each, which `Model.close` ends; with device="cpu"
+    so many processes. parallel: what they share out: of a flow evaluation "guidance" (a request's branches, or several
+    pictures) or "sequence" (the latents of each), of decoding "tensor" (the weights), ranks of each, such as {"guidance": 2,
+    "sequence": 2}, or "auto", by the work at hand. Under torchrun the ranks are its processes: all but the first end in here.
     Which files were taken is logged to "bagel_opt", where there was a choice. check: compare a bundle's files with their sha256, which takes a while where they are huge. progress(done,
     total) in tensors or files.
 
     Raises FileNotFoundError for what is missing, CheckpointError or BundleError for what cannot be read, ValueError
     for a bad argument, ImportError for a missing package and MemoryError where the device is full.
     """
+    if gpus is not None:
+        return _on_ranks(
+            {name: value for name, value in locals().items() if name not in ("gpus", "parallel")}, gpus, parallel
+        )
+    if parallel != "auto":
+        raise ValueError(f"parallel={parallel!r} is for several GPUs: give gpus, too")
     source = shipped_model() if source is None else source
     if find_bundle(source):
         if memory is not None:
@@ -135,6 +148,40 @@ def load(
     coarse = compiled or chosen == "flex"
     examples = read_examples(checkpoint.folder)
     return Model(runtime, checkpoint.config, checkpoint.tokenizer, fixed, round_up=coarse, examples=examples)
+
+
+def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, int]") -> Model:
+    """`load` with the arguments given, on several GPUs."""
+    if type(gpus) is not int or gpus < 1:
+        raise ValueError(f"gpus={gpus!r}; allowed are whole numbers from 1 on")
+    if gpus == 1:
+        return load(**given)
+    if os.name != "posix":
+        raise ValueError(f"gpus={gpus}: several GPUs need Linux, or macOS for processes on the CPU")
+    source, device = given["source"], given["device"]
+    if given["memory"] is not None:
+        raise ValueError(
+            f"gpus={gpus} with memory={given['memory']!r}: each GPU keeps all weights; leave one of the two out"
+        )
+    if source is not None and find_bundle(source):
+        manifest = read_manifest(find_place(source))
+        if manifest.kind == "onnx":
+            raise BundleError(f"gpus={gpus}: an ONNX bundle runs on one GPU; load a checkpoint or a bundle of torch's")
+        device = manifest.device if device is None else device
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise missing(f"gpus={gpus}", "torch", error, "torch") from None
+    from bagel_opt.runtime.mirrored import load_on_ranks
+    from bagel_opt.runtime.parallel import Shares
+
+    where, there = torch_device(device), torch.cuda.device_count()
+    if where.type == "cuda" and (where.index or 0) + gpus > there:
+        raise ValueError(f"gpus={gpus} from {where} on, but this machine has {there}")
+    if where.type == "cpu" and device is None:
+        raise ValueError(f"gpus={gpus}, but this torch finds no CUDA device; device='cpu' takes as many processes")
+    Shares.read(parallel, gpus)
+    return load_on_ranks(load, {**given, "device": where}, gpus, parallel, where)
 
 
 def load_bundle(
@@ -237,14 +284,6 @@ def _planned(
     return plan
 
 
-def compiles(device: "torch.device") -> bool:
-    """Whether torch.compile has a compiler for a device. Warns where it has none."""
-    found = compiler(device.type)
-    if found.why:
-        log.warning("nothing is compiled (%s), so all runs eager, more slowly; %s", found.why, found.do)
-    return not found.why
-
-
 def _warming_up(
     config: BagelConfig, device: "torch.device", dtype: "torch.dtype", kinds: Mapping[str, str]
 ) -> AbstractContextManager:
@@ -256,49 +295,6 @@ def _warming_up(
     return warming_up(config.llm, device, dtype, kinds)
 
 
-def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
-    """Raises ValueError where a GPU has no products of these kinds (quantization.KINDS)."""
-    if not kinds or device.type != "cuda":
-        return
-    import torch
-
-    have = torch.cuda.get_device_capability(device)
-    for kind in kinds.values():
-        if have < NEEDS[kind]:
-            can = [repr(other) for other, need in NEEDS.items() if have >= need]
-            raise ValueError(
-                f"quantization={kind!r} needs a GPU of compute capability {'.'.join(map(str, NEEDS[kind]))}, and "
-                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}; use {' or '.join(can) or 'none'}"
-            )
-
-
 def shipped_model() -> Path:
     """The checkpoint used when none is named: small, of flat shapes on plain backgrounds, made by bagel_opt.demo.train."""
     return Path(__file__).parent / "demo" / "checkpoint"
-
-
-def torch_device(device: "str | torch.device | None") -> "torch.device":
-    import torch
-
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={str(device)!r}; allowed are 'cpu', 'cuda' and 'cuda:N'")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}, but this torch finds no CUDA device; use device='cpu'")
-    return chosen
-
-
-def torch_dtype(dtype: "str | torch.dtype | None", default: "torch.dtype") -> "torch.dtype":
-    import torch
-
-    if dtype is None:
-        return default
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else str(dtype)
-    if name not in COMPUTE:
-        raise ValueError(f"dtype={str(dtype)!r}; allowed are {', '.join(map(repr, COMPUTE))}")
-    return getattr(torch, name)

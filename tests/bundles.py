@@ -115,7 +115,7 @@ def few_programs(*names: str) -> Iterator[None]:
 
 def compiled(archives: Path, out: Path) -> None:
     """An "aoti" bundle of an "export" bundle's archives: both formats come from one tracing."""
-    from bagel_opt.loading import torch_device
+    from bagel_opt.devices import torch_device
     from bagel_opt.runtime.torch_bundle import machine
 
     manifest = read_manifest(archives)

@@ -22,6 +22,7 @@ FLOORS = (
         "examples",
         "lance",
         "videos",
+        "devices",
     ),
     ("model",),
     ("programs", "files"),

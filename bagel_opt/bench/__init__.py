@@ -57,6 +57,7 @@ class Contender:
     dtype: str | None = None
     attention: str = "auto"
     profile: str | None = None
+    gpus: int | None = None
     export_s: float | None = None  # how long the export of this bundle took
 
 
@@ -98,13 +99,13 @@ def bench(
     official: str | None = None,
     official_python: str = sys.executable,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    **settings: str | None,
+    **settings: str | int | None,
 ) -> list[dict]:
     """Times checkpoints with each backend, bundles, and on request bundles exported for `profiles` and the official code.
     Formats that cannot hold the dtype are left out.
 
     -> one dict per contender: its fields, "work", and its figures or its "error". settings: device, dtype, attention,
-    profile, as `bagel_opt.load` takes them. Raises ValueError for an unknown backend, and what `export` raises.
+    profile and gpus, as `bagel_opt.load` takes them. Raises ValueError for an unknown backend, and what `export` raises.
     """
     for backend in backends:
         if backend not in BACKENDS:
@@ -116,7 +117,8 @@ def bench(
         for number, source in enumerate(sources or [str(shipped_model())]):
             name = Path(source).name if len(sources) < 2 else f"{number}:{Path(source).name}"
             if find_bundle(source):
-                contenders.append(Contender(f"{name}, bundle", source, "bundle", device=settings.get("device")))
+                own = {key: settings.get(key) for key in ("device", "gpus")}
+                contenders.append(Contender(f"{name}, bundle", source, "bundle", **own))
                 continue
             source = str(find_place(source))
             if official:

@@ -20,6 +20,7 @@ from torch import Tensor
 import bagel_opt
 from bagel_opt.bench.contenders import Ours, in_process, random_model
 from bagel_opt.bench.full_size_adapters import adapters
+from bagel_opt.bench.full_size_gpus import FEW_SIZES, memory_of_gpus, several
 from bagel_opt.bench.full_size_memory import planned, under_caps
 from bagel_opt.bench.full_size_official import Official
 from bagel_opt.bench.measure import CONTEXT, evaluation, figures, seconds
@@ -45,14 +46,15 @@ def run_full_size(
     bundles: dict[str, Path],
     quantization: Sequence[str],
     memory: Sequence[str],
+    gpus: int,
     repeats: int,
     progress: Callable[[str], None],
     save: Callable[[dict], None],
 ) -> dict:
     """All figures, with the card and the versions. save(results) is called when there are more. bundles: by "onnx" or
     "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. quantization: kinds in
-    which ours is timed too. memory: caps, such as "12GB", under which it is timed in 16 bits and in each of these. Raises
-    ValueError for another and without a CUDA device, and FileNotFoundError where `checkout` is none of the official code."""
+    which ours is timed too. memory: caps, such as "12GB", under which it is timed in 16 bits and in each of these. gpus: on
+    how many it is timed besides one. Raises ValueError for another and without so many, and FileNotFoundError where `checkout` is none of the official code."""
     kinds = {kind: kinds_of_parts(kind) for kind in quantization}
     precisions = {"16 bits": {}, **kinds}
     plans = planned(PUBLISHED, precisions, memory)
@@ -62,6 +64,8 @@ def run_full_size(
         raise FileNotFoundError(f"{checkout} is no checkout of the official code: it has no inferencer.py")
     if not torch.cuda.is_available():
         raise ValueError("the h100 preset needs a CUDA device, and this torch finds none")
+    if gpus > torch.cuda.device_count():
+        raise ValueError(f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}")
     device = torch.device("cuda")
     tokenizer = Tokenizer(shipped_model() / "tokenizer.json")
     config = dataclasses.replace(PUBLISHED, special=tokenizer.special)
@@ -121,6 +125,11 @@ def run_full_size(
         del ours
         gc.collect()
         torch.cuda.empty_cache()
+    for way, shared in several(gpus, precisions, progress) if gpus > 1 else ():
+        results["figures"][way] = figures(shared, repeats, lambda what, way=way: progress(f"{way}: {what}"), FEW_SIZES)
+        results["figures"][way] |= memory_of_gpus(gpus)
+        results["velocity errors"][way] = relative(shared.velocity(noise), exact)
+        save(results)
     if plans:
         results["memory"] = []
         for row in under_caps(config, tokenizer, precisions, plans, progress):

@@ -1,7 +1,8 @@
 """What a full-size contender is asked for, and how long it takes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,8 +45,13 @@ def evaluation(runtime: TorchRuntime, rows: int, latents: int) -> tuple[Callable
     return lambda: runtime.run("generate", inputs, caches), caches
 
 
-def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds, and milliseconds per step or token, of each work after a warm-up."""
+def figures(
+    contender: Ours | Official,
+    repeats: int,
+    progress: Callable[[str], None],
+    sizes: Mapping[str, tuple[int, int]] = MappingProxyType(SIZES),
+) -> dict[str, list[float]]:
+    """Seconds, and milliseconds per step or token, of each work after a warm-up. sizes: of pictures, by name."""
     found: dict[str, list[float]] = {}
 
     def draws(name: str, inputs: list, count: int = 1, repeats: int = repeats, **options: Any) -> None:
@@ -61,7 +67,7 @@ def figures(contender: Ours | Official, repeats: int, progress: Callable[[str], 
             found.setdefault(f"{name}: whole, s", []).append(whole)
 
     torch.cuda.reset_peak_memory_stats()
-    for name, (height, width) in SIZES.items():
+    for name, (height, width) in sizes.items():
         draws(name, [PROMPT], height=height, width=width, **DEFAULTS)
     draws("edit 1024x1024, 8 steps", [picture(1024, 1024), "make it red"], **{**EDIT, "num_timesteps": EDIT_POINTS})
     progress("tokens")

@@ -47,7 +47,7 @@ def figures(model: bagel_opt.Model, work: dict) -> dict[str, list[float]]:
 def main() -> None:
     job = json.loads(sys.argv[1])
     begun = time.perf_counter()
-    given = {name: job[name] for name in ("device", "dtype", "profile") if job[name] is not None}
+    given = {name: job[name] for name in ("device", "dtype", "profile", "gpus") if job[name] is not None}
     if job["backend"] != "bundle":
         given |= {"backend": job["backend"], "attention": job["attention"]}
     model = bagel_opt.load(job["source"], **given)

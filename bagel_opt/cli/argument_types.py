@@ -24,6 +24,14 @@ def quantization(text: str) -> str | dict[str, str]:
     return found or text
 
 
+def parallel(text: str) -> str | dict[str, int]:
+    """Of `load`: a way, or WAY=RANKS with commas."""
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")] if "=" in text else []
+    if not all(ranks.isdecimal() for _, ranks in pairs) or len(found := dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no way of WAY=RANKS, as guidance=2,sequence=2")
+    return {way: int(ranks) for way, ranks in found.items()} or text
+
+
 def adapter(text: str) -> tuple[str, float]:
     place, _, factor = text.rpartition("=")
     if not place or Path(text).exists():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bagel_opt import __version__
-from bagel_opt.cli.argument_types import adapter, count, kept_apart, port, quantization, sizes
+from bagel_opt.cli.argument_types import adapter, count, kept_apart, parallel, port, quantization, sizes
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
@@ -124,6 +124,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     for name in ("device", "dtype", "profile"):
         time_.add_argument(f"--{name}", help="as for the other commands")
     time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+    time_.add_argument(
+        "--gpus", type=count, metavar="N", help="how many each model has; with --preset: also time so many, in each way"
+    )
     time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 
     serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
@@ -190,12 +193,24 @@ def _load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to
     group.add_argument("--profile", help=f"profile file or name; default: {profile}")
     _quantization(group)
     _memory(group, "what a GPU may be filled with, as 12GB; weights beyond that stream in from the host (all of it)")
+    _gpus(group)
     _weights(group)
     _no_check(group)
 
 
 def _memory(group: argparse._ActionsContainer, text: str) -> None:
     group.add_argument("--memory", metavar="SIZE", help=text)
+
+
+def _gpus(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--gpus", type=count, metavar="N", help="how many compute each request together (1)")
+    group.add_argument(
+        "--parallel",
+        type=parallel,
+        default="auto",
+        metavar="WAY",
+        help="what they share out: guidance, sequence, tensor, several with ranks of each, as guidance=2,sequence=2, or auto",
+    )
 
 
 def _weights(group: argparse._ActionsContainer) -> None:
@@ -228,7 +243,8 @@ def _no_check(group: argparse._ActionsContainer) -> None:
 
 def load_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.load, besides the source and the profile."""
-    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "memory", "check")
+    names = ("backend", "device", "dtype", "attention", "weights", "lora", "quantization", "memory")
+    names += ("gpus", "parallel", "check")
     return {name: getattr(a, name) for name in names} | {"adapters": dict(vars(a).get("adapters", ()))}
 
 

@@ -38,7 +38,7 @@ def bench(a: argparse.Namespace) -> None:
             official=a.official,
             official_python=a.official_python,
             progress=update,
-            **{name: getattr(a, name) for name in ("device", "dtype", "attention", "profile")},
+            **{name: getattr(a, name) for name in ("device", "dtype", "attention", "profile", "gpus")},
         )
     tables().print(table(results))
     if a.json:
@@ -57,7 +57,9 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
 
     with bar("timing") as update:
         kinds, caps = (given.split(",") if given else [] for given in (a.quantization, a.memory))
-        results = run_full_size(a.official, bundles, kinds, caps, a.repeats, lambda what: update(what, 0, 0), save)
+        results = run_full_size(
+            a.official, bundles, kinds, caps, a.gpus or 1, a.repeats, lambda what: update(what, 0, 0), save
+        )
     for table in full_size_tables(results):
         tables().print(table)
 

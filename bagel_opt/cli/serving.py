@@ -63,11 +63,27 @@ def server_settings(a: argparse.Namespace) -> dict:
     }
 
 
+def _share_gpus(a: argparse.Namespace) -> None:
+    """A replica's model computes on all GPUs that the replica has, and has those on which it computes."""
+    on_gpus = not (a.device or "cuda").startswith("cpu")
+    if a.gpus is None and (a.gpus_per_replica or 0) > 1:
+        if a.gpus_per_replica % 1:
+            raise ValueError(f"--gpus-per-replica {a.gpus_per_replica:g}: above 1, only whole numbers are allowed")
+        a.gpus = int(a.gpus_per_replica)
+    elif a.gpus and a.gpus_per_replica is None and on_gpus:
+        a.gpus_per_replica = a.gpus
+    elif a.gpus and on_gpus and a.gpus != a.gpus_per_replica:
+        raise ValueError(
+            f"--gpus {a.gpus} with --gpus-per-replica {a.gpus_per_replica:g}: give one of them, or the same number"
+        )
+
+
 def replica_settings(a: argparse.Namespace) -> dict:
     """Of bagel_opt.serve.replicas.application."""
     from bagel_opt.serve.replicas import Replicas
 
     settings = server_settings(a)
+    _share_gpus(a)
     given = {"requests": a.requests_per_replica, "cpus": a.cpus_per_replica, "gpus": a.gpus_per_replica}
     given = {name: value for name, value in given.items() if value is not None}
     return {

@@ -21,10 +21,10 @@ from bagel_opt.demo.layout import GRID, demo_config, write_checkpoint, write_tok
 from bagel_opt.demo.loop import Run, Settings, Stopped, Weights, deterministic
 from bagel_opt.demo.samples import reconstruction_sheet, training_sheet
 from bagel_opt.demo.world import BACKGROUNDS, SIDE, middle, sample_scene
+from bagel_opt.devices import torch_device
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.files.replacing import save_picture
 from bagel_opt.files.written_config import write_config
-from bagel_opt.loading import torch_device
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT
 from bagel_opt.tokenizer import Tokenizer

@@ -100,8 +100,9 @@ def export(
         raise ImportError(f"exporting needs {error.name}: pip install 'bagel-opt[export]'") from None
     check_version("torch", torch.__version__)
 
+    from bagel_opt.devices import check_kinds, torch_device
     from bagel_opt.files.checkpoint import Checkpoint
-    from bagel_opt.loading import check_kinds, shipped_model, torch_device
+    from bagel_opt.loading import shipped_model
     from bagel_opt.model.attention import choose
     from bagel_opt.model.ops import TorchOps
 

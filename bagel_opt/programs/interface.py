@@ -50,6 +50,9 @@ class Runtime(Protocol):
         """The runtime with the programs of one profile; weights and programs are shared. Raises ProfileError where memory was
         planned for less."""
 
+    def close(self) -> None:
+        """Ends what the runtime has started. It runs nothing afterwards."""
+
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         """KV caches of one batch, zero everywhere."""
 

@@ -130,6 +130,9 @@ class OnnxRuntime:
             self.mapped.madvise(mmap.MADV_DONTNEED)
         return session
 
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
     def caches(self, rows: int, slots: int) -> list[np.ndarray]:
         shape = cache_shape(self.manifest.config, rows, slots)
         return [np.zeros(shape, self.dtype) for _ in self.cache_names]

@@ -79,6 +79,7 @@ class TorchRuntime:
     def _replay(self, graphs: bool) -> None:
         """Whether programs are replayed as CUDA graphs; caches then stay in place."""
         self.graphs = Graphs(self.device) if graphs else None
+        self.graphed = set(GRAPHED)
         self.memory = CacheMemory(self.config.llm, self.dtype, self.device) if graphs else None
 
     def for_profile(self, profile: Profile) -> "TorchRuntime":
@@ -128,13 +129,20 @@ class TorchRuntime:
                 # which holds what had been computed, until here; of a capture that failed, its context says why
                 if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
                     raise
-            if self.graphs:
-                self.graphs.clear()
-            torch.cuda.empty_cache()
+            self.free_memory()
         raise MemoryError(
             f"the GPU's memory is full ({doing}); use a smaller height and width or fewer requests at a time, or load with "
             f"{'less' if self.plan else 'some'} memory=, --memory, and more of the weights stay on the host"
         )
+
+    def free_memory(self) -> None:
+        """Gives back all that is kept for later calls."""
+        if self.graphs:
+            self.graphs.clear()
+        torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
     def _run(self, program: str, inputs: list, caches: list[Tensor], rows: int | slice | None) -> tuple:
         if caches:
@@ -144,7 +152,7 @@ class TorchRuntime:
             caches = [cache[as_slice(rows), :slots] for cache in caches]
         alone = self.device.type == "cuda" or self.plan  # one thread at a time
         with torch.no_grad(), _exact() if alone else contextlib.nullcontext():
-            if self.graphs and program in GRAPHED and not (self.plan and self.plan.streams_in(program)):
+            if self.graphs and program in self.graphed and not (self.plan and self.plan.streams_in(program)):
                 return self.graphs.run(self.programs[program], inputs, caches)
             out = self.programs[program](*map(self._tensor, inputs), *caches)
         return out[: len(out) - len(caches)]

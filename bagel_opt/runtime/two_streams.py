@@ -7,6 +7,7 @@ B rows, T tokens of a row, M tokens of all rows, R slots of all rows, G key-valu
 model/transformer.py.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -201,6 +202,8 @@ class TwoStreams:
     copy them all.
     """
 
+    exchange: Any = None
+
     def __init__(self, device: torch.device, dtype: torch.dtype, codes: bool = False):
         """codes: whether there are weights in 8-bit floats."""
         self.side = torch.cuda.Stream(device, priority=-1)
@@ -209,6 +212,12 @@ class TwoStreams:
             from bagel_opt.runtime import fused_fp8 as fp8
         self.way = Way(fused, fp8)
         self.shared: tuple = (None,)
+
+    def exchanging(self, exchange: Any) -> "TwoStreams":
+        """The same for a part of the latents, whose keys and values go to other ranks (split_layers.Exchange)."""
+        other = copy.copy(self)
+        other.exchange, other.shared = exchange, (None,)
+        return other
 
     def __call__(
         self,
@@ -226,12 +235,16 @@ class TwoStreams:
     ) -> tuple:
         if self.shared[0] is not cos:  # a program's first layer
             slots, n_und = k.shape[1], und.shape[1]
-            mine = others = (cos, sin)
+            mine, others, route = (cos, sin), None, None
             if gen is not None:
                 mine, others = angles_of_each(n_und, cos, sin)
                 others = shared_tokens(gen, *others, slots, start_B + n_und, share_BK)
-            self.shared = cos, shared_tokens(und, *mine, slots, start_B, share_BK), others
-        way, (_, mine, others) = self.way, self.shared
+            if self.exchange and others:
+                count = len(others.slot_M)
+                others = others._replace(slot_M=torch.arange(count, device=gen.device))
+                route = self.exchange.route(len(gen), count, slots, start_B + n_und)
+            self.shared = cos, shared_tokens(und, *mine, slots, start_B, share_BK), others, route
+        way, (_, mine, others, route) = self.way, self.shared
         caches = Caches(*(cache.view(-1, *cache.shape[2:]) for cache in (k, v)))
 
         def attend(q: Tensor, x: Tensor) -> Tensor:
@@ -247,7 +260,12 @@ class TwoStreams:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             q_und = way.enter(layer.und, und_M, mine, caches)
-        q_gen = way.enter(layer.gen, gen_M, others, caches)
+        if self.exchange is None:
+            q_gen = way.enter(layer.gen, gen_M, others, caches)
+        else:  # while the others' are on their way, the markers' expert computes
+            outbox = self.exchange.outbox(len(others.slot_M), caches.k_RGD)
+            q_gen = way.enter(layer.gen, gen_M, others, Caches(*outbox))
+            self.exchange.deliver(outbox, route, caches)
         main.wait_stream(side)
         side.wait_stream(main)
         with torch.cuda.stream(side):

@@ -55,7 +55,8 @@ def warming_up(
 
 
 def _compile_pieces(config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str]) -> None:
-    with contextlib.suppress(Exception), torch.no_grad():  # what fails shows again where it matters
+    # what fails shows again where it matters; a thread's own device is the first
+    with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(device):
         _run_all_pieces(config, device, dtype, kinds)
 
 

@@ -261,6 +261,8 @@ class EngineThread:
         self.seconds, self.last_end = 0.8 * self.seconds + 0.2 * min(now - self.last_end, 60), now
         if not isinstance(job.result, Exception):
             self.failures = 0
+        elif isinstance(job.result, ChildProcessError):  # of several GPUs one is lost, and this model with it
+            self.failures = FAILURES
         elif not isinstance(
             job.result, ProfileError | FloatingPointError | MemoryError
         ):  # those are the request's own fault

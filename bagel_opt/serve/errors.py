@@ -61,6 +61,9 @@ def as_api_error(error: Exception) -> ApiError:
         case MemoryError():
             log.error("request failed: %s", error)
             return ApiError(503, f"{error}"[:500] or "the server has too little memory", code="out_of_memory")
+        case ChildProcessError():  # of several GPUs; which process it was is the log's
+            log.error("request failed: %s", error)
+            return ApiError(503, "the server has lost one of its GPUs and must be started again", code="gpu_lost")
     log.error("request failed: %s", type(error).__name__, exc_info=error)
     return ApiError(500, "the server failed on this request", code="internal_error")
 

@@ -48,6 +48,14 @@ def test_stamps_are_the_times_between_ticks(monkeypatch):
     assert worker.stamps(lambda tick: (tick(None), tick(None))) == [500, 2000]
 
 
+@pytest.mark.second
+def test_two_processes_of_a_model_are_timed():
+    own = {"device": "cpu", "gpus": 2}
+    result = bench.time_contender(bench.Contender("two", str(CHECKPOINT), **own), WORK)
+    assert "error" not in result, result
+    assert len(result["step"]) == 2 * WORK.steps
+
+
 def test_eager_is_not_timed_as_compiled(eager, monkeypatch):
     job = {"device": None, "dtype": None, "profile": None, "backend": "compile", "attention": "auto", "source": None}
     monkeypatch.setattr(worker.sys, "argv", ["worker", json.dumps(job)])

@@ -333,6 +333,33 @@ def test_options_that_would_do_nothing_are_refused(fails, arguments, message):
     assert message in fails(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ([], "auto"),
+        (["--parallel", "sequence"], "sequence"),
+        (["--parallel", "guidance=2,sequence=3"], {"guidance": 2, "sequence": 3}),
+    ],
+)
+def test_several_gpus(given, way, monkeypatch):
+    asked = {}
+
+    def load(source, **settings):
+        asked.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("bagel_opt.cli.commands.load", load)
+    assert main(["chat", "a", "--gpus", "6", *given]) == 1
+    assert (asked["gpus"], asked["parallel"]) == (6, way)
+
+
+@pytest.mark.parametrize("way", ["guidance=two", "guidance=2,guidance=2", "guidance=2,sequence"])
+def test_ways_that_are_none(way, capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "a", "--gpus", "4", "--parallel", way])
+    assert "is no way of WAY=RANKS, as guidance=2,sequence=2" in capsys.readouterr().err
+
+
 def test_out_of_memory_says_how_much(fails, monkeypatch):
     def full(*arguments, **options):
         raise MemoryError("no 1.2 GB left on the GPU")

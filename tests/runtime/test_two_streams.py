@@ -1,12 +1,15 @@
 """What runtime/two_streams.py puts together in another way than the model does, on the CPU: without streams or compilation."""
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import relative
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
@@ -14,7 +17,7 @@ from bagel_opt.model.linear import Linear, LowRank
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.rotary import rope
 from bagel_opt.model.transformer import Layer, run_layer
-from bagel_opt.runtime import cuda_graphs, fused_products
+from bagel_opt.runtime import cuda_graphs, fused_products, split_layers, split_weights
 from bagel_opt.runtime import two_streams as streams
 
 
@@ -87,6 +90,86 @@ def test_experts_side_by_side_compute_the_layer(two_streams, rows, text, latents
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+class Threads:
+    """A group whose ranks are threads."""
+
+    def __init__(self, size):
+        self.size, self.given, self.met = size, [None] * size, threading.Barrier(size, timeout=20)
+
+    def of(self, rank):
+        return SimpleNamespace(size=self.size, rank=rank, gather=lambda x: self.gather(rank, x))
+
+    def gather(self, rank, x):
+        self.given[rank] = x
+        self.met.wait()
+        found = torch.stack(self.given)
+        self.met.wait()
+        return found
+
+
+@pytest.mark.parametrize("way", ["two streams", "plain"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("rows", "latents", "ranks"), [(2, 6, 2), (1, 5, 2), (2, 7, 3), (2, 4, 3), (1, 1, 2)])
+def test_parts_of_the_latents_on_several_ranks_compute_the_layers(
+    two_streams, monkeypatch, way, adapted, rows, latents, ranks
+):
+    """Where they divide and where not; the caches have no slot to spare."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(split_layers, "compiled", lambda piece: piece)
+    layers = [Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False) for _ in range(2)]
+    shares = [adapt(layer) for layer in layers] if adapted else []
+    share = shares[0][:rows] if adapted else None
+    und, gen, cos, sin, k, v, start, seen, ops = program(rows, 2, latents, slots=8 + latents)
+
+    def run(runner, gen):
+        caches = [k.clone(), v.clone()]
+        mine = und
+        with torch.no_grad():
+            for layer in layers:
+                mine, gen, *caches = runner(layer, mine, gen, cos, sin, *caches, start, seen, ops, share)
+        return mine, gen, *caches
+
+    def rank(number, group):
+        exchange = split_layers.Exchange(group.of(number))
+        exchange.latents = latents
+        plain = split_layers.SplitLayers(exchange, compiles=False)
+        runner = two_streams.exchanging(exchange) if way == "two streams" else plain
+        return run(runner, gen[:, exchange.mine(gen.device)])
+
+    want, group = run(run_layer, gen), Threads(ranks)
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(rank, range(ranks), [group] * ranks))
+    together = torch.cat([part for _, part, *_ in found], dim=1)[:, :latents]
+    assert relative(together, want[1]) < 1e-5
+    for mine, _, *caches in found:
+        for got, other in zip((mine, *caches), (want[0], *want[2:]), strict=True):
+            assert relative(got, other) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(1, 2), (2, 2), (2, 4)])
+def test_parts_of_the_weights_on_several_ranks_compute_a_token(rows, ranks):
+    torch.manual_seed(0)
+    config = LLMConfig(64, 96, 1, 8, 4, 10)
+    layers = [Layer(config).eval().requires_grad_(False) for _ in range(2)]
+    und, _, cos, sin, _, _, start, seen, ops = program(rows, 1, 0)
+    cos, sin = rope(torch.tensor([[5], [9]])[:rows], 8, 1e4)
+    k, v = (torch.randn(rows, 16, 4, 8) for _ in range(2))
+
+    def run(runner):
+        x, caches = und, [k.clone(), v.clone()]
+        with torch.no_grad():
+            for layer in layers:
+                x, _, *caches = runner(layer, x, None, cos, sin, *caches, start, seen, ops)
+        return x, *caches
+
+    want, group = run(run_layer), Threads(ranks)
+    with ThreadPoolExecutor(ranks) as pool:
+        runners = [split_weights.SplitWeights(config, group.of(rank), compiles=False) for rank in range(ranks)]
+        for found in pool.map(run, runners):
+            for got, other in zip(found, want, strict=True):
+                assert relative(got, other) < 1e-5
 
 
 @pytest.mark.parametrize("fused", [False, True])

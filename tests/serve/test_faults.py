@@ -153,6 +153,16 @@ def test_a_device_that_is_full(server):
     assert server.client().images.generate(prompt="a", extra_body=FEW).data
 
 
+def test_a_lost_gpu_of_several(server):
+    """Which loses the model: the server is no longer ready, at once."""
+    lost = ChildProcessError("rank 1 (process 7) ended by signal 9 (SIGKILL): load the model again")
+    server.runtime.failing.update(dict.fromkeys(("generate", "generate_row"), lost))
+    with pytest.raises(openai.InternalServerError, match="has lost one of its GPUs") as failed:
+        server.client().images.generate(prompt="a", extra_body=FEW)
+    assert (failed.value.status_code, failed.value.code) == (503, "gpu_lost")
+    assert status(server, "/ready") == 503
+
+
 def status(server, path):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", path)

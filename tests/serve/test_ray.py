@@ -116,6 +116,22 @@ def test_what_cannot_be_loaded_starts_no_cluster():
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_replica_computes_on_its_gpus():
+    from bagel_opt.cli.serving import cluster_settings
+
+    def found(**given):
+        settings = cluster_settings(given)
+        return settings["load"].keywords["gpus"], settings["replicas"].gpus
+
+    assert found(gpus_per_replica="2") == found(gpus="2") == found(gpus="2", gpus_per_replica="2") == (2, 2)
+    assert found(gpus_per_replica="0.5") == (None, 0.5)
+    assert found(gpus="2", device="cpu") == (2, 0)
+    with pytest.raises(ValueError, match=r"--gpus-per-replica 2\.5: above 1, only whole numbers"):
+        found(gpus_per_replica="2.5")
+    with pytest.raises(ValueError, match="--gpus 2 with --gpus-per-replica 4: give one of them"):
+        found(gpus="2", gpus_per_replica="4")
+
+
 def test_options_of_a_config_file_are_those_of_the_command():
     from bagel_opt.cli.serving import cluster_settings
 

@@ -1,0 +1,272 @@
+"""A model on several GPUs as one runtime: the first rank's, which the caller's process has. Each of its calls is sent to the
+other ranks and performed by all; what the loop gets are names of what every rank has.
+
+A message costs some microseconds and waits for nobody: the sampling loop knows of no rank but its own. What is wanted on the
+host alone is computed here alone.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from bagel_opt.errors import reason
+from bagel_opt.files.adapters import Named
+from bagel_opt.profile import Profile
+from bagel_opt.programs.signatures import ROW
+from bagel_opt.runtime import groups
+from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
+from bagel_opt.runtime.cuda_graphs import Graphs
+from bagel_opt.runtime.groups import Groups
+from bagel_opt.runtime.member import FIRST, JOINED, LOADED, Place, join, serve
+from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun, start
+from bagel_opt.runtime.parallel import Parallel
+
+LOADING = 3600  # seconds that another rank may load for longer than the first
+ALONE = {"vae_encode", "vae_decode", "choose", "choose" + ROW}  # programs whose results go to the host
+
+
+class MirroredRuntime:
+    """The runtime interface (programs/interface.py). Several threads may call it."""
+
+    def __init__(self, rank: Rank, members: Members, parallel: Any):
+        self.rank, self.members, self.parallel, self.profile = rank, members, parallel, None
+        self.inner = rank.runtime.inner
+        self.rehearses, self.rehearsed = self.inner.device.type == "cuda", {}
+        self.released: deque[Name] = deque()
+        self.numbers, self.lock = itertools.count(FIRST), threading.RLock()
+        members.abort = functools.partial(_abort, rank.runtime.groups, self.inner.graphs)
+        self.finalizer = weakref.finalize(rank, members.close)
+
+    @property
+    def adapters(self) -> Mapping[str, float] | None:
+        return self.inner.adapters
+
+    @property
+    def free_rows(self) -> bool:
+        return self.inner.free_rows
+
+    @property
+    def free_sizes(self) -> bool:
+        return self.inner.free_sizes
+
+    def active(self) -> dict[str, str]:
+        found, ranks = self.inner.active(), self.rank.runtime.groups.ranks
+        way = (
+            self.parallel if isinstance(self.parallel, str) else ",".join(f"{k}={n}" for k, n in self.parallel.items())
+        )
+        return {**found, "device": f"{found['device']} x {ranks}, parallel {way}"}
+
+    def close(self) -> None:
+        """Ends the other ranks' processes."""
+        self.finalizer()
+
+    def for_profile(self, profile: Profile) -> "MirroredRuntime":
+        inner = self.rank.runtime.inner.for_profile(profile)
+        if inner is self.rank.runtime.inner:
+            return self
+        other = copy.copy(self)
+        other.inner, other.profile = inner, profile
+        return other
+
+    def set_adapters(self, adapters: Named) -> None:
+        _, failures = self._ask("set_adapters", adapters)
+        if failures:
+            if len(failures) < self.rank.runtime.groups.ranks:  # they are to have the same
+                self._ask("set_adapters", {})
+            raise failures[0]
+
+    def caches(self, rows: int, slots: int) -> Handle:
+        (caches, *_), failures = self._ask("caches", rows, slots)
+        if failures:
+            self._call("give_back_any", caches)
+            raise failures[0]
+        return caches
+
+    def give_back(self, caches: Handle) -> None:
+        with suppress(ChildProcessError):  # nothing is left to be given back
+            self._call("give_back", caches)
+
+    def zeros(self, shape: tuple[int, ...], hidden: bool = False) -> Handle:
+        return self._call("zeros", tuple(shape), hidden)[0]
+
+    def write_row(self, tensor: Handle, row: int, values: np.ndarray | Handle) -> Handle:
+        self._call("write_row", tensor, row, values)
+        return tensor
+
+    def clear_row(self, caches: Handle, row: int) -> None:
+        self._call("clear_row", caches, row)
+
+    def copy_row(self, source: Handle, row: int, target: Handle, to: int, length: int) -> None:
+        self._call("copy_row", source, row, target, to, length)
+
+    def run(self, program: str, inputs: list, caches: Any = (), rows: int | slice | None = None) -> tuple:
+        if program in ALONE:
+            self.members.check()
+            return self.inner.run(program, [self._here(x) for x in inputs])
+        if self.rehearses and self.rank.runtime.exchanging(program):
+            self._rehearse(program, inputs, caches, rows)
+        return self._call("run", program, inputs, caches, rows)
+
+    def _rehearse(self, program: str, inputs: list, caches: Handle, rows: int | slice | None) -> None:
+        """Sees whether every rank has the memory for a program, where it is larger than those before: one that fails while
+        others wait for it ends the model."""
+        size = math.prod(self._here(inputs[0]).shape[:2])
+        if size > self.rehearsed.get(program, 0):
+            _, failures = self._ask("rehearse", program, inputs, caches, rows)
+            if failures:
+                raise failures[0]
+            self.rehearsed[program] = size
+
+    def host(self, tensor: Any, row: int | None = None) -> np.ndarray:
+        value = self._here(tensor)
+        self._await_device()
+        found = self.inner.host(value, row)
+        self.members.settle()
+        return found
+
+    # ---- calls
+
+    def _here(self, given: Any) -> Any:
+        """This rank's own of a handle."""
+        if not isinstance(given, Handle):
+            return given
+        with self.lock:
+            if self.rank.in_parts(given.ref):
+                self._call("look", given)
+            return self.rank.look(given.ref)
+
+    def _await_device(self) -> None:
+        """Until all that was launched is done: looking now and then, so that a rank that is gone is noticed."""
+        device = self.inner.device
+        if device.type != "cuda":
+            return
+        event, begun = torch.cuda.Event(), time.monotonic()
+        event.record(torch.cuda.current_stream(device))
+        while not event.query():
+            self.members.check()
+            seconds = time.monotonic() - begun
+            if seconds > groups.PATIENCE:
+                raise self.members.fail(f"the GPUs have computed for {groups.PATIENCE} s without an end: {AGAIN}")
+            time.sleep(0 if seconds < 0.01 else 1e-4)  # a token is there soon, and each wait for one counts
+
+    def _call(self, method: str, *given: Any, answered: bool = False) -> tuple:
+        """Has all ranks perform it; handles of its results."""
+        with self.lock:
+            call = self._new(method, given, answered)
+            count = len(self._perform(call))
+        return self._handles(call, count)
+
+    def _ask(self, method: str, *given: Any) -> tuple[tuple, list[Exception]]:
+        """The same, and how it failed on some of the ranks."""
+        failures = []
+        with self.lock:
+            call = self._new(method, given, True)
+            try:
+                self._perform(call)
+            except Exception as error:
+                failures.append(error)
+            self.members.check()
+            answers = self.members.wait_for(call.number)
+        failures += [failure(rank, answer) for rank, answer in enumerate(answers, 1) if answer.error]
+        return self._handles(call, 1), failures
+
+    def _new(self, method: str, given: tuple, answered: bool) -> Call:
+        released = tuple(self.released.popleft() for _ in range(len(self.released)))
+        return Call(next(self.numbers), method, named_in(given), released, self.profile, answered)
+
+    def _handles(self, call: Call, count: int) -> tuple[Handle, ...]:
+        return tuple(Handle(Kept((call.number, place), self.released)) for place in range(count))
+
+    def _perform(self, call: Call) -> tuple:
+        """On all ranks; this one's results."""
+        self.members.calling, exchanges = (call.number, time.monotonic()), self.rank.exchanges(call)
+        self.rank.gathers = 0
+        try:
+            self.members.send(call)
+            return self.rank.perform(call)
+        except BaseException as error:
+            self.members.done(call.number, self.rank.gathers)
+            self._failed(call, exchanges, error)
+            raise
+        finally:
+            self.members.done(call.number, self.rank.gathers)
+
+    def _failed(self, call: Call, exchanges: bool, error: BaseException) -> None:
+        """Of a call that failed here: the others have failed alike, or wait for this rank, and are ended. Raises that."""
+        self.members.ours.add(call.number)
+        if not isinstance(error, Exception):
+            self.members.fail(f"rank 0 was interrupted: {AGAIN}")
+        elif exchanges and error is not self.members.failed:
+            alike = self.members.fail_alike(call.number)
+            self.members.check()
+            if not alike:
+                raise self.members.fail(f"rank 0 failed where the others did not ({reason(error)}): {AGAIN}") from error
+
+
+def _abort(groups: Groups, graphs: Graphs | None) -> None:
+    """Ends this rank's part in what ranks exchange, and what would do so again: NCCL waits for graphs that it is in."""
+    if graphs:
+        graphs.clear()
+    groups.abort()
+
+
+def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel: Parallel, device: torch.device) -> Any:
+    """What load(**given) loads, on so many ranks. device: the first one's; the others have the GPUs after it. Other ranks that
+    torchrun started perform calls until the first closes, and exit. Raises what `load` does on any of them."""
+    cuda, torchrun = device.type == "cuda", "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+    def place(rank: int, folder: str) -> Place:
+        where = ("cuda:" + os.environ["LOCAL_RANK"] if torchrun else "cuda") if cuda else "cpu"
+        own = {name: value for name, value in given.items() if name != "progress"}
+        own["adapters"] = dict(own["adapters"]) if isinstance(own["adapters"], Mapping) else own["adapters"]
+        name = f"{load.__module__}:{load.__qualname__}"
+        return Place(rank, gpus, folder, name, {**own, "device": where, "check": False}, parallel)
+
+    def environment(rank: int) -> dict[str, str]:
+        if not cuda:
+            return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // gpus))}
+        number, visible = (device.index or 0) + rank, os.environ.get("CUDA_VISIBLE_DEVICES")
+        # a process sees its own GPU alone, so nothing it does lands on another
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)}
+
+    if not torchrun:
+        members = start(place, gpus, environment)
+    elif int(os.environ["WORLD_SIZE"]) != gpus:
+        raise ValueError(
+            f"gpus={gpus}, but torchrun started {os.environ['WORLD_SIZE']} processes; give it the same number"
+        )
+    elif not isinstance(members := found_by_torchrun(place, gpus), Members):
+        connection, mine = members
+        if cuda:
+            torch.cuda.set_device(torch.device(mine.given["device"]))
+        serve(connection, mine)
+        sys.exit(0)
+    try:
+        model = load(**given)
+        for number, message in ((LOADED, "join"), (JOINED, None)):
+            if message is None:
+                rank = join(place(0, members.folder.name), model.runtime)
+            for other, answer in enumerate(members.wait_for(number, LOADING), 1):
+                if answer.error:
+                    raise failure(other, answer)
+            if message:
+                members.send(message)
+        model.runtime = MirroredRuntime(rank, members, parallel)
+        return model
+    except BaseException:
+        members.fail("loading failed")
+        members.close()
+        raise

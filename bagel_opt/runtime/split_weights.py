@@ -1,0 +1,173 @@
+"""Decoding with the weights of the understanding expert shared out over ranks: each multiplies with its own heads' and its own
+channels' part, and so reads as much less (tensor parallelism, arXiv 1909.08053).
+
+A rank has its queries' heads and the columns of `o` that they enter, its channels of the MLP, and its part of the vocabulary.
+Keys and values are computed by all alike, since each has the whole cache: that is 1.6% of a layer's weights. What the parts
+add to a token is rounded to the model's dtype, gathered, and added up in float32 in the order of ranks, the same on all.
+
+B rows, one token each, C hidden channels, H and G heads of queries and of keys and values on a rank, D channels per head, S
+slots, W ranks, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bagel_opt.config import LLMConfig
+from bagel_opt.model.attention import Visible
+from bagel_opt.model.linear import Linear
+from bagel_opt.model.mixture import Mixture
+from bagel_opt.model.ops import Ops
+from bagel_opt.model.transformer import Expert, Layer
+from bagel_opt.runtime.groups import Group
+
+
+class Slices(NamedTuple):
+    """A rank's parts of an expert's weights, in the memory of the whole ones."""
+
+    q: Tensor
+    q_bias: Tensor
+    kv: Tensor
+    kv_bias: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def sliced(expert: Expert, c: LLMConfig, group: Group) -> Slices:
+    heads, inner = c.num_attention_heads * c.head_dim, c.intermediate_size
+    q, hidden = (slice(group.rank * n // group.size, (group.rank + 1) * n // group.size) for n in (heads, inner))
+    qkv, gate_up = expert.qkv, expert.gate_up.weight
+    parts = qkv.weight[q], qkv.bias[q], qkv.weight[heads:], qkv.bias[heads:], expert.o.weight[:, q]
+    return Slices(*parts, gate_up[:inner][hidden], gate_up[inner:][hidden], expert.down.weight[:, hidden])
+
+
+def product(of: Linear, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """With a part of the weight, as the whole one is multiplied with."""
+    return of.multiply(x, Linear.stored(weight, x), None if bias is None else Linear.stored(bias, x))
+
+
+def enter(
+    expert: Expert,
+    mine: Slices,
+    x_B1C: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    start_B: Tensor,
+    ops: Ops,
+) -> Tensor:
+    """This rank's queries; all keys and values are stored."""
+    normed, channels = expert.norm1(x_B1C), expert.q_norm.weight.shape[0]
+    q = product(expert.qkv, normed, mine.q, mine.q_bias).unflatten(-1, (-1, channels))
+    k, v = product(expert.qkv, normed, mine.kv, mine.kv_bias).unflatten(-1, (-1, channels)).chunk(2, dim=2)
+    q, k, v = expert.rotated(q, k, v, cos, sin, ops)
+    for cache, new in ((k_BSGD, k), (v_BSGD, v)):
+        ops.write(cache, new, start_B)
+    return q
+
+
+def attended_part(expert: Expert, mine: Slices, attended_B1HD: Tensor) -> Tensor:
+    return product(expert.o, attended_B1HD.flatten(2), mine.o)
+
+
+def mlp_part(expert: Expert, mine: Slices, x_B1C: Tensor, parts_WB1C: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens after the attention, and this rank's part of what the MLP adds."""
+    x_B1C = with_parts(x_B1C, parts_WB1C)
+    normed = expert.norm2(x_B1C)
+    gate, up = (product(expert.gate_up, normed, weight) for weight in (mine.gate, mine.up))
+    return x_B1C, product(expert.down, F.silu(gate) * up, mine.down)
+
+
+def with_parts(x_B1C: Tensor, parts_WB1C: Tensor) -> Tensor:
+    return (x_B1C.float() + parts_WB1C.float().sum(0)).to(x_B1C.dtype)
+
+
+def any_rows(piece: Callable) -> Callable:
+    """The piece, compiled for one row and for several, and for any number of slots. Weights keep their sizes."""
+    made = torch.compile(piece, dynamic=False, fullgraph=True)
+
+    def run(*given: Any) -> Any:
+        for x in given:
+            for axis in range(min(2, x.ndim)) if isinstance(x, Tensor) else ():
+                torch._dynamo.maybe_mark_dynamic(x, axis)
+        return made(*given)
+
+    return run
+
+
+class SplitWeights:
+    """A LayerRunner for tokens of the understanding expert alone, one per row."""
+
+    def __init__(self, config: LLMConfig, group: Group, compiles: bool):
+        self.config, self.group = config, group
+        self.slices: dict[Layer, Slices] = {}
+        pieces = enter, attended_part, mlp_part, with_parts
+        self.pieces = [any_rows(piece) if compiles else piece for piece in pieces]
+
+    def __call__(
+        self,
+        layer: Layer,
+        und: Tensor,
+        gen: None,
+        cos: Tensor,
+        sin: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start_B: Tensor,
+        seen: Visible,
+        ops: Ops,
+        share: None = None,
+    ) -> tuple:
+        if layer not in self.slices:
+            self.slices[layer] = sliced(layer.und, self.config, self.group)
+        mine, expert, heads = self.slices[layer], layer.und, k.shape[2] // self.group.size
+        mine_alone = slice(self.group.rank * heads, (self.group.rank + 1) * heads)
+        enter, attended_part, mlp_part, with_parts = self.pieces
+        q = enter(expert, mine, und, cos, sin, k, v, start_B, ops)
+        attended = ops.attend(q, k[:, :, mine_alone], v[:, :, mine_alone], seen)
+        parts = self.group.gather(attended_part(expert, mine, attended))
+        und, part = mlp_part(expert, mine, und, parts)
+        return with_parts(und, self.group.gather(part)), None, k, v
+
+
+class SplitDecode:
+    """The program "decode" of which each rank reads its part of the weights. -> logits [B, V] on all, then the caches"""
+
+    def __init__(self, model: Mixture, group: Group, compiles: bool):
+        self.model, self.group = model, group
+        self.run = SplitWeights(model.config.llm, group, compiles)
+
+    def __call__(self, *tensors: Tensor) -> tuple:
+        model, size = self.model, self.group.size
+        count = len(tensors) - 2 * len(model.llm.layers)
+        started = model.start("decode", tensors[:count], tensors[count].shape[1])
+        with self.group.once("decode"):
+            und_B1C, _, new = model.llm(started, tensors[count:], model.ops, self.run)
+            head = model.llm.lm_head
+            rows = -(-head.out_features // size)
+            weight = head.weight[self.group.rank * rows : (self.group.rank + 1) * rows]
+            logits = product(head, model.llm.norm_und(und_B1C[:, 0]), weight)
+            parts_WBV = self.group.gather(F.pad(logits, (0, rows - logits.shape[1])))
+        return parts_WBV.transpose(0, 1).flatten(1)[:, : head.out_features].float(), *new
+
+    def forget(self) -> None:
+        """Weights may have moved."""
+        self.run.slices.clear()
+
+
+def undivided(model: Mixture, ranks: int) -> str | None:
+    """Why weights cannot be shared out over so many ranks, or None."""
+    c = model.config.llm
+    sizes = {"key-value heads": c.num_key_value_heads, "channels of the MLP": c.intermediate_size}
+    for name, size in sizes.items():
+        if size % ranks:
+            return f"{size} {name} do not divide by {ranks}"
+    if kinds := {part: kind for part, kind in model.kinds.items() if part in ("und", "head")}:
+        return f"weights in {', '.join(sorted(set(kinds.values())))} cannot be taken apart"
+    return None
