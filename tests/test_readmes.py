@@ -34,6 +34,7 @@ REASONS = {
     "29 GB",
     "installs packages",
     "needs a GPU",
+    "needs the weights of Lance",
     "needs an account",
     "needs a container engine",
     "needs the official code",
