@@ -38,8 +38,8 @@ class Video:
                     found[number] = frame.to_image()
                 if number >= numbers[-1]:
                     break
-        if missing_one := next((number for number in numbers if number not in found), None):
-            raise ValueError(f"video: {_name(self.source)} ends before its frame {missing_one}; write it anew")
+        if lost := sorted(wanted - found.keys()):
+            raise ValueError(f"video: {_name(self.source)} ends before its frame {lost[0]}; write it anew")
         return [found[number] for number in numbers]
 
 

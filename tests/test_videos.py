@@ -1,13 +1,15 @@
 """Videos that go in and come out, and what is wrong with them."""
 
+import contextlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from lance_cases import loaded
 from PIL import Image
 
-from bagel_opt import Request, save_video
+from bagel_opt import Request, save_video, videos
 from bagel_opt.sampling.lance import frame_numbers
 from bagel_opt.sampling.planning import make_plan
 from bagel_opt.videos import MOST_FRAMES, Video, read_video
@@ -218,3 +220,14 @@ def test_wide_pictures_are_read_smaller(model):
     """Of the default resolution some ratios would be beyond the table of places."""
     [picture] = model.run(["blue", Image.new("RGB", (640, 240))], **FEW, resolution_vit=84)
     assert picture.size == (784, 336)
+
+
+def test_a_file_that_ends_too_soon(tmp_path, monkeypatch):
+    save_video(frames(3), tmp_path / "short.mp4")
+    video = read_video(tmp_path / "short.mp4", None)
+    with pytest.raises(ValueError, match=r"short.mp4 ends before its frame 4; write it anew"):
+        video.pick([0, 4, 5])
+    empty = SimpleNamespace(decode=lambda video: iter(()))
+    monkeypatch.setattr(videos, "_opened", lambda source: contextlib.nullcontext(empty))
+    with pytest.raises(ValueError, match=r"ends before its frame 0"):
+        video.pick([0])
