@@ -32,6 +32,7 @@ NAMES = [str(name) for name in NAMES if not re.search(r"(^|/)\.|^tests/golden", 
 RUN, DATA = ("sh", "python"), ("toml", "ini", "json", "dockerfile", "text")
 REASONS = {
     "29 GB",
+    "export/README.md has its like",
     "installs packages",
     "needs a GPU",
     "needs the weights of Lance",
