@@ -51,7 +51,14 @@ def sources() -> dict[str, Path]:
 def key(checkpoint: Path, profiles: Sequence[Profile], **settings) -> str:
     """Of all that an export is made from."""
     digest = hashlib.sha256()
-    files = {**sources(), **{f"checkpoint/{path.name}": path for path in sorted(checkpoint.iterdir())}}
+    files = {
+        **sources(),
+        **{
+            f"checkpoint/{path.relative_to(checkpoint)}": path
+            for path in sorted(checkpoint.rglob("*"))
+            if path.is_file()
+        },
+    }
     for name, path in {**files, "tests/bundles.py": Path(__file__)}.items():
         digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     versions = {name: metadata.version(name) for name in LIBRARIES}

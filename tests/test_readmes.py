@@ -35,6 +35,7 @@ REASONS = {
     "export/README.md has its like",
     "installs packages",
     "needs a GPU",
+    "needs the weights of Lance",
     "needs an account",
     "needs a container engine",
     "needs the official code",

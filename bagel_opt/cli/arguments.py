@@ -10,7 +10,7 @@ from bagel_opt.cli.argument_types import adapter, count, kept_apart, parallel, p
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.loading import BACKENDS
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Texts
-from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, VIDEO, Option, described
 
 PRESET_BUNDLES = ("onnx", "aoti")
 
@@ -25,21 +25,29 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=runs[name])
         for field, meaning in positional:
-            sub.add_argument(field, help=meaning)
+            sub.add_argument(field, help=meaning, nargs="?" if field == "image" else None)  # there may be --video
         return sub
 
-    image, out = ("image", "picture file"), "where to write the picture (default: %(default)s)"
-    draw = command("generate", "Draw a picture from a text.", ("prompt", "what to draw"))
-    edit_ = command("edit", "Change a picture.", image, ("prompt", "what to change"))
-    ask = command("understand", "Answer a question about a picture.", image, ("prompt", "the question"))
+    image, out = ("image", "picture file"), "where to write it (default: out.png, of a video out.mp4)"
+    draw = command("generate", "Draw a picture or a video from a text.", ("prompt", "what to draw"))
+    edit_ = command("edit", "Change a picture or a video.", image, ("prompt", "what to change"))
+    ask = command("understand", "Answer a question about a picture or a video.", image, ("prompt", "the question"))
     talk = command("chat", "Answer a text.", ("prompt", "the text"))
     think = command("interleave", "Answer in texts and pictures, in turn.")
     think.add_argument("inputs", nargs="+", help="texts and picture files, in order")
     for sub in (draw, edit_, think):
-        several = "where to write the pictures, as out-1.png and so on (default: %(default)s)"
-        sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), help=several if sub is think else out)
+        several = "where to write the pictures, as out-1.png and so on (default: out.png)"
+        sub.add_argument("-o", "--out", type=Path, help=several if sub is think else out)
         _options(sub, "picture", SIZE, PICTURE, INPUTS)
     _options(think, "texts and pictures in turn", INTERLEAVING)
+    draw.add_argument(
+        "--output", dest="drawn", choices=["image", "video"], default="image", help="what to draw (image)"
+    )
+    draw.add_argument("--image", metavar="FILE", help="a picture that the video begins with")
+    for sub in (edit_, ask):
+        sub.add_argument("--video", metavar="FILE", help="a video in place of the picture")
+    for sub in (draw, edit_, ask):
+        _options(sub, "videos, of models that draw and read them", VIDEO)
     for sub in (draw, edit_, ask, talk, think):
         _model_options(sub)
         _options(sub, "text and seed", EVERY)
@@ -70,6 +78,10 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     _quantization(quantize_, required=True)
     quantize_.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint; absent or empty")
     _weights(quantize_)
+
+    convert_ = command("convert", "Write the autoencoder of a Lance checkpoint, a pickle, as safetensors.")
+    convert_.add_argument("checkpoint", help="folder or repo id of the download, or its Wan2.2_VAE.pth")
+    convert_.add_argument("--out", type=Path, help="folder for the file (default: beside the pickle)")
 
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")

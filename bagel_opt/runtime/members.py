@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import queue
 import secrets
 import signal
 import subprocess
@@ -89,6 +90,25 @@ class Members:
                     late = [rank for rank, number in wanted if (rank, number) not in self.answers]
                     raise self.fail(f"rank {late[0]} does not answer for {seconds:.0f} s: {AGAIN}")
             return [self.answers.pop(key) for key in wanted]
+
+    def beside(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that waits for others, in a thread of its own: where they end, that is raised at once."""
+        found: queue.SimpleQueue = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                found.put((call(), None))
+            except BaseException as error:
+                found.put((None, error))
+
+        threading.Thread(target=run, daemon=True).start()
+        while True:
+            self.check()
+            with contextlib.suppress(queue.Empty):
+                result, error = found.get(timeout=0.1)
+                if error:
+                    raise error
+                return result
 
     def fail_alike(self, number: int) -> bool:
         """Whether every rank failed in the call that failed here, with as many tensors gathered."""

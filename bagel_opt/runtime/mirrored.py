@@ -269,7 +269,7 @@ def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel:
         model = load(**given)
         for number, message in ((LOADED, "join"), (JOINED, None)):
             if message is None:
-                rank = join(place(0, members.folder.name), model.runtime)
+                rank = members.beside(lambda: join(place(0, members.folder.name), model.runtime))
             for other, answer in enumerate(members.wait_for(number, LOADING), 1):
                 if answer.error:
                     raise failure(other, answer)

@@ -18,7 +18,7 @@ from support import CHECKPOINT, ODD, ROOT, cases, check_together, relative
 
 import bagel_opt
 from bagel_opt import BundleError, Request
-from bagel_opt.runtime import groups
+from bagel_opt.runtime import groups, members
 from bagel_opt.runtime.calls import Call
 from bagel_opt.runtime.parallel import Shares
 
@@ -267,6 +267,23 @@ def test_a_rank_that_dies_ends_requests(number):
         repeat(lambda: model.generate("a red circle", height=64, width=64, num_timesteps=12, seed=1))
     assert time.monotonic() - began < 15
     check_ended(model)
+
+
+@pytest.mark.second
+def test_a_rank_that_dies_before_it_joins(monkeypatch):
+    """While the first waits to be joined."""
+    real = members.Members.beside
+
+    def beside(self, call):
+        self.processes[0].kill()
+        return real(self, call)
+
+    monkeypatch.setattr(members.Members, "beside", beside)
+    monkeypatch.setattr(members.Members, "send", lambda *_: None)  # so that the others do not join before
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match="signal 9"):
+        start(2)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.second
