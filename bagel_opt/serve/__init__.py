@@ -55,8 +55,6 @@ def make_app(
     """The application of a model, with its engine. Logs JSON lines to stderr. names: what clients may call the model. keys,
     hosts, origins: of Access. links: whether answers may have addresses of pictures, which this process keeps. warm: sizes
     (width, height) to run first."""
-    if model.config.family != "bagel":
-        raise ValueError("Lance models are not served yet; call them from Python or by the command line")
     access = Access(tuple(keys), hosts, tuple(map(str.lower, origins)))
     log_as_json()
     warm_up(model, warm)

@@ -75,7 +75,6 @@ def test_videos(run):
             ["quantize", CHECKPOINT, "--quantization", "int8", "--out", "q"],
             "Lance models are not written in 8 or 4 bits",
         ),
-        (["serve", CHECKPOINT, "--profile", "tiny"], "Lance models are not served yet"),
         (["convert", CHECKPOINT], "Wan2.2_VAE.pth is missing; give the folder of a Lance checkpoint"),
         (["convert", "nowhere"], "nowhere is no folder and no file; give the folder of a Lance checkpoint"),
     ],
