@@ -8,6 +8,7 @@ from bagel_opt.demo import evaluate
 from bagel_opt.loading import shipped_model
 
 CASES = {"prompts": evaluate.prompts, "edits": evaluate.edits, "questions": evaluate.questions}
+ALL = {"prompts": evaluate.PROMPTS, "edits": evaluate.EDITS, "questions": evaluate.QUESTIONS}
 WANTED = {"prompts": 0.9, "edits": 0.85, "questions": 0.95}  # shares
 
 
@@ -18,13 +19,8 @@ def eager(load):
 
 @pytest.fixture(scope="module")
 def counts(thorough):
-    """How many cases of each task, and how many prompts that are drawn in other ways: the first ones. All are in the table
-    of `python -m bagel_opt.demo.evaluate`."""
-    many, few = (
-        {"prompts": 40, "edits": 24, "questions": 100, "other ways": 40},
-        {"prompts": 10, "edits": 7, "questions": 20, "other ways": 8},
-    )
-    return many if thorough else few
+    """How many cases of each task: all, or the first ones; and the prompts that are drawn in other ways."""
+    return {**ALL, "other ways": 40} if thorough else {"prompts": 10, "edits": 7, "questions": 20, "other ways": 8}
 
 
 @pytest.fixture(scope="module")
