@@ -24,7 +24,7 @@ from bagel_opt.profile import load_profile
 from bagel_opt.programs.signatures import signatures
 
 CACHE = ROOT / ".cache" / "exports"
-KEPT = 40  # entries of the cache, the last used ones
+KEPT = 60  # entries of the cache, the last used ones
 ABOVE_EXPORT = ("bench", "cli", "demo", "serve")  # parts of the package that no export imports
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from PIL import Image
 
 from bagel_opt.api import Model
-from bagel_opt.cli.arguments import load_settings, parser
+from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.benching import bench
 from bagel_opt.cli.console import bar, console, guarded, notes, say, tables
 from bagel_opt.cli.doctor import examine
 from bagel_opt.cli.doctor import show as show_facts
 from bagel_opt.cli.inspect import look
+from bagel_opt.cli.model_arguments import load_settings
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names

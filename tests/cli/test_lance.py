@@ -10,37 +10,11 @@ from lance_cases import CHECKPOINT, loaded
 from PIL import Image
 from safetensors.torch import load_file
 
-from bagel_opt.cli.commands import main
 from bagel_opt.videos import read_video
 
 FEW = ["--checkpoint", CHECKPOINT, "--num-timesteps", 2, "--seed", 0]
 SMALL = ["--resolution-vae", 64, "--resolution-vit", 84]
 SIZE = ["--height", 64, "--width", 96]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Runs a command in an empty folder: (exit status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*argv):
-        status = main([str(argument) for argument in argv])
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def fails(run):
-    """Runs a command that must fail in one line on standard error, which it gives."""
-
-    def call(*argv):
-        status, out, err = run(*argv)
-        assert (status, out, err.count("\n")) == (1, "", 1)
-        assert err.startswith("bagel-opt: ")
-        return err
-
-    return call
 
 
 def test_pictures(run):
