@@ -13,6 +13,7 @@ from support import Poisoned, examples, relative
 
 import bagel_opt
 from bagel_opt import Profile, ProfileError
+from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
 from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.job import Job
@@ -242,3 +243,27 @@ def test_adapters_merged_and_apart(model, tmp_path):
     assert case.velocity_error(events["merged"]) > 1e-3
     for got, want in zip(events["apart"], events["merged"], strict=True):
         assert relative(got.v_t, want.v_t) < 1e-4
+
+
+class Watched(TorchRuntime):
+    """Keeps the logits that it computed."""
+
+    def run(self, program, *given):
+        out = super().run(program, *given)
+        if program.startswith("decode"):
+            self.logits.append(out[0][0])
+        return out
+
+
+@pytest.mark.parametrize("name", ["x2t_image", "x2t_video"])
+def test_logits(model, name):
+    """Those of tokens that the tokenizer has; others are never written."""
+    case, limit = named[name], model.config.token_limit
+    runtime = Watched(prepare(model.runtime.model))
+    runtime.logits = []
+    bagel_opt.Model(runtime, model.config, model.tokenizer).run(case.inputs, **case.options)
+    want = case.tensors["gen_text.0.logits"]
+    assert limit < want.shape[1] == model.config.llm.vocab_size
+    got = torch.stack(runtime.logits[: len(want)])
+    assert relative(got[:, :limit], want[:, :limit]) < 1e-4
+    assert (got[:, limit:] < got[:, :limit].min() - 1e6).all()
