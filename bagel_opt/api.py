@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from bagel_opt.config import BagelConfig
 from bagel_opt.errors import BundleError, ProfileError
 from bagel_opt.examples import Examples
+from bagel_opt.lance.config import Config
 from bagel_opt.options import Options
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime
@@ -23,6 +23,8 @@ from bagel_opt.sampling.job import Observer
 from bagel_opt.sampling.plan import AnyPlan, fit_profile, fits
 from bagel_opt.sampling.planning import make_plan
 from bagel_opt.tokenizer import Tokenizer
+
+Drawn = Image.Image | list[Image.Image]  # a picture, or the frames of a video
 
 
 class Model:
@@ -35,7 +37,7 @@ class Model:
     def __init__(
         self,
         runtime: Runtime,
-        config: BagelConfig,
+        config: Config,
         tokenizer: Tokenizer,
         profiles: Sequence[Profile] = (),
         round_up: bool = False,
@@ -100,12 +102,12 @@ class Model:
             with self._counting:
                 self._running -= 1
 
-    def run(self, inputs: "str | Picture | Sequence[str | Picture]", **options: Any) -> list[str | Image.Image]:
+    def run(self, inputs: "str | Picture | Sequence[str | Picture]", **options: Any) -> list[str | Drawn]:
         """Reads texts and pictures in order and answers with a text, a picture, a thought and a picture, or, with
-        output="interleaved", texts and pictures in turn.
+        output="interleaved", texts and pictures in turn; with output="video", a list of frames.
 
         inputs: a str is a text; a picture is a PIL image, a `Path`, or a file's bytes. options: see
-        `bagel_opt.request.Options`. Raises ValueError for bad options, for files that are no pictures and for a request
+        `bagel_opt.request.Options`; and `video`, frames as PIL images, a file's path or its bytes, which is read after them. Raises ValueError for bad options, for files that are no pictures and for a request
         beyond the model's or the profile's sizes, FileNotFoundError for a file that is not there, TypeError for other inputs.
         """
         return self.run_many([Request(inputs, **options)])[0]
@@ -115,7 +117,7 @@ class Model:
         requests: Iterable[Request],
         return_exceptions: bool = False,
         observers: Sequence[Observer | None] | None = None,
-    ) -> list[list[str | Image.Image]]:
+    ) -> list[list[str | Drawn]]:
         """Runs requests of any sizes and options together in common rows; each answer is what the request gets alone.
 
         Bad requests are refused before any runs. One that fails on its way loses nobody else's work: the others
@@ -127,7 +129,7 @@ class Model:
 
     def _run_many(
         self, requests: list[Request], return_exceptions: bool, observers: Sequence[Observer | None] | None
-    ) -> list[list[str | Image.Image]]:
+    ) -> list[list[str | Drawn]]:
         groups = defaultdict(list)
         observers = list(observers) if observers is not None else [None] * len(requests)
         for number, request in enumerate(requests):
@@ -180,23 +182,36 @@ class Model:
         chosen = (whole or fitting or self.profiles[-1:])[0]
         return chosen, plan.fitted(chosen)
 
-    def generate(self, prompt: str, **options: Any) -> Image.Image:
-        """Draws a picture from a text."""
-        return self.run([_text(prompt, "prompt")], **_fixed(options, output="image"))[-1]
+    def generate(self, prompt: str, image: "str | Picture | None" = None, **options: Any) -> Drawn:
+        """Draws a picture from a text, or with output="video" a video as a list of frames, which may begin with an image."""
+        output = "video" if options.get("output") == "video" else "image"
+        if image is not None and output == "image":
+            raise ValueError("image is the first frame of a video: give output='video' with it, or use edit")
+        inputs = [_text(prompt, "prompt"), *([] if image is None else [_picture(image)])]
+        return self.run(inputs, **_fixed(options, output=output))[-1]
 
-    def edit(self, image: str | Picture, instruction: str, **options: Any) -> Image.Image:
-        """Draws a changed picture, of the input image's size as it is read, which size="input" makes its own. image: a PIL
-        image, a file's path or its bytes."""
-        inputs = [_picture(image), _text(instruction, "instruction")]
-        return self.run(inputs, **_fixed(options, output="image"))[-1]
+    def edit(
+        self, image: "str | Picture | None" = None, instruction: str | None = None, *, video: Any = None, **options: Any
+    ) -> Drawn:
+        """Draws a changed picture, of the input image's size as it is read, which size="input" makes its own; or a changed
+        video. image: a PIL image, a file's path or its bytes; video: frames, a file's path or its bytes."""
+        inputs = [*_shown(image, video), _text(instruction, "instruction")]
+        return self.run(inputs, video=video, **_fixed(options, output="image" if video is None else "video"))[-1]
 
-    def understand(self, image: str | Picture, question: str, **options: Any) -> str:
-        """Answers a question about a picture: a PIL image, a file's path or its bytes."""
-        return self.run([_picture(image), _text(question, "question")], **_fixed(options, output="text"))[-1]
+    def understand(
+        self, image: "str | Picture | None" = None, question: str | None = None, *, video: Any = None, **options: Any
+    ) -> str:
+        """Answers a question about a picture: a PIL image, a file's path or its bytes; or about a video: frames, a path, bytes."""
+        inputs = [*_shown(image, video), _text(question, "question")]
+        return self.run(inputs, video=video, **_fixed(options, output="text"))[-1]
 
     def chat(self, text: str, **options: Any) -> str:
         """Answers a text."""
         return self.run([_text(text, "text")], **_fixed(options, output="text"))[-1]
+
+
+def _shown(image: "str | Picture | None", video: Any) -> list[Picture]:
+    return [] if image is None and video is not None else [_picture(image)]
 
 
 def _picture(image: str | Picture) -> Picture:

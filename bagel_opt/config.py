@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from bagel_opt.limits import Range, check_number, check_numbers, real, whole
 from bagel_opt.options import Options, check_recommended
@@ -63,6 +63,11 @@ class ViTConfig:
             raise ValueError(f"head counts do not divide: {self}")
 
     @property
+    def places(self) -> int:
+        """How many there are for patches."""
+        return self.num_positions
+
+    @property
     def patch_dim(self) -> int:
         return self.num_channels * self.patch_size**2
 
@@ -90,6 +95,18 @@ class VAEConfig:
     @property
     def downsample(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
+
+    def encoding(self, pixels: int) -> int:
+        """Numbers that are alive at the widest place."""
+        return 3 * pixels * self.ch
+
+    def decoding(self, pixels: int) -> int:
+        """The same: in the last blocks, a block's input and two more of its size, the first two with the level below's channels."""
+        return pixels * self.ch * (2 * max(self.ch_mult[:2]) + 1)
+
+    @property
+    def widths(self) -> str:
+        return f"{self.ch} x {list(self.ch_mult)}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,7 @@ class BagelConfig:
     generation: options that the model recommends, which count where a request gives none.
     """
 
+    family: ClassVar[str] = "bagel"
     llm: LLMConfig
     vit: ViTConfig
     vae: VAEConfig
@@ -155,9 +173,34 @@ class BagelConfig:
         return self.vae.downsample * self.latent_patch_size
 
     @property
+    def largest_size(self) -> int:
+        """Side of a picture as far as the position table reaches."""
+        return self.latent_side * self.token_pixels
+
+    @property
     def default_size(self) -> int:
-        """Side of a picture when none is asked for: 1024, or as far as the position table reaches."""
-        return min(1024, self.latent_side * self.token_pixels)
+        """Side of a picture when none is asked for."""
+        return min(1024, self.largest_size)
+
+    @property
+    def longest(self) -> int:
+        """Frames of a video."""
+        return 1
+
+    @property
+    def places(self) -> int:
+        """How many there are for latent tokens."""
+        return self.latent_side**2
+
+    @property
+    def vit_in_layers(self) -> bool:
+        """Whether bundles have one layer of the ViT for all: they take the same."""
+        return True
+
+    @property
+    def vit_joins(self) -> int:
+        """How many patches are one embedding; 0 where each is its own, and all of a picture are encoded at once."""
+        return 0
 
     @property
     def rope_sections(self) -> tuple[int, ...]:

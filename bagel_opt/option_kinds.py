@@ -1,8 +1,14 @@
-"""Kinds of values that options have. `allows` leaves out None, which is allowed where it is the default."""
+"""What options are made of: kinds of their values, what they are for, and their words. `allows` leaves out None, which is allowed where it is the default."""
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+# What an option is for. Those of size and inputs are a picture's too: its size, and how it keeps to the input pictures. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
+# texts and pictures in turn; those of video are for models that draw videos.
+EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
+ADAPTERS, VIDEO = "adapters", "video"
 
 
 @dataclass(frozen=True)
@@ -115,3 +121,32 @@ class Function:
 
 
 Kind = Number | Interval | Choice | Flag | Text | Texts | Scales | Function
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option. group: EVERY, PICTURE, SIZE, INPUTS or ADAPTERS; None where Python alone has it. help: a phrase.
+    unset: what None, as the default, stands for."""
+
+    name: str
+    default: Any
+    kind: Kind | None
+    group: str | None
+    help: str
+    unset: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.help[0].upper()}{self.help[1:]}."
+
+
+def option(default: Any, kind: Any, group: str | None = None, help: str = "", unset: str = "") -> Any:
+    return field(default=default, metadata={"kind": kind, "group": group, "help": help, "unset": unset})
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises ValueError for text with half of a surrogate pair, such as bytes that were not UTF-8 on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds characters that are no valid Unicode; give it as UTF-8") from None

@@ -2,7 +2,7 @@
 
 Python's arguments are checked here; the command line, the server's bodies and the page are made from `described`.
 """
-# ruff: noqa: RUF009  _option makes fields
+# ruff: noqa: RUF009  option makes fields
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,53 +10,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagel_opt.errors import UnknownOptionError
-from bagel_opt.option_kinds import Choice, Flag, Function, Interval, Kind, Number, Scales, Text, Texts
+from bagel_opt.option_kinds import (
+    ADAPTERS,
+    EVERY,
+    INPUTS,
+    INTERLEAVING,
+    PICTURE,
+    READING,
+    SIZE,
+    VIDEO,
+    Choice,
+    Flag,
+    Function,
+    Interval,
+    Number,
+    Option,
+    Scales,
+    Text,
+    Texts,
+    check_text,
+    option,
+)
 
 RENORM_TYPES = ("global", "channel", "text_channel")
-OUTPUTS = ("image", "text", "interleaved")
+OUTPUTS = ("image", "text", "video", "interleaved")
 INTERLEAVED_CONTEXTS = ("rebuilt", "main")
 STEP_CACHES = ("taylorseer", "teacache")
 DEFAULT_TOKENS = 1000  # of a thought or an answer
+DEFAULT_FRAMES, FPS = 49, 12  # of a video, as in the code of Lance
 DEFAULT_ROUNDS = 3  # of texts and pictures, as in ThinkMorph's code
-# What an option is for. Those of size and inputs are a picture's too: its size, and how it keeps to the input pictures. Those of reading are how pictures go in, whatever comes out; those of interleaving are for
-# texts and pictures in turn.
-EVERY, PICTURE, SIZE, INPUTS, READING, INTERLEAVING = "every", "picture", "size", "inputs", "reading", "interleaving"
-ADAPTERS = "adapters"
 OWN_SIZE = "the last input picture's, as it is read; without one the model's own, up to 1024"
-
-
-@dataclass(frozen=True)
-class Option:
-    """What is known of an option. group: EVERY, PICTURE, SIZE, INPUTS or ADAPTERS; None where Python alone has it. help: a phrase.
-    unset: what None, as the default, stands for."""
-
-    name: str
-    default: Any
-    kind: Kind | None
-    group: str | None
-    help: str
-    unset: str
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.help[0].upper()}{self.help[1:]}."
 
 
 SCALE = Number(0, 1000, wording="a number from 0 to 1000; up to 1 is no guidance")
 PIXELS = Number(1, whole=True, wording="a whole number of pixels")
+RESOLUTION = Number(16, 4096, whole=True)
 SIDE = Number(1, 2**16, whole=True, wording=f"a whole number of pixels, at most {2**16}")
-
-
-def _option(default: Any, kind: Any, group: str | None = None, help: str = "", unset: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "group": group, "help": help, "unset": unset})
-
-
-def check_text(text: str, where: str) -> None:
-    """Raises ValueError for text with half of a surrogate pair, such as bytes that were not UTF-8 on a command line."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} holds characters that are no valid Unicode; give it as UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -81,103 +70,78 @@ class Options:
     image, or a list of one per image. Either overrides what `seed` would draw.
     """
 
-    output: str = _option("image", Choice(OUTPUTS, "'image', 'text' or 'interleaved'"))
-    think: bool = _option(False, Flag(), EVERY, "think before drawing or answering")
-    max_think_tokens: int | None = _option(
+    output: str = option("image", Choice(OUTPUTS, "'image', 'text', 'video' or 'interleaved'"))
+    think: bool = option(False, Flag(), EVERY, "think before drawing or answering")
+    max_think_tokens: int | None = option(
         None,  # or what a fixed profile has room for
         Number(1, whole=True),
         EVERY,
         "the longest thought or answer, in tokens",
         unset=str(DEFAULT_TOKENS),
     )
-    do_sample: bool = _option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
-    text_temperature: float = _option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
-    top_p: float = _option(
+    do_sample: bool = option(False, Flag(), EVERY, "sample the text instead of taking the likeliest token")
+    text_temperature: float = option(0.3, Number(0.001, 1000), EVERY, "temperature of sampling")
+    top_p: float = option(
         1.0,
         Number(0, 1),
         EVERY,
         "sample from the likeliest tokens alone that have together this share of the probability",
     )
-    stop: str | Sequence[str] | None = _option(
+    stop: str | Sequence[str] | None = option(
         None,
         Texts(4, 256),
         EVERY,
         "a text before which writing ends, or up to four such; interleaved, the text that holds one is the last",
         unset="none",
     )
-    system_prompt: str | None = _option(None, Text(), EVERY, "a text that is read before all else", unset="none")
-    think_prompt: str | None = _option(
+    system_prompt: str | None = option(None, Text(), EVERY, "a text that is read before all else", unset="none")
+    think_prompt: str | None = option(
         None, Text(), EVERY, "what is read first in order to think", unset="what BAGEL was trained with"
     )
-    seed: int | None = _option(
+    seed: int | None = option(
         None,
         Number(0, 2**63 - 1, whole=True, wording="None or a number from 0 to 2**63 - 1"),
         EVERY,
         "the same seed gives the same picture or text, up to rounding",
         unset="random",
     )
-    height: int | None = _option(
-        None,
-        PIXELS,
-        SIZE,
-        "in pixels, a multiple of 16",
-        unset=OWN_SIZE,
-    )
-    width: int | None = _option(
-        None,
-        PIXELS,
-        SIZE,
-        "in pixels, a multiple of 16",
-        unset=OWN_SIZE,
-    )
-    size: str | None = _option(
+    height: int | None = option(None, PIXELS, SIZE, "in pixels, a multiple of 16", unset=OWN_SIZE)
+    width: int | None = option(None, PIXELS, SIZE, "in pixels, a multiple of 16", unset=OWN_SIZE)
+    size: str | None = option(
         None,
         Choice(("input",), "None or 'input'"),
         SIZE,
         "input: the picture that was drawn is resized to the size that the last input picture came in",
         unset="as drawn",
     )
-    num_timesteps: int = _option(
-        50,
-        Number(2, whole=True),
-        PICTURE,
-        "points of the flow schedule: more take longer and refine the picture",
+    num_timesteps: int = option(
+        50, Number(2, whole=True), PICTURE, "points of the flow schedule: more take longer and refine the picture"
     )
-    timestep_shift: float = _option(
+    timestep_shift: float = option(
         3.0, Number(0.001, 1000), PICTURE, "above 1, more steps go to high noise, where the layout is made"
     )
-    cfg_text_scale: float = _option(
-        4.0,
-        SCALE,
-        PICTURE,
-        "how strongly the picture follows the text; up to 1 is off",
-    )
-    cfg_img_scale: float = _option(
-        1.5,
-        SCALE,
-        INPUTS,
-        "how strongly it keeps to the input pictures; up to 1 is off",
-    )
-    cfg_interval: tuple[float, float] = _option(
+    cfg_text_scale: float = option(4.0, SCALE, PICTURE, "how strongly the picture follows the text; up to 1 is off")
+    cfg_img_scale: float = option(1.5, SCALE, INPUTS, "how strongly it keeps to the input pictures; up to 1 is off")
+    cfg_interval: tuple[float, float] = option(
         (0.4, 1.0),
         Interval(0, 1),
         PICTURE,
         "the flow times t with guidance, low < t <= high; 1 is noise, 0 the picture",
     )
-    cfg_renorm_type: str = _option(
+    cfg_renorm_type: str = option(
         "global",
         Choice(RENORM_TYPES),
         PICTURE,
         "over what the guided velocity is scaled back; blurry edits may gain from text_channel",
     )
-    cfg_renorm_min: float = _option(
+    cfg_renorm_min: float = option(
         0.0,
         Number(0, 1),
         PICTURE,
         "the least factor by which the guided velocity may be scaled back; 1 switches it off",
     )
-    negative_prompt: str | None = _option(None, Text(), PICTURE, "what the picture should not follow", unset="nothing")
-    step_cache: str | None = _option(
+    negative_prompt: str | None = option(None, Text(), PICTURE, "what the picture should not follow", unset="nothing")
+    step_cache: str | None = option(
         None,
         Choice(STEP_CACHES, f"None, {', '.join(map(repr, STEP_CACHES))}"),
         PICTURE,
@@ -185,56 +149,84 @@ class Options:
         "change little",
         unset="none",
     )
-    vit_min_size: int | None = _option(
+    vit_min_size: int | None = option(
         None, SIDE, READING, "the least side to which pictures are enlarged for the ViT", unset="the model's"
     )
-    vit_max_size: int | None = _option(
+    vit_max_size: int | None = option(
         None, SIDE, READING, "the longest side to which pictures are reduced for the ViT", unset="the model's"
     )
-    vae_min_size: int | None = _option(
+    vae_min_size: int | None = option(
         None, SIDE, READING, "the least side to which pictures are enlarged for the VAE", unset="the model's"
     )
-    vae_max_size: int | None = _option(
+    vae_max_size: int | None = option(
         None, SIDE, READING, "the longest side to which pictures are reduced for the VAE", unset="the model's"
     )
-    interleaved_context: str = _option(
+    num_frames: int | None = option(
+        None,
+        Number(1, whole=True),
+        VIDEO,
+        "frames of the video to draw: 4 n + 1 of them, else as many fewer",
+        unset=str(DEFAULT_FRAMES),
+    )
+    fps: float | None = option(
+        None,
+        Number(1, 240),
+        VIDEO,
+        "frames a second: of a video that is given as frames, and of the file that one is written to",
+        unset=f"the file's own, or {FPS}",
+    )
+    resolution_vae: int | None = option(
+        None,
+        RESOLUTION,
+        VIDEO,
+        "pictures and videos are read by the VAE as about so many pixels times as many",
+        unset="768, of a video 640",
+    )
+    resolution_vit: int | None = option(
+        None,
+        RESOLUTION,
+        VIDEO,
+        "pictures and videos are read by the ViT as about so many pixels times as many",
+        unset="672, of a video 616",
+    )
+    interleaved_context: str = option(
         "rebuilt",
         Choice(INTERLEAVED_CONTEXTS),
         INTERLEAVING,
         "what rounds read: rebuilt from all that was written and drawn, for guidance too, as in Bagel-Zebra-CoT, or main, "
         "which alone grows, as in ThinkMorph",
     )
-    max_rounds: int | None = _option(
+    max_rounds: int | None = option(
         None,  # or what a fixed profile has room for
         Number(1, 100, whole=True),
         INTERLEAVING,
         "the most rounds of a text and a picture",
         unset=str(DEFAULT_ROUNDS),
     )
-    draw_marker: str | None = _option(
+    draw_marker: str | None = option(
         None,
         Text(),
         INTERLEAVING,
         "what a text must hold for a picture to be drawn after it",
         unset="nothing, or <image_start> where main alone grows",
     )
-    adapters: Mapping[str, float] | None = _option(
+    adapters: Mapping[str, float] | None = option(
         None,
         Scales(-100, 100),
         ADAPTERS,
         "how much of each adapter counts that the model keeps apart; those not named do not",
         unset="as the adapters were set",
     )
-    noise: Any = _option(None, None)
-    vae_noise: Any = _option(None, None)
-    on_step: Callable[[StepEvent], Any] | None = _option(None, Function())
-    on_token: Callable[[int], Any] | None = _option(None, Function())
-    on_output: Callable[[Any], Any] | None = _option(None, Function())
+    noise: Any = option(None, None)
+    vae_noise: Any = option(None, None)
+    on_step: Callable[[StepEvent], Any] | None = option(None, Function())
+    on_token: Callable[[int], Any] | None = option(None, Function())
+    on_output: Callable[[Any], Any] | None = option(None, Function())
 
     def __post_init__(self):
-        for name, option in described().items():
-            value, kind = getattr(self, name), option.kind
-            if kind is None or (value is None and option.default is None):
+        for name, one in described().items():
+            value, kind = getattr(self, name), one.kind
+            if kind is None or (value is None and one.default is None):
                 continue
             if not kind.allows(value):
                 raise ValueError(f"{name}={value!r}; allowed: {kind.allowed}")
@@ -277,7 +269,7 @@ def described(*groups: str) -> dict[str, Option]:
     """The options of these groups by name, or all of them, in the order in which they are written down."""
     fields = dataclasses.fields(Options)
     options = (Option(field.name, field.default, **field.metadata) for field in fields)
-    return {option.name: option for option in options if not groups or option.group in groups}
+    return {one.name: one for one in options if not groups or one.group in groups}
 
 
 def check_recommended(table: object) -> None:

@@ -57,6 +57,10 @@ class Tokenizer:
         """A text block: <|im_start|> ids <|im_end|>."""
         return (self.special.bos_token_id, *self.encode(text), self.special.eos_token_id)
 
+    def answer(self, ids: list[int]) -> str:
+        """What was said after the first id, up to <|im_end|>, without blanks around it, as Lance's official code cuts it."""
+        return self._tokenizer.decode(ids[1:], skip_special_tokens=False).split(SPECIAL[1])[0].strip()
+
     def decode(self, ids: list[int]) -> str:
         """What was said between <|im_start|> (the first id) and <|im_end|>, cut as the official code cuts it."""
         text = self._tokenizer.decode(ids, skip_special_tokens=False)

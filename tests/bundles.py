@@ -16,17 +16,15 @@ from support import CHECKPOINT, ODD, ROOT
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.export import export
-from bagel_opt.export.placing import put_in_place
-from bagel_opt.export.torch_packages import compile_all
+from bagel_opt.export import export, torch_packages
 from bagel_opt.files import manifest as manifests
-from bagel_opt.files.manifest import MANIFEST, UNFINISHED, list_files, read_manifest
+from bagel_opt.files.manifest import MANIFEST, read_manifest
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import load_profile
 from bagel_opt.programs.signatures import signatures
 
 CACHE = ROOT / ".cache" / "exports"
-KEPT = 40  # entries of the cache, the last used ones
+KEPT = 60  # entries of the cache, the last used ones
 ABOVE_EXPORT = ("bench", "cli", "demo", "serve")  # parts of the package that no export imports
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 
@@ -53,7 +51,14 @@ def sources() -> dict[str, Path]:
 def key(checkpoint: Path, profiles: Sequence[Profile], **settings) -> str:
     """Of all that an export is made from."""
     digest = hashlib.sha256()
-    files = {**sources(), **{f"checkpoint/{path.name}": path for path in sorted(checkpoint.iterdir())}}
+    files = {
+        **sources(),
+        **{
+            f"checkpoint/{path.relative_to(checkpoint)}": path
+            for path in sorted(checkpoint.rglob("*"))
+            if path.is_file()
+        },
+    }
     for name, path in {**files, "tests/bundles.py": Path(__file__)}.items():
         digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     versions = {name: metadata.version(name) for name in LIBRARIES}
@@ -67,25 +72,68 @@ def cached_export(
     """The folder of a bundle, which nobody may write to. settings: as of `export`, and programs,
     the names of those that it is to have. What tests exporting calls it itself."""
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
-    out = CACHE / key(checkpoint, profiles, name=name, **settings) / (name or profiles[-1].name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be at it
+    out = place(checkpoint, profiles, name, **settings)
+    with locked(out.parent):
         if not (out / MANIFEST).is_file():
-            make(checkpoint, out, profiles, name, {**settings})
+            make(checkpoint, out, profiles, {**settings})
     os.utime(out.parent)
     prune()
     return out
 
 
-def make(checkpoint: Path, out: Path, profiles: list[Profile], name: str | None, settings: dict) -> None:
+def place(checkpoint: Path, profiles: Sequence[Profile], name: str | None = None, **settings) -> Path:
+    """Where the cache has a bundle, or will."""
+    out = CACHE / key(checkpoint, profiles, name=name, **settings) / (name or profiles[-1].name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def keep(bundle: Path, checkpoint: Path, profile: Profile) -> None:
+    """Puts a bundle into the cache that was exported by other means, unless it has one."""
+    out = place(checkpoint, [profile], format="onnx")
+    with locked(out.parent):
+        if not out.exists():
+            shutil.copytree(bundle, out.parent / "partial", dirs_exist_ok=True)
+            (out.parent / "partial").rename(out)
+
+
+def make(checkpoint: Path, out: Path, profiles: list[Profile], settings: dict) -> None:
     """Writes what is not in the cache yet; it is put in place whole."""
-    if settings.get("format") == "aoti":
-        compiled(cached_export(checkpoint, profiles, name, **{**settings, "format": "export"}), out)
-    else:
-        programs = settings.pop("programs", ())
-        with few_programs(*programs) if programs else contextlib.nullcontext(), traced_here():
-            export(checkpoint, out, profiles, **settings)
+    programs = settings.pop("programs", ())
+    archives = CACHE / key(checkpoint, (), **{**settings, "format": "archives"})
+    with few_programs(*programs) if programs else contextlib.nullcontext(), traced_here(), traced_once(archives):
+        export(checkpoint, out, profiles, **settings)
+
+
+@contextlib.contextmanager
+def traced_once(folder: Path) -> Iterator[None]:
+    """Exports to "export" and "aoti" take the archives of a folder meanwhile, and add those that it lacks: no archive depends
+    on profiles, since its sizes are free, and the rows of those that have some are in its name."""
+    trace = torch_packages._export
+
+    def known(model: object, file: str, *given: object) -> dict:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not (folder / f"{file}.json").is_file():
+                parts = trace(model, file, *given[:-1], folder)
+                (folder / f"{file}.json").write_text(json.dumps(parts))
+            parts = json.loads((folder / f"{file}.json").read_text())
+        for part in parts.values():
+            shutil.copy(folder / part["file"], given[-1])
+        os.utime(folder)
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_packages, "_export", known)
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Another process of the tests may be at it."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -111,21 +159,6 @@ def few_programs(*names: str) -> Iterator[None]:
                 lambda *given: {name: one for name, one in signatures(*given).items() if name in names},
             )
         yield
-
-
-def compiled(archives: Path, out: Path) -> None:
-    """An "aoti" bundle of an "export" bundle's archives: both formats come from one tracing."""
-    from bagel_opt.devices import torch_device
-    from bagel_opt.runtime.torch_bundle import machine
-
-    manifest = read_manifest(archives)
-    with put_in_place(out) as partial:
-        shutil.copytree(archives, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        compile_all(partial, lambda *_: None)
-        compiled_for = machine(torch_device(manifest.device))
-        data = {**vars(manifest), "kind": "aoti", "machine": compiled_for, "files": list_files(partial)}
-        manifests.Manifest(**data).write(partial)
-    assert not (out / UNFINISHED).exists()
 
 
 def prune() -> None:

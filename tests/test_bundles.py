@@ -6,11 +6,13 @@ from pathlib import Path
 
 import bundles
 import pytest
-from bundles import ONE, SMALL, cached_export, key
+import torch
+from bundles import ONE, SMALL, cached_export, few_programs, key
 from support import CHECKPOINT
 
 import bagel_opt
-from bagel_opt.files.manifest import MANIFEST
+from bagel_opt.export import export
+from bagel_opt.files.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture
@@ -64,6 +66,21 @@ def test_an_export_is_made_once_and_the_oldest_go(exports, monkeypatch):
     assert [settings["dtype"] for _, settings in exports] == ["float32", "float16", "bfloat16"]
     assert folders[0] == folders[2]
     assert [(folder / MANIFEST).exists() for folder in folders] == [True, False, True, True]
+
+
+def test_archives_that_are_kept_are_those_of_an_export_by_itself(tmp_path):
+    """Traced for another profile, before."""
+    few = ("choose", "step")
+    cached_export(CHECKPOINT, [ONE, SMALL], format="export", programs=few)
+    kept = cached_export(CHECKPOINT, SMALL, name="kept", format="export", programs=few)
+    with few_programs(*few):
+        fresh = export(CHECKPOINT, tmp_path / "fresh", SMALL, format="export")
+    assert read_manifest(kept).programs == read_manifest(fresh).programs
+    archives = {path.name for path in fresh.glob("*.pt2")}
+    assert archives == {path.name for path in kept.glob("*.pt2")} == {"choose-2.whole.pt2", "step-2.whole.pt2"}
+    for name in archives:
+        codes = [torch.export.load(folder / name).graph_module.code for folder in (fresh, kept)]
+        assert codes[0] == codes[1]
 
 
 def test_a_bundle_that_is_not_whole_is_made_again(exports):

@@ -12,7 +12,7 @@ from bagel_opt.sampling.plan import fit_profile
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
 SLOW = ("compile", "aoti")  # compiling takes a minute, and two
-FEW = ("text_only", "image_understanding")  # of compiled programs in the first tier
+FEW = ("text_only",)  # of compiled programs in the first tier
 
 
 def tier(backend, case=None):

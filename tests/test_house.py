@@ -20,6 +20,8 @@ FLOORS = (
         "quantization",
         "request",
         "examples",
+        "lance",
+        "videos",
         "devices",
     ),
     ("model",),
@@ -33,7 +35,7 @@ FLOORS = (
     ("cli",),
     ("demo", "__main__"),
 )
-WORDS = FLOORS[1]  # single files, whose order among themselves is that of their imports
+WORDS = FLOORS[1]  # their order among themselves is that of their imports
 ENTRIES = {("export/__main__.py", "cli"), ("serve/ray.py", "cli")}  # commands, which are below what they start
 
 

@@ -123,7 +123,7 @@ def test_as_a_plain_reference(exact_products, monkeypatch, folder, part, kind):
 
     monkeypatch.setattr(Linear, "forward", forward)
     for case in cases(folder.parent):
-        if case.name in ("image_editing", "text_to_image", "image_understanding"):
+        if case.name in ("image_editing", "image_understanding"):  # all parts are at work in one or the other
             assert same(first(got, case), first(want, case))
 
 
@@ -151,7 +151,7 @@ def alone(request, exact_products):
     return model, [first(model, case) for case in ALL]
 
 
-@examples(20)
+@examples(10)
 @given(data=st.data())
 def test_shapes_neighbours_and_garbage_change_nothing(alone, data):
     model, wanted = alone
@@ -198,15 +198,12 @@ def test_all_together_are_as_near_to_the_official_ones_as_alone(kind):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_code_is_as_near_too(kind):
-    model, case, events = (
-        bagel_opt.load(CHECKPOINT, device="cpu", quantization=kind, backend="compile"),
-        named["text_to_image"],
-        [],
-    )
+def test_compiled_code_is_as_near_too():
+    """In one model; in 4 bits, what export/test_packages.py compiles, and the bundle that starts warm."""
+    kinds, case, events = {"gen": "int8", "und": "fp8"}, named["text_to_image"], []
+    model = bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds, backend="compile")
     model.run(case.inputs, on_step=events.append, **case.options)
-    assert case.velocity_error(events) < 1.5 * ERRORS["gen", kind][1]
+    assert 0.01 < case.velocity_error(events) < 1.5 * max(ERRORS[one][1] for one in kinds.items())
 
 
 # ---- beside other arguments of load

@@ -33,6 +33,9 @@ GOOD = {
     "seed": [None, 0, np.int64(3), 2**63 - 1],
     "negative_prompt": [None, "", "blurry"],
     "step_cache": [None, "taylorseer", "teacache"],
+    "num_frames": [None, 1, np.int32(49)],
+    "fps": [None, 1, 23.976, 240],
+    **{f"resolution_{kind}": [None, 16, np.int64(768), 4096] for kind in ("vae", "vit")},
     "interleaved_context": ["rebuilt", "main"],
     "max_rounds": [None, 1, np.int32(3), 100],
     "draw_marker": [None, "", "<image_start>"],
@@ -45,7 +48,7 @@ GOOD = {
 }
 NAN, INF = float("nan"), float("inf")
 BAD = {
-    "output": (["video", "Image", None, 3], "'image', 'text' or 'interleaved'"),
+    "output": (["videos", "Image", None, 3], "'image', 'text', 'video' or 'interleaved'"),
     "think": ([1, None, "yes"], "True or False"),
     "max_think_tokens": ([0, -1, 2.5, "9", True], "at least 1"),
     "do_sample": ([0, None], "True or False"),
@@ -75,6 +78,9 @@ BAD = {
     "on_step": ([3, "print"], "function"),
     "on_token": ([3, "print"], "function"),
     "on_output": ([3, "print"], "function"),
+    "num_frames": ([0, -1, 2.5, "9", True], "at least 1"),
+    "fps": ([0, 241, NAN, "12", True], "from 1 to 240"),
+    **{f"resolution_{kind}": ([0, 15, 4097, 64.0, "64", True], "from 16 to 4096") for kind in ("vae", "vit")},
     "interleaved_context": (["growing", None, 1], "'rebuilt', 'main'"),
     "max_rounds": ([0, -1, 101, 2.5, "3", True], "from 1 to 100"),
     "adapters": ([["a"], "a", {"a": "1"}, {"a": None}, {1: 1.0}, {"a": 101}, {"a": NAN}], "numbers from -100 to 100"),

@@ -15,20 +15,22 @@ from pathlib import Path
 from PIL import Image
 
 from bagel_opt.api import Model
-from bagel_opt.cli.arguments import load_settings, parser
+from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.benching import bench
 from bagel_opt.cli.console import bar, console, guarded, notes, say, tables
 from bagel_opt.cli.doctor import examine
 from bagel_opt.cli.doctor import show as show_facts
 from bagel_opt.cli.inspect import look
+from bagel_opt.cli.model_arguments import load_settings
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
-from bagel_opt.files.replacing import save_picture
+from bagel_opt.files.replacing import replacing, save_picture
 from bagel_opt.images import open_picture
 from bagel_opt.loading import load, shipped_model
-from bagel_opt.options import DEFAULT_TOKENS, Options
+from bagel_opt.options import DEFAULT_TOKENS, FPS, Options
 from bagel_opt.profile import Profile, profile_names
+from bagel_opt.videos import save_video
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,15 +46,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(a: argparse.Namespace) -> None:
-    _draw(a, lambda: [a.prompt])
+    if a.image and a.drawn == "image":
+        raise ValueError("--image is what a video begins with: give --output video with it, or use edit")
+    _draw(a, lambda: [a.prompt, *([_open(a.image)] if a.image else [])], a.drawn)
 
 
 def edit(a: argparse.Namespace) -> None:
-    _draw(a, lambda: [_open(a.image), a.prompt])
+    _draw(a, lambda: [*_shown(a), a.prompt], "video" if a.video else "image")
 
 
 def understand(a: argparse.Namespace) -> None:
-    say(_run(a, [_open(a.image), a.prompt], "text")[0])
+    say(_run(a, [*_shown(a), a.prompt], "text")[0])
 
 
 def chat(a: argparse.Namespace) -> None:
@@ -61,6 +65,7 @@ def chat(a: argparse.Namespace) -> None:
 
 def interleave(a: argparse.Namespace) -> None:
     """Texts go to stdout as they are written, and the paths of pictures as they are drawn."""
+    a.out = a.out or Path("out.png")
     _check_out(a.out)
     inputs, paths = [_open(item) if _is_picture(item) else item for item in a.inputs], []
 
@@ -109,6 +114,14 @@ def quantize(a: argparse.Namespace) -> None:
         progress = functools.partial(update, "quantising")
         given = {"weights": a.weights, "lora": a.lora, "progress": progress}
         print(write_checkpoint(a.checkpoint, a.out, a.quantization, **given))
+
+
+def convert(a: argparse.Namespace) -> None:
+    try:
+        from bagel_opt.files.convert import convert as write_vae
+    except ImportError as error:
+        raise ImportError(f"converting needs {error.name}: pip install 'bagel-opt[torch]'") from None
+    print(write_vae(a.checkpoint, a.out))
 
 
 def _default_profile(checkpoint: str | None, weights: str | None) -> Profile:
@@ -165,15 +178,20 @@ def doctor(a: argparse.Namespace) -> None:
         show_facts(found, tables())
 
 
-def _draw(a: argparse.Namespace, inputs: Callable[[], list]) -> None:
-    """Draws and shows a picture. On stdout are the thoughts and the picture's path alone."""
-    _check_out(a.out)
+def _draw(a: argparse.Namespace, inputs: Callable[[], list], output: str) -> None:
+    """Draws and shows a picture or a video. On stdout are the thoughts and its path alone."""
+    a.out = a.out or Path("out.mp4" if output == "video" else "out.png")
+    _check_out(a.out, output)
     _with_seed(a)
-    *thoughts, picture = _run(a, inputs(), "image")
+    *thoughts, drawn = _run(a, inputs(), output)
     for thought in thoughts:
         say(thought)
-    save_picture(picture, a.out)
-    show(picture)
+    if output == "video":
+        with replacing(a.out) as partial:
+            save_video(drawn, partial, getattr(a, "fps", FPS))
+    else:
+        save_picture(drawn, a.out)
+    show(drawn[0] if output == "video" else drawn)
     print(a.out, flush=True)  # before what follows on stderr
     print(f"again: {again(a)}", file=sys.stderr)
 
@@ -196,7 +214,9 @@ def _run(
     Options.make(options)  # a typing slip should not cost the loading of 29 GB
     model = _load(a)
     longest = options.get("max_think_tokens") or model.defaults.max_think_tokens or DEFAULT_TOKENS
-    with bar("denoising" if output == "image" else "writing") as update:
+    if vars(a).get("video"):
+        options["video"] = a.video
+    with bar("writing" if output == "text" else "denoising") as update:
 
         def on_step(event: object) -> None:
             update("denoising", event.index + 1, event.total)
@@ -221,6 +241,13 @@ def _load(a: argparse.Namespace) -> Model:
         return load(a.checkpoint, profile=a.profile, progress=progress, **load_settings(a))
 
 
+def _shown(a: argparse.Namespace) -> list[Image.Image]:
+    """The picture of a command; none where there is a video."""
+    if bool(a.image) == bool(a.video):
+        raise ValueError("give a picture's file, or --video FILE; not both")
+    return [_open(a.image)] if a.image else []
+
+
 def _open(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # of Pillow, on what it took all the same
@@ -236,9 +263,12 @@ def _is_picture(item: str) -> bool:
     return named or os.path.isfile(item)  # which, of a long text, is no error
 
 
-def _check_out(path: Path) -> None:
+def _check_out(path: Path, output: str = "image") -> None:
     """A typing slip should not cost the drawing of a picture."""
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if output == "video":
+        if path.suffix.lower() != ".mp4":
+            raise ValueError(f"--out {path}: the name of a video must end in .mp4")
+    elif Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {path}: the name must end in .png, .jpg or .webp")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
@@ -246,5 +276,5 @@ def _check_out(path: Path) -> None:
 
 COMMANDS = {
     run.__name__: run
-    for run in (generate, edit, understand, chat, interleave, export, quantize, bench, serve, inspect, doctor)
+    for run in (generate, edit, understand, chat, interleave, export, quantize, convert, bench, serve, inspect, doctor)
 }

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from rich.table import Table
 
 from bagel_opt.cli.memory import plan_tables
-from bagel_opt.config import BagelConfig
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.finding import find_bundle, find_place
 from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights
+from bagel_opt.lance.config import Config
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.quantization import Quantization, kinds_of_parts
@@ -48,9 +48,12 @@ def look(
         return describe(*given)
     try:
         from bagel_opt.files.forms import recognise
+        from bagel_opt.files.lance import find_transformer
     except ImportError:
         return describe(*given)  # which says what is missing
     place = find_place(source)
+    if find_transformer(place):
+        return describe(*given)
     form = recognise(place)
     table = _table(f"{place}", "", "")
     table.add_row("what it is", form.what)
@@ -132,7 +135,7 @@ def _bundle(folder: Path, check: bool) -> list[Table]:
 
 
 def _memory(
-    config: BagelConfig,
+    config: Config,
     profiles: list[Profile],
     dtype: str,
     weights: int,
@@ -186,15 +189,16 @@ def _checkpoint(
     return tables
 
 
-def _config(c: BagelConfig) -> Table:
+def _config(c: Config) -> Table:
     table = _table("model", "", "")
     heads = f"{c.llm.num_attention_heads} heads on {c.llm.num_key_value_heads} of {c.llm.head_dim} channels"
     rows = {
         "transformer": f"{c.llm.num_hidden_layers} layers of {c.llm.hidden_size}, MLP {c.llm.intermediate_size}, {heads}",
         "vocabulary": f"{c.llm.vocab_size}",
         "ViT": f"{c.vit.num_hidden_layers} layers of {c.vit.hidden_size}, patches of {c.vit.patch_size} pixels",
-        "VAE": f"{c.vae.z_channels} channels, 1/{c.vae.downsample} of the side, widths {c.vae.ch} x {list(c.vae.ch_mult)}",
-        "largest picture": f"{c.latent_side * c.token_pixels} x {c.latent_side * c.token_pixels} pixels",
+        "VAE": f"{c.vae.z_channels} channels, 1/{c.vae.downsample} of the side, widths {c.vae.widths}",
+        "largest picture": f"{c.largest_size} x {c.largest_size} pixels",
+        **({"longest video": f"{c.longest} frames"} if c.longest > 1 else {}),
         "cache per slot": f"{2 * c.llm.num_hidden_layers * c.llm.num_key_value_heads * c.llm.head_dim:,} numbers",
     }
     rows |= {f"recommended {name}": str(value) for name, value in c.generation.items()}

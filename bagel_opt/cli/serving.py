@@ -6,8 +6,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from bagel_opt.cli.arguments import load_settings, serve_options
 from bagel_opt.cli.inspect import describe
+from bagel_opt.cli.model_arguments import load_settings
+from bagel_opt.cli.serve_arguments import serve_options
 from bagel_opt.files.finding import find_bundle
 from bagel_opt.loading import load
 from bagel_opt.profile import profile_names

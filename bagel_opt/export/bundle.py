@@ -114,6 +114,10 @@ def export(
         raise ValueError(
             f"{source.folder} is quantised, {source.kinds}; ONNX bundles take 'int8' and 'int4', on the CPU in float32"
         )
+    if onnx and device == "cuda" and source.config.family != "bagel":
+        raise ValueError(
+            "Lance models are not exported to ONNX for CUDA yet; use format 'aoti' or 'export', or device 'cpu'"
+        )
     source.check_kinds(kinds)
     profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
     stored = stored_shapes(source.config, format, device, kinds)

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Set
 import torch
 from torch import Tensor
 
-from bagel_opt.config import BagelConfig
+from bagel_opt.lance.config import Config
 from bagel_opt.profile import Profile
-from bagel_opt.programs.signatures import MAX_ORDER, Signature, cache_names, cache_shape
+from bagel_opt.programs.signatures import MAX_ORDER, Signature, cache_names, cache_shape, sized
 
-SIDES = {"height": 64, "width": 96, "latent_height": 8, "latent_width": 12}  # of dimensions that stay free
+SIDES = {"height": 64, "width": 96}  # of pictures, whose dimensions stay free
 MARKERS = 2  # of an image block
 
 
-def profile_to_trace(config: BagelConfig, others: Iterable[int]) -> Profile:
+def profile_to_trace(config: Config, others: Iterable[int]) -> Profile:
     """Sizes by which a tensor's shape tells which of its dimensions are free: odd ones, none of which with or without an
     image's markers is another or a dimension of the model's own. others: the dimensions of its weights."""
     c, taken = config, {*others, MAX_ORDER + 1, config.latent_dim, config.vit.patch_dim}
@@ -46,12 +46,12 @@ def free_axes(x: Tensor, sides: Set[int]) -> dict | None:
 
 
 def example_inputs(
-    config: BagelConfig, signature: Signature, profile: Profile, dtype: torch.dtype, device: torch.device
+    config: Config, signature: Signature, profile: Profile, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[dict | None]]:
     """(inputs, caches, dimensions of each input for torch.export that are free in every profile)"""
     inputs = [
         torch.zeros(
-            [SIDES.get(side, side) for side in shape],
+            sized(shape, SIDES, config.vae.downsample),
             dtype=dtype if kind == "model" else getattr(torch, kind),
             device=device,
         )

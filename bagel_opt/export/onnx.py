@@ -19,7 +19,6 @@ from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from bagel_opt.config import BagelConfig
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.given import Given
 from bagel_opt.export.onnx_free_sizes import free_sizes
@@ -30,8 +29,10 @@ from bagel_opt.export.onnx_quantized import Product, as_read, as_stored
 from bagel_opt.export.processes import in_processes
 from bagel_opt.files.parameters import kind_of, part_of, stored_dtypes, stored_shapes
 from bagel_opt.files.torch_weights import write_weights
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.lance.config import Config
+from bagel_opt.model.families import build
 from bagel_opt.model.linear import Linear
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.transformer import Expert, GateUp
 from bagel_opt.profile import Profile
 from bagel_opt.programs.callables import programs
@@ -44,7 +45,7 @@ logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each miss
 class Program(nn.Module):
     """A program as a module that owns the model, so that its weights keep their names."""
 
-    def __init__(self, model: Bagel, call: Callable):
+    def __init__(self, model: Mixture, call: Callable):
         super().__init__()
         self.model = model
         self.call = call
@@ -76,7 +77,7 @@ class Shapes:
 
     def __init__(
         self,
-        config: BagelConfig,
+        config: Config,
         dtype: torch.dtype,
         device: str,
         fused: bool | None = None,
@@ -86,8 +87,8 @@ class Shapes:
         self.config, self.dtype, self.device, self.kinds = config, dtype, device, dict(kinds)
         self.fused = device == "cuda" and dtype != torch.float32 if fused is None else fused
         with torch.device("meta"):
-            self.plain = Bagel(config)
-            self.model = Bagel(config)
+            self.plain = build(config)
+            self.model = build(config)
         if coded:
             self.plain.quantize(self.kinds)
         for expert in [module for module in self.model.modules() if isinstance(module, Expert)]:
@@ -284,7 +285,7 @@ def export_onnx(
 
 
 def write_programs(
-    model: tuple[BagelConfig, str, str, bool, dict[str, str], Profile], tasks: list[tuple[str, Signature, Path]]
+    model: tuple[Config, str, str, bool, dict[str, str], Profile], tasks: list[tuple[str, Signature, Path]]
 ) -> Iterator[tuple[str, list[str]]]:
     """Traces and writes programs (name, signature, file). -> each one's name and the weights that it uses"""
     config, dtype, device, fused, kinds, profile = model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bagel_opt.export.onnx_fused import DOMAIN
+from bagel_opt.model import attention
 from bagel_opt.model.attention import Visible
 
 Node = torch.onnx.ops.symbolic
@@ -28,6 +29,10 @@ class OnnxOps:
     def visible(self, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
         """The node makes its own mask."""
         return Visible(kv_len_B, causal, None)
+
+    def within(self, group_BQ: Tensor, kv_len_B: Tensor) -> Visible:
+        """With a mask that the node is given."""
+        return attention.within(group_BQ, kv_len_B)
 
     def attend(self, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
         if self.backend != "onnx-cudnn":
@@ -63,11 +68,14 @@ def _attention(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible, in
     """Attention in its 3-D form, which takes this cache layout without a transpose. in_use: over the slots in use alone."""
     shape = q_BQHD.shape
     k, v = k_BSGD.flatten(2), v_BSGD.flatten(2)
-    if in_use:
-        k, v = _in_use(seen.kv_len_B, k, v)
+    if seen.mask is not None:
+        given = q_BQHD.flatten(2), k, v, seen.mask
+    else:
+        k, v = _in_use(seen.kv_len_B, k, v) if in_use else (k, v)
+        given = q_BQHD.flatten(2), k, v, None, None, None, seen.kv_len_B
     return Node(
         "Attention",
-        (q_BQHD.flatten(2), k, v, None, None, None, seen.kv_len_B),
+        given,
         {"q_num_heads": shape[2], "kv_num_heads": k_BSGD.shape[2], "is_causal": int(seen.causal)},
         dtype=q_BQHD.dtype,
         shape=(shape[0], shape[1], shape[2] * shape[3]),

@@ -49,7 +49,7 @@ def cut(
 ) -> Iterator[Part]:
     """The parts of a program, with example inputs. Attention is the model's: SDPA with the mask as a tensor, or flash.
     sides: the sizes of inputs that are free."""
-    if name == "vit":
+    if name == "vit" and model.config.vit_in_layers:
         parts = _vit(model, inputs)
     elif caches:
         parts = _transformer(model, name, inputs, caches)

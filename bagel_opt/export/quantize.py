@@ -52,6 +52,10 @@ def quantize(
         raise ValueError(f"quantization={quantization!r} leaves all as it is; name a kind, or a part and its kind")
     check_new(out)  # before a repository is downloaded
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
+    if source.config.family != "bagel":
+        raise ValueError(
+            "Lance models are not written in 8 or 4 bits; load them so, with quantization=, --quantization"
+        )
     for note in source.notes:
         log.info(note)
     if source.kinds:

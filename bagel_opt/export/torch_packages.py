@@ -47,7 +47,9 @@ def export_part(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
             graph = torch.export.export(
                 Functional(part, used), (part.inputs, weights), dynamic_shapes=shapes, strict=False
             )
-        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][len(part.inputs) :]
+        given = graph.graph_signature.user_inputs  # others are constants of the code
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder" and node.name in given]
+        placeholders = placeholders[len(part.inputs) :]
         left = [name for name, node in zip(used, placeholders, strict=True) if node.users]
         if left == used:
             return graph, used

@@ -79,13 +79,17 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 
 def _requests(model: Model) -> list[tuple[str, list, dict]]:
     """Small requests: name, inputs, options."""
-    side = 2 * model.config.token_pixels
-    width, height = resized((side, side), model.config.vae_resize)
+    side, films = 2 * model.config.token_pixels, model.config.longest > 1
+    width, height = (side, side) if films else resized((side, side), model.config.vae_resize)
     picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    small = {"height": side, "width": side}
+    reading = {"resolution_vae": side, "resolution_vit": 2 * side} if films else {}
+    film = {"output": "video", "num_timesteps": 4, "num_frames": 5, **small}
     return [
-        ("drawing", ["a red circle"], {"num_timesteps": 4, "height": side, "width": side}),
-        ("editing", [picture, "make it green"], {"num_timesteps": 4}),
-        ("answering", [picture, "what is it?"], {"output": "text", "max_think_tokens": 8}),
+        ("drawing", ["a red circle"], {"num_timesteps": 4, **small}),
+        ("editing", [picture, "make it green"], {"num_timesteps": 4, **reading}),
+        ("answering", [picture, "what is it?"], {"output": "text", "max_think_tokens": 8, **reading}),
+        *([("filming", ["a red ball rolls"], film)] if films else []),
     ]
 
 
@@ -99,4 +103,5 @@ def _watched(model: Model, inputs: list, options: dict) -> list[np.ndarray]:
         on_token=lambda token: seen.append(np.array([token + 1])),
         **options,
     )
-    return seen + [np.asarray(x) for x in outputs if isinstance(x, Image.Image)]
+    pictures = [picture for x in outputs for picture in (x if isinstance(x, list) else [x])]
+    return seen + [np.asarray(picture) for picture in pictures if isinstance(picture, Image.Image)]

@@ -10,10 +10,9 @@ from types import MappingProxyType
 
 import torch
 
-from bagel_opt.config import BagelConfig
 from bagel_opt.dtypes import STORED
 from bagel_opt.errors import CheckpointError
-from bagel_opt.files import veomni
+from bagel_opt.files import lance, veomni
 from bagel_opt.files.adapters import Loras, with_factors
 from bagel_opt.files.checkpoint_config import read_config, read_generation
 from bagel_opt.files.collecting import beside, collect
@@ -23,7 +22,9 @@ from bagel_opt.files.finding import SCALE, VAE_FILE, find_place
 from bagel_opt.files.lora import Lora
 from bagel_opt.files.parameters import Shapes, compare, parameter_shapes, quantized_shapes, stored_dtypes
 from bagel_opt.files.torch_weights import Reader
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.lance.config import Config
+from bagel_opt.model.families import build
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.tokenizer import Tokenizer
 
 # SigLIP's last layer and its pooling head take no part in BAGEL; some conversions carry them along, and buffers that are
@@ -90,11 +91,14 @@ def published_names(name: str) -> tuple[str, ...]:
         return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
     if name.startswith("llm.lm_head.quantized."):
         return (f"language_model.lm_head.{QUANTIZED[name.removeprefix('llm.lm_head.')]}",)
+    if re.match(r"vit_encoder\.(patch_embed|blocks|merger)\.", name):  # Qwen2.5-VL's
+        kind = next((kind for kind in QUANTIZED if name.endswith(kind)), "")
+        return ("vit_model." + name.removeprefix("vit_encoder.").removesuffix(kind) + QUANTIZED.get(kind, ""),)
     # The VAE's file names its tensors without a prefix; the connector's names are the same here and there.
     return (OTHERS.get(name, name),)
 
 
-def part_rows(config: BagelConfig, name: str, parts: int, rows: int) -> tuple[int, ...]:
+def part_rows(config: Config, name: str, parts: int, rows: int) -> tuple[int, ...]:
     """How the rows of one of our parameters divide among the published tensors stacked in it."""
     if parts == 3 and name.startswith("llm."):  # fewer heads of keys and values than of queries
         keys = config.llm.num_key_value_heads * config.llm.head_dim
@@ -102,7 +106,7 @@ def part_rows(config: BagelConfig, name: str, parts: int, rows: int) -> tuple[in
     return (rows // parts,) * parts
 
 
-def published_tensors(model: Bagel) -> Iterator[tuple[str, torch.Tensor]]:
+def published_tensors(model: Mixture) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's parameters as the tensors of a checkpoint, under their published names; the VAE's begin with "vae."."""
     for name, parameter in model.named_parameters():
         sources = published_names(name)
@@ -120,7 +124,7 @@ def sine_table(rows: int, channels: int) -> torch.Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
-def published_shapes(config: BagelConfig, parameters: Shapes) -> Shapes:
+def published_shapes(config: Config, parameters: Shapes) -> Shapes:
     """The tensors of a checkpoint under their published names, from parameters of a model of these sizes."""
     found: Shapes = {}
     for name, shape in parameters.items():
@@ -145,7 +149,11 @@ class Checkpoint:
         place = find_place(source)
         self.folder = place.parent if place.is_file() else place
         self.about = f"{place}" if weights is None else f"{weights} over {place}"
-        found = collect(place, needed=weights is None).over(beside(place))
+        if transformer := lance.find_transformer(place):
+            self.folder = transformer
+            found = lance.collect(transformer)
+        else:
+            found = collect(place, needed=weights is None).over(beside(place))
         if weights is None:
             veomni.check_whole(place)
         else:
@@ -170,9 +178,12 @@ class Checkpoint:
         for path, said in found.comfyui.items():
             check_tokenizer(path, said, self.tokenizer.special)
         shapes = {name: at.shape for name, at in self.tensors.items()}
-        config = read_config(self.folder, shapes, self.tokenizer.special, found.given)
+        if transformer:
+            config = lance.read_config(transformer, shapes, self.tokenizer.special, self.tokenizer.largest_id + 1)
+        else:
+            config = read_config(self.folder, shapes, self.tokenizer.special, found.given)
         folders = [self.folder, *([above] if weights is not None and above.is_dir() else [])]
-        self.config: BagelConfig = replace(config, generation=read_generation(*folders))
+        self.config: Config = replace(config, generation={**config.generation, **read_generation(*folders)})
         rows = self.config.llm.vocab_size
         if (top := self.tokenizer.largest_id) >= rows:
             raise CheckpointError(
@@ -190,7 +201,7 @@ class Checkpoint:
                 f"quantization, or `bagel-opt quantize` that with --{argument}"
             )
 
-    def check(self, model: Bagel) -> None:
+    def check(self, model: Mixture) -> None:
         """Compares all names and shapes with a model. Raises CheckpointError listing what differs."""
         self._compare({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
@@ -198,13 +209,13 @@ class Checkpoint:
         want = published_shapes(self.config, parameters)
         patch = "vit_model.vision_model.embeddings.patch_embedding.weight"
         c = self.config.vit
-        if patch in self.tensors and len(self.tensors[patch].shape) == 4:
+        if patch in want and patch in self.tensors and len(self.tensors[patch].shape) == 4:
             want[patch] = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
         last = self.config.vit.num_hidden_layers
         unused = re.compile(UNUSED.replace("{last}", str(last)))
         have = {name: place for name, place in self.tensors.items() if name in want or not unused.match(name)}
         for name in COMPUTED - have.keys():
-            del want[name]
+            want.pop(name, None)
         for name, at in have.items():  # groups say how many numbers there are, not their shape
             if isinstance(self.places[name], Part) and name in want and at.shape == (prod(want[name]),):
                 self.tensors[name] = have[name] = replace(at, shape=want[name])
@@ -229,7 +240,7 @@ class Checkpoint:
         progress: Callable[[int, int], None] = lambda done, total: None,
         kinds: Mapping[str, str] = MappingProxyType({}),
         on_host: Callable[[str], bool] = lambda name: False,
-    ) -> Bagel:
+    ) -> Mixture:
         """Builds the model and copies each tensor once, from the mapped file straight to its dtype and place. kinds: of the
         parts whose weights are quantised as they come, so that no more than one is there as it was; where the file is
         quantised, its own, or none. on_host: whether a parameter is to lie there and not on the device, which quantises it
@@ -239,7 +250,7 @@ class Checkpoint:
         """
         self.check_kinds(kinds)
         with torch.device("meta"):
-            model, there = Bagel(self.config).to(dtype), Bagel(self.config)
+            model, there = build(self.config).to(dtype), build(self.config)
         model.quantize(kinds or self.kinds)
         there.quantize(self.kinds)
         for name, module in model.named_modules():
@@ -257,12 +268,14 @@ class Checkpoint:
             progress(done + 1, total)
         return model
 
-    def read(self, model: Bagel) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    def read(self, model: Mixture) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
         stacked in it, in the file's dtype."""
         with contextlib.closing(Reader(CheckpointError)) as reader:
             for name, parameter in model.named_parameters():
                 parts = [self._tensor(reader, part, parameter) for part in published_names(name)]
+                if parts[0].ndim == 5 and parameter.ndim == 2:  # over patches of two frames, in the file's own order
+                    parts = [parts[0].flatten(1)]
                 if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
                     parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
                 yield name, parts

@@ -151,6 +151,19 @@ def find_place(source: str | Path, allowed: str = MODEL) -> Path:
     return _download(source, [MANIFEST, *map(glob.escape, read_manifest(first).files)], revision=first.name)
 
 
+def find_file(source: str | Path, name: str, allowed: str) -> Path:
+    """A local file as it is, or one of that name in a local folder or in a Hugging Face repo. Raises FileNotFoundError."""
+    place = Path(source)
+    if not place.exists():
+        if not _is_repo(source):
+            raise FileNotFoundError(f"{source} is no folder and no file; give {allowed}")
+        place = _download(source, [name])
+    path = place if place.is_file() else place / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give {allowed}")
+    return path
+
+
 def find_bundle(source: str | Path) -> Path | None:
     """The folder of a bundle, a local one or a repo id's, of which only JSON files are downloaded; None for what is none.
     Raises FileNotFoundError where a repo cannot be reached."""

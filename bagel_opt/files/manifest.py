@@ -21,9 +21,9 @@ from typing import Any
 
 import fastjsonschema
 
-from bagel_opt.config import BagelConfig
 from bagel_opt.errors import BundleError
 from bagel_opt.json_files import parse_json, read_json
+from bagel_opt.lance.config import Config, config_from
 from bagel_opt.profile import Profile
 
 FORMAT = 8
@@ -46,7 +46,7 @@ class Manifest:
     device: str
     attention: str
     profiles: list[Profile]
-    config: BagelConfig
+    config: Config
     programs: dict[str, dict[str, dict]]
     versions: dict[str, str]
     machine: str
@@ -98,7 +98,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
     try:
         fastjsonschema.validate(read_json(SCHEMA, ValueError), data)
-        profiles, config = [Profile(**profile) for profile in data["profiles"]], BagelConfig.from_dict(data["config"])
+        profiles, config = [Profile(**profile) for profile in data["profiles"]], config_from(data["config"])
     except (fastjsonschema.JsonSchemaValueException, ValueError, TypeError, KeyError) as error:
         raise BundleError(f"{path}: {error!s:.300}; export the bundle again") from None
     return Manifest(

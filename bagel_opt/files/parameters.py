@@ -7,33 +7,33 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_opt.files.lance_parameters import vae_shapes, vit_shapes
 from bagel_opt.files.weights import Location
+from bagel_opt.lance.config import Config
 from bagel_opt.quantization import KINDS
 
 Shapes = dict[str, tuple[int, ...]]
 PARTS = {
     "und": r"llm\.layers\.\d+\.und\.",
     "gen": r"llm\.layers\.\d+\.gen\.",
-    "vit": r"vit_encoder\.layers\.",
+    "vit": r"vit_encoder\.(layers|blocks)\.",
     "head": r"llm\.lm_head\.",
 }
 
 
-def parameter_shapes(c: BagelConfig) -> Shapes:
-    """The parameters of `Bagel`."""
+def parameter_shapes(c: Config) -> Shapes:
+    """The parameters of the model of these sizes."""
     hidden = c.llm.hidden_size
+    lance = c.family == "lance"
+    vae = vae_shapes(c.vae) if lance else _vae(c.vae)
     return {
         **_llm(c.llm),
-        **_vit(c.vit),
-        **_linear("connector.fc1", hidden, c.vit.hidden_size),
-        **_linear("connector.fc2", hidden, hidden),
-        "vit_position.weight": (c.vit_side**2, hidden),
-        "latent_position.weight": (c.latent_side**2, hidden),
+        **(vit_shapes(c.vit, hidden) if lance else _bagel(c)),
         **_linear("time.fc1", hidden, 256),
         **_linear("time.fc2", hidden, hidden),
         **_linear("latent_in", hidden, c.latent_dim),
         **_linear("latent_out", c.latent_dim, hidden),
-        **{f"vae.{name}": shape for name, shape in _vae(c.vae).items()},
+        **{f"vae.{name}": shape for name, shape in vae.items()},
     }
 
 
@@ -70,7 +70,7 @@ def part_of(name: str) -> str:
     return next((part for part, names in PARTS.items() if re.match(names, name)), "")
 
 
-def stored_shapes(c: BagelConfig, kind: str, device: str, kinds: Mapping[str, str]) -> Shapes:
+def stored_shapes(c: Config, kind: str, device: str, kinds: Mapping[str, str]) -> Shapes:
     """The weights in a bundle of that kind for that device, as its exporter writes them (for ONNX, export/onnx.py). kinds:
     of the parts that are quantised."""
     if kind != "onnx":
@@ -168,6 +168,17 @@ def _llm(c: LLMConfig) -> Shapes:
         "llm.norm_und.weight": (hidden,),
         "llm.norm_gen.weight": (hidden,),
         "llm.lm_head.weight": (c.vocab_size, hidden),
+    }
+
+
+def _bagel(c: BagelConfig) -> Shapes:
+    hidden = c.llm.hidden_size
+    return {
+        **_vit(c.vit),
+        **_linear("connector.fc1", hidden, c.vit.hidden_size),
+        **_linear("connector.fc2", hidden, hidden),
+        "vit_position.weight": (c.vit_side**2, hidden),
+        "latent_position.weight": (c.latent_side**2, hidden),
     }
 
 

@@ -105,6 +105,14 @@ def visible(backend: str, kv_len_B: Tensor, queries: int, slots: int, causal: bo
     return Visible(kv_len_B, causal, key_S <= last_BQ[:, None, :, None])  # [B, 1, Q or 1, S]
 
 
+def within(group_BQ: Tensor, kv_len_B: Tensor) -> Visible:
+    """For SDPA: each query sees the valid keys of its own group. A query that has none sees all."""
+    key_Q = torch.arange(group_BQ.shape[1], device=group_BQ.device)
+    valid_B1Q = (key_Q < kv_len_B[:, None])[:, None]
+    mask_BQQ = (group_BQ[:, :, None] == group_BQ[:, None]) & valid_B1Q
+    return Visible(kv_len_B, False, (mask_BQQ | ~mask_BQQ.any(-1, keepdim=True))[:, None])
+
+
 def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
     """Attention of prepared visibility: [B, Q, H, D]."""
     if backend == "flash":

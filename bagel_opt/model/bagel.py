@@ -5,7 +5,7 @@ B rows, P patches, N latent tokens, C hidden channels. Integers are int64.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel_opt.config import BagelConfig
 from bagel_opt.model.linear import Embedding
@@ -25,6 +25,10 @@ class Bagel(Mixture):
             vit_position=Embedding(c.vit_side**2, hidden),
             latent_position=Embedding(c.latent_side**2, hidden),
         )
+
+    @property
+    def seeing(self) -> list[nn.Module]:
+        return [self.vit_encoder, self.connector, self.vit_position]
 
     def places(self, index_BN: Tensor) -> Tensor:
         return self.latent_position(index_BN)

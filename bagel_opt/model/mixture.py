@@ -66,6 +66,11 @@ class Mixture(nn.Module):
         return self.llm.norm_und.weight.dtype
 
     @property
+    def seeing(self) -> list[nn.Module]:
+        """The parts that the program "vit" runs."""
+        return [self.vit_encoder]
+
+    @property
     def device(self) -> torch.device:
         return self.llm.norm_und.weight.device
 

@@ -26,6 +26,9 @@ class Ops(Protocol):
     def visible(self, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Any:
         """Which keys each query sees; made once per program, shared by its layers, and only `attend` looks inside."""
 
+    def within(self, group_BQ: Tensor, kv_len_B: Tensor) -> Any:
+        """As `visible`, of a ViT with windows: each query sees the valid keys of its own group."""
+
     def attend(self, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Any) -> Tensor:
         """Attention of prepared visibility: [B, Q, H, D]."""
 
@@ -48,6 +51,9 @@ class TorchOps:
 
     def visible(self, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
         return attention.visible(self.backend, kv_len_B, queries, slots, causal)
+
+    def within(self, group_BQ: Tensor, kv_len_B: Tensor) -> Visible:
+        return attention.within(group_BQ, kv_len_B)
 
     def attend(self, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
         return attention.attend(self.backend, q_BQHD, k_BSGD, v_BSGD, seen)

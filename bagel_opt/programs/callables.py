@@ -9,7 +9,7 @@ from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.transformer import LayerRunner, run_layer
 from bagel_opt.programs.choose_token import ChooseToken
 from bagel_opt.programs.guidance import GuidedStep
-from bagel_opt.programs.signatures import LAYERED, ONE_ROW, ROW
+from bagel_opt.programs.signatures import ALONE, LAYERED, ONE_ROW, ROW
 from bagel_opt.programs.step_cache import TaylorPredict, TaylorUpdate, TeaApply, TeaChange
 
 
@@ -30,7 +30,7 @@ def programs(model: Mixture, run: LayerRunner = run_layer) -> dict[str, Callable
     """Callables from input tensors to a tuple of output tensors, by the names of programs/signatures.py."""
     found = {
         **{name: Layered(model, name, run) for name in LAYERED},
-        **{name: getattr(model, name) for name in ("vit", "vae_encode", "vae_decode")},
+        **{name: getattr(model, name) for name in ALONE if hasattr(model, name)},
         "choose": ChooseToken(),
         "step": GuidedStep(),
         "taylor_update": TaylorUpdate(),

@@ -1,9 +1,10 @@
 """All programs by name, with their inputs and outputs: one definition for every runtime, and no torch."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bagel_opt.config import BagelConfig
+from bagel_opt.lance.config import Config
 from bagel_opt.profile import Profile
 
 # What is computed for all rows of a batch, and also for a single one: "generate_row" beside "generate".
@@ -15,6 +16,8 @@ LAYERED = ("text", "vit_context", "decode", "generate")
 # program of that name with NEXT after it.
 OUTPUTS = {"vae_encode": 1, "vae_decode": 2}
 NEXT = "_next"
+# Programs of a model without caches; those of NEXT where it has them.
+ALONE = ("vit", *OUTPUTS, *(name + NEXT for name in OUTPUTS))
 MAX_ORDER = 6  # TaylorSeer's highest difference, as the official code sets it
 STORE, REUSE = 1, 2  # what TeaCache does with a row
 
@@ -31,21 +34,34 @@ class Signature:
     cache_rows: int = 0
 
 
+def sized(shape: Sequence[int | str], sides: Mapping[str, int], downsample: int) -> list[int]:
+    """A shape whose free dimensions have sizes: those of a picture of these sides, which is so many pixels to one of its latents.
+    "height/8" is an eighth of "height"."""
+
+    def size(side: int | str) -> int:
+        if isinstance(side, int):
+            return side
+        name, _, fold = side.removeprefix("latent_").partition("/")
+        return sides[name] // (downsample if side.startswith("latent_") else int(fold or 1))
+
+    return [size(side) for side in shape]
+
+
 def one_row(name: str, profile: Profile) -> str:
     """The program of ONE_ROW that computes a single row of a batch."""
     return name + ROW if profile.rows > 1 else name
 
 
-def cache_names(config: BagelConfig) -> list[str]:
+def cache_names(config: Config) -> list[str]:
     """Names of the KV caches in program order: keys of every layer, then values."""
     return [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(config.llm.num_hidden_layers)]
 
 
-def cache_shape(config: BagelConfig, rows: int, slots: int) -> tuple[int, int, int, int]:
+def cache_shape(config: Config, rows: int, slots: int) -> tuple[int, int, int, int]:
     return rows, slots, config.llm.num_key_value_heads, config.llm.head_dim
 
 
-def signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
+def signatures(config: Config, profile: Profile) -> dict[str, Signature]:
     """Every program's signature for a profile's shapes."""
     found = _signatures(config, profile)
     if profile.rows > 1:
@@ -54,7 +70,7 @@ def signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
     return found
 
 
-def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
+def _signatures(config: Config, profile: Profile) -> dict[str, Signature]:
     c, p = config, profile
     total = p.rows * p.batches
 
@@ -131,8 +147,40 @@ def _signatures(config: BagelConfig, profile: Profile) -> dict[str, Signature]:
             },
             ("new_added", "new_velocity"),
         ),
-        "vae_encode": Signature({"pixels": ((1, 3, "height", "width"), "float32")}, ("moments",)),
-        "vae_decode": Signature(
-            {"latent": ((1, c.vae.z_channels, "latent_height", "latent_width"), "float32")}, ("picture", "finite")
-        ),
+        **(_video(c) if c.longest > 1 else _picture(c)),
     }
+
+
+def _picture(c: Config) -> dict[str, Signature]:
+    """The VAE's programs."""
+    latent = {"latent": ((1, c.vae.z_channels, "latent_height", "latent_width"), "float32")}
+    return {
+        "vae_encode": Signature({"pixels": ((1, 3, "height", "width"), "float32")}, ("moments",)),
+        "vae_decode": Signature(latent, ("picture", "finite")),
+    }
+
+
+def _video(c: Config) -> dict[str, Signature]:
+    """The same of a VAE with time, which takes a frame first and further ones with the state of those before."""
+
+    def state(kept: list[tuple[int, int, int]]) -> Inputs:
+        """Sides are those of frames by so many pixels, as "height/8"."""
+        shapes = [(1, channels, frames, f"height/{fold}", f"width/{fold}") for channels, frames, fold in kept]
+        return {f"state.{number}": (shape, "model") for number, shape in enumerate(shapes)}
+
+    found = {}
+    latent = (1, c.vae.z_channels, 1, f"height/{c.token_pixels}", f"width/{c.token_pixels}")
+    for program, (name, first, later), kept, outputs in (
+        (
+            "vae_encode",
+            ("pixels", (1, 3, 1, "height", "width"), (1, 3, c.vae.frames, "height", "width")),
+            c.vae.encoder_state(),
+            ("moments",),
+        ),
+        ("vae_decode", ("latent", latent, latent), c.vae.decoder_state(), ("picture", "finite")),
+    ):
+        carried = state(kept)
+        outputs = (*outputs, *(f"{name}.out" for name in carried))
+        found[program] = Signature({name: (first, "float32")}, outputs)
+        found[program + NEXT] = Signature({name: (later, "float32"), **carried}, outputs)
+    return found

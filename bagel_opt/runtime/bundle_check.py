@@ -58,7 +58,7 @@ def _wrong_program(manifest: Manifest, profile: Profile, weights: Set[str]) -> s
         for field, value in dataclasses.asdict(signature).items():
             if json.dumps(entry[field]) != json.dumps(value):  # as text: the order counts, and 1.0 is not 1
                 return f"{field} of {where} are not those that its model and shapes ask for"
-        layers = LAYERS.get(name.removesuffix(ROW))
+        layers = LAYERS.get(name.removesuffix(ROW)) if manifest.config.vit_in_layers or name != "vit" else None
         holds, parts, roles = {"parts"}, entry.get("parts", {}), {"start", "layer", "end"} if layers else {"whole"}
         if manifest.kind == "onnx":
             holds, parts, roles = {"file", "weights"}, {"whole": entry}, {"whole"}

@@ -43,7 +43,7 @@ def main(number: int) -> None:
     logging.getLogger("bagel_opt").setLevel(logging.ERROR)  # the first rank says the same
     status = 1
     try:
-        serve(connection, place, parent)
+        kept = serve(connection, place, parent)  # noqa: F841  NCCL's communicators complain when they are dropped
         status = 0
     except EOFError:
         pass
@@ -52,8 +52,8 @@ def main(number: int) -> None:
         os._exit(status)  # at once: NCCL would wait for ranks that are gone
 
 
-def serve(connection: Connection, place: Place, parent: int | None = None) -> None:
-    """Performs calls until the first rank closes. parent: the process without which this one ends, too."""
+def serve(connection: Connection, place: Place, parent: int | None = None) -> Rank | None:
+    """Performs calls until the first rank closes. parent: the process without which this one ends, too. -> what performed them"""
     threading.Thread(target=_watch, args=(connection.fileno(), parent), daemon=True).start()
     try:
         runtime = _load(place)
@@ -61,15 +61,15 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> No
         connection.send(Answer(LOADED, error=_told(error)))
         while connection.recv() is not None:
             """Until the first rank has read it."""
-        return
+        return None
     connection.send(Answer(LOADED))
     if connection.recv() is None:
-        return
+        return None
     try:
         rank = join(place, runtime)
     except Exception as error:
         connection.send(Answer(JOINED, error=_told(error)))
-        return
+        return None
     connection.send(Answer(JOINED))
     while (call := connection.recv()) is not None:
         error = None
@@ -79,6 +79,7 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> No
             error = _told(caught)
         if error or call.answered:
             connection.send(Answer(call.number, call.answered, rank.gathers, error))
+    return rank
 
 
 def join(place: Place, runtime: Any) -> Rank:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from bagel_opt.config import PUBLISHED, BagelConfig
+from bagel_opt.config import PUBLISHED
 from bagel_opt.dtypes import DTYPES
 from bagel_opt.errors import ProfileError
 from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, stored_dtypes
+from bagel_opt.lance.config import Config
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import LAYERED, ROW
 
@@ -39,7 +40,7 @@ UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def needs(
-    config: BagelConfig, profile: Profile, dtype: str, weights: int, kinds: Mapping[str, str] | None = None
+    config: Config, profile: Profile, dtype: str, weights: int, kinds: Mapping[str, str] | None = None
 ) -> dict[str, int]:
     """weights: bytes of them. kinds: of the parts that are quantised. -> bytes of weights, of the KV caches of all batches,
     and of the largest program's intermediate values.
@@ -51,13 +52,13 @@ def needs(
     return {"weights": weights, "caches": _caches(config, profile, dtype), "workspace": max(found.values())}
 
 
-def _caches(config: BagelConfig, p: Profile, dtype: str) -> int:
+def _caches(config: Config, p: Profile, dtype: str) -> int:
     c = config.llm
     slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DTYPES[dtype].bytes
     return p.batches * p.rows * p.slots * slot
 
 
-def _workspaces(config: BagelConfig, p: Profile, size: int, kinds: Mapping[str, str]) -> dict[str, int]:
+def _workspaces(config: Config, p: Profile, size: int, kinds: Mapping[str, str]) -> dict[str, int]:
     """Intermediate values of the largest program that runs the layers, and of each of VISITORS."""
     c = config.llm
     tokens = max(p.rows * (p.latents + 2), p.patches + 2, p.text)
@@ -67,14 +68,12 @@ def _workspaces(config: BagelConfig, p: Profile, size: int, kinds: Mapping[str, 
     elif kinds:  # what comes in, as codes
         layer += tokens * c.intermediate_size
     decode = p.rows * c.vocab_size * 4 * 3
-    pixels = p.latents * config.token_pixels**2
-    # in the decoder's last blocks: a block's input and two more of its size, the first two with the level below's channels
-    vae = pixels * config.vae.ch * (2 * max(config.vae.ch_mult[:2]) + 1) * size
+    pixels = min(p.latents * config.token_pixels**2, config.largest_size**2)  # of a frame, if it is a video
     return {
         "layers": max(layer, decode),
         "vit": p.patches * (2 * config.vit.intermediate_size + 5 * config.vit.hidden_size) * size,
-        "vae_encode": pixels * config.vae.ch * 3 * size,
-        "vae_decode": vae,
+        "vae_encode": config.vae.encoding(pixels) * size,
+        "vae_decode": config.vae.decoding(pixels) * size,
     }
 
 
@@ -85,7 +84,7 @@ class MemoryPlan:
     of VISITORS, which come for a call, and "embed" and "head", of which rows are read, or all of it, straight over the link.
     room: bytes for caches and intermediate values, weights that come for a call included."""
 
-    config: BagelConfig
+    config: Config
     dtype: str
     kinds: Mapping[str, str]
     memory: int
@@ -167,7 +166,7 @@ def group_of(name: str) -> str:
     return next(group for pattern, group in GROUPS.items() if re.match(pattern, name))
 
 
-def bytes_of_parts(config: BagelConfig, dtype: str, kinds: Mapping[str, str]) -> dict[str, int]:
+def bytes_of_parts(config: Config, dtype: str, kinds: Mapping[str, str]) -> dict[str, int]:
     """Of the weights, by GROUPS, each tensor from a multiple of ALIGNED on."""
     shapes, found = quantized_shapes(parameter_shapes(config), kinds), Counter(dict.fromkeys(GROUPS.values(), 0))
     fixed = stored_dtypes(shapes, kinds)
@@ -177,7 +176,7 @@ def bytes_of_parts(config: BagelConfig, dtype: str, kinds: Mapping[str, str]) ->
 
 
 def needed_room(
-    config: BagelConfig,
+    config: Config,
     profile: Profile,
     dtype: str,
     kinds: Mapping[str, str],
@@ -191,7 +190,7 @@ def needed_room(
 
 
 def make_plan(
-    config: BagelConfig,
+    config: Config,
     memory: "int | str",
     profile: Profile,
     dtype: str,

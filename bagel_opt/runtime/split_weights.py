@@ -9,10 +9,8 @@ B rows, one token each, C hidden channels, H and G heads of queries and of keys 
 slots, W ranks, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
 from bagel_opt.model.transformer import Expert, Layer
 from bagel_opt.runtime.groups import Group
+from bagel_opt.runtime.split_layers import any_size
 
 
 class Slices(NamedTuple):
@@ -88,19 +87,6 @@ def with_parts(x_B1C: Tensor, parts_WB1C: Tensor) -> Tensor:
     return (x_B1C.float() + parts_WB1C.float().sum(0)).to(x_B1C.dtype)
 
 
-def any_rows(piece: Callable) -> Callable:
-    """The piece, compiled for one row and for several, and for any number of slots. Weights keep their sizes."""
-    made = torch.compile(piece, dynamic=False, fullgraph=True)
-
-    def run(*given: Any) -> Any:
-        for x in given:
-            for axis in range(min(2, x.ndim)) if isinstance(x, Tensor) else ():
-                torch._dynamo.maybe_mark_dynamic(x, axis)
-        return made(*given)
-
-    return run
-
-
 class SplitWeights:
     """A LayerRunner for tokens of the understanding expert alone, one per row."""
 
@@ -108,7 +94,7 @@ class SplitWeights:
         self.config, self.group = config, group
         self.slices: dict[Layer, Slices] = {}
         pieces = enter, attended_part, mlp_part, with_parts
-        self.pieces = [any_rows(piece) if compiles else piece for piece in pieces]
+        self.pieces = [any_size(piece) if compiles else piece for piece in pieces]
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.transformer import Layer, LayerRunner
+from bagel_opt.programs.signatures import NEXT
 from bagel_opt.runtime.memory_plan import ALIGNED, EXPERTS, MemoryPlan
 
 
@@ -184,13 +185,11 @@ def place_layers(model: Mixture, plan: MemoryPlan, run: LayerRunner) -> LayerRun
 
 def place_visitors(model: Mixture, plan: MemoryPlan, programs: dict[str, Callable]) -> dict[str, Callable]:
     """Moves the weights of programs that a plan has come and go. -> those programs in place of the given ones"""
-    parts = {
-        "vit": [model.vit_encoder, model.connector, model.vit_position],
-        "vae_encode": [model.vae.encoder],
-        "vae_decode": [model.vae.decoder],
-    }
-    return {
-        name: Visiting(programs[name], Packed(modules, model.device), model.device)
-        for name, modules in parts.items()
-        if name in plan.away
-    }
+    parts = {"vit": model.seeing, "vae_encode": [model.vae.encoder], "vae_decode": [model.vae.decoder]}
+    found = {}
+    for name in plan.away & parts.keys():
+        packed = Packed(parts[name], model.device)
+        for program in (name, name + NEXT):
+            if program in programs:
+                found[program] = Visiting(programs[program], packed, model.device)
+    return found

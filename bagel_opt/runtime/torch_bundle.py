@@ -14,7 +14,7 @@ from torch.fx.graph import CodeGen
 from bagel_opt.errors import BundleError, reason
 from bagel_opt.files.manifest import CACHE, WEIGHTS, Manifest
 from bagel_opt.files.torch_weights import read_weights
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.families import build
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import slots_in_use
@@ -170,7 +170,7 @@ def compiled_runtime(folder: Path, manifest: Manifest, device: torch.device, com
     that it need not compile; torch looks up its entries by source, version and processor, and compiles what does not fit."""
     _join_cache(folder)
     with torch.device("meta"):
-        model = Bagel(manifest.config)
+        model = build(manifest.config)
     model.quantize(manifest.quantization)
     model.load_state_dict(read_weights(folder / WEIGHTS, device), assign=True)
     model.eval().requires_grad_(False)

@@ -104,7 +104,8 @@ def _use_kernels(model: Mixture) -> None:
     """Those of a GPU for what torch.compile would have to compile for each shape. Its ViT is no faster compiled."""
     from bagel_opt.runtime import group_norm, one_token
 
-    model.vae.to(memory_format=torch.channels_last)
+    if all(parameter.ndim < 5 for parameter in model.vae.parameters()):
+        model.vae.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, NormSilu):
             module.compute = group_norm.norm_silu

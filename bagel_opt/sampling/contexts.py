@@ -29,6 +29,11 @@ class Block:
         return self.length - (0 if self.kind == "text" else 2)
 
     @property
+    def room(self) -> int:
+        """What a profile has to have of them."""
+        return self.tokens
+
+    @property
     def positions(self) -> int:
         """How many it takes: an image block shares one."""
         return self.length if self.kind == "text" else 1

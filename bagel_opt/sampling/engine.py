@@ -252,10 +252,10 @@ class Engine:
             b.last = self.batches.hidden()
         for part in parts:
             name = "generate" if part.stop - part.start > 1 else one_row("generate", self.profile)
-            x_t, t, index, *lengths = (given[part] for given in inputs)
+            x_t, *given = (array[part] for array in (x, *flow.evaluation(number, size)))
             if size < self.profile.latents:
-                x_t, index = x_t[:, :size], index[:, :size]
-            v, hidden = self.runtime.run(name, [x_t, t, index, *lengths], b.caches, part)
+                x_t = x_t[:, :size]
+            v, hidden = self.runtime.run(name, [x_t, *given], b.caches, part)
             for place, row in enumerate(range(part.start, part.stop)):
                 b.v = self.runtime.write_row(b.v, row, v[place])
                 if remembers:

@@ -36,19 +36,26 @@ class FlowRows:
             self.img_scale[row] = options.cfg_img_scale if step.guided else 0
             self.renorm_min[row], self.renorm[row] = options.cfg_renorm_min, RENORM_TYPES.index(options.cfg_renorm_type)
             self.dt[row], self.n[row], self.share[row] = step.dt, len(job.places), job.share
+            if job.clean:
+                self.dt[row, : job.clean] = 0
         for c in job.branches():
             row = at(c)
             self.t[row], self.evaluated[row], self.index[row, : len(job.places)] = step.t, len(job.places), job.places
+            if job.clean:
+                self.t[row, : job.clean] = 0
             self.position[row] = job.target(c).placed(c.position, self.index.shape[1])
 
     def skip(self, row: int) -> None:
         """A step cache has this row's velocity."""
         self.t[row], self.evaluated[row], self.index[row] = 0, 0, 0
 
-    def evaluation(self, batch: int) -> list[np.ndarray]:
+    def evaluation(self, batch: int, size: int | None = None) -> list[np.ndarray]:
         """What "generate" takes after the latents: t, index, position, n, kv_len of one batch, and how much of each adapter
-        counts."""
-        arrays = self.t, self.index, self.position, self.evaluated, self.kv_len, *as_inputs(self.share)
+        counts. size: of the latents that it is given, where those are fewer."""
+        t, position = self.t, self.position
+        if size is not None:  # of arrays that have each token by itself; positions have the markers too
+            t, position = t[:, :size] if t.ndim > 1 else t, position[..., : size + 2] if position.ndim > 1 else position
+        arrays = t, self.index[:, :size], position, self.evaluated, self.kv_len, *as_inputs(self.share)
         return [self.batches.of(array, batch) for array in arrays]
 
     def guidance(self) -> list[np.ndarray]:

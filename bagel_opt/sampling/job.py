@@ -1,6 +1,6 @@
 """One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,18 @@ from PIL import Image
 from bagel_opt import images
 from bagel_opt.errors import ProfileError
 from bagel_opt.options import StepEvent
-from bagel_opt.programs.interface import Tensor
-from bagel_opt.programs.signatures import NEXT, OUTPUTS, one_row
+from bagel_opt.programs.signatures import one_row
 from bagel_opt.sampling.adapters import adapter_share, as_inputs
 from bagel_opt.sampling.batches import Batches, Context, padded
 from bagel_opt.sampling.contexts import DRAWN, Block
+from bagel_opt.sampling.encoders import Encoders
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.interleaved import Course, Interleaved
 from bagel_opt.sampling.pictures import read_image
 from bagel_opt.sampling.plan import Plan
 from bagel_opt.tokenizer import Tokenizer
 
+Picture = Image.Image | list[Image.Image]  # the frames, of a video
 NOT_FINITE = "are NaN or infinite: weights are damaged, or numbers overflow; use dtype float32 or bfloat16"
 
 
@@ -41,7 +42,7 @@ class Observer:
 
     on_step: Callable[[StepEvent], Any] | None = None
     on_token: Callable[[int], Any] | None = None
-    on_output: Callable[[str | Image.Image], Any] | None = None
+    on_output: Callable[[str | Picture], Any] | None = None
     on_denoising: Callable[[bool], Any] | None = None
 
 
@@ -64,7 +65,7 @@ class Job:
         self.result: list | Exception | None = None
         self.want: Token | FlowStep | None = None
         self.remembered: Any = None  # by its step cache
-        self.encoded: dict[tuple[str, int], Any] = {}
+        self.encoded = Encoders(batches)
         self.phase, self.round = plan, 0
         self.work = self._work()
 
@@ -73,7 +74,7 @@ class Job:
 
     def target(self, context: Context) -> Block:
         """What is drawn after a context, as a block."""
-        return DRAWN
+        return self.targets.get(id(context), DRAWN)
 
     def branches(self) -> list[Context]:
         """The contexts that the wanted flow step evaluates."""
@@ -129,8 +130,11 @@ class Job:
         self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
         # where the latent tokens of the picture to draw are
         self.places = plan.canvas.places if plan.canvas else np.zeros(0, np.int64)
+        self.clean = plan.clean
+        rows = reversed(plan.roles()[: len(plan.targets)])  # main last, whose row another may have too
+        self.targets = {id(self.contexts[r]): block for r, block in zip(rows, reversed(plan.targets), strict=True)}
 
-    def _told(self, output: str | Image.Image) -> str | Image.Image:
+    def _told(self, output: str | Picture) -> str | Picture:
         if self.observer.on_output:
             self.observer.on_output(output)
         return output
@@ -192,7 +196,14 @@ class Job:
             elif block.kind == "vit":
                 size, n = self.batches.size("patches", block.tokens), block.tokens
                 position = block.placed(context.position, size)
-                run("vit_context", [self._embeddings(block.image)], position, [n], block.length, block.positions)
+                run(
+                    "vit_context",
+                    [self.encoded.embeddings(block.image, self.phase.images[block.image], size)],
+                    position,
+                    [n],
+                    block.length,
+                    block.positions,
+                )
                 yield None
             else:  # clean latents, at time 0
                 size, n = self.batches.size("latents", block.tokens), block.tokens
@@ -205,35 +216,14 @@ class Job:
             context.blocks.append(block)
             context.marks.append((context.kv_len, context.position))
 
-    def _embeddings(self, image: int) -> Tensor:
-        """ViT embeddings of an input image, computed once per request."""
-        if ("vit", image) not in self.encoded:
-            ((patches, places),) = self.phase.images[image].patches()
-            size = self.batches.size("patches", len(patches))
-            inputs = [padded(patches, size)[None], padded(places, size)[None], np.array([len(patches)], np.int64)]
-            self.encoded["vit", image] = self.runtime.run("vit", inputs)[0]
-        return self.encoded["vit", image]
-
     def _latents(self, image: int) -> np.ndarray:
-        """Latent tokens [tokens, channels] of an input image, drawn from the VAE's posterior, which is computed once per
-        request."""
-        picture = self.phase.images[image]
-        if ("vae", image) not in self.encoded:
-            self.encoded["vae", image] = [moments for (moments,) in self._in_turn("vae_encode", picture.frames())]
-        return picture.latents(self.encoded["vae", image], self.phase.vae_noise[image])
-
-    def _in_turn(self, program: str, parts: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """One after the other through the VAE, which keeps of some what the next need. -> outputs, on the host"""
-        outputs = OUTPUTS[program]
-        state: list[Tensor] = []
-        for number, part in enumerate(parts):
-            found = self.runtime.run(program + NEXT * (number > 0), [part, *state])
-            state = list(found[outputs:])
-            yield [self.runtime.host(tensor) for tensor in found[:outputs]]
+        return self.encoded.latents(image, self.phase.images[image], self.phase.vae_noise[image])
 
     def _write(self) -> Generator:
         """Generates text after the main context and takes its slots back: a thought is encoded anew."""
-        options, context, ids = self.phase.options, self.main, [self.config.special.bos_token_id]
+        options, context, after = self.phase.options, self.main, self.phase.after
+        ids = [self.config.special.bos_token_id if after is None else after]
+        said = self.tokenizer.decode if after is None else self.tokenizer.answer
         uniform = np.random.default_rng(options.seed)
         before = context.kv_len, context.position
         while len(ids) < self.phase.max_tokens:  # the official count includes the start token
@@ -247,14 +237,16 @@ class Job:
             ids.append(token)
             if self.observer.on_token:
                 self.observer.on_token(token)
-            if ends(self.tokenizer, ids, options.stops):
+            if ends(said, ids, options.stops):
                 break
         context.kv_len, context.position = before
-        return before_stops(self.tokenizer.decode(ids), options.stops)
+        return before_stops(said(ids), options.stops)
 
     def _draw(self) -> Generator:
         """Denoises the picture's latent tokens [tokens, channels]."""
         noise, steps, observer = self.phase.noise, self.phase.steps, self.observer
+        if self.clean:
+            noise = np.concatenate([self._latents(self.phase.first_image), noise[self.clean :]])
         if observer.on_denoising:
             observer.on_denoising(True)
         for context in self.drawn_from:
@@ -270,15 +262,15 @@ class Job:
             raise FloatingPointError(f"the picture's latents {NOT_FINITE}, or smaller guidance scales")
         return tokens
 
-    def picture(self, tokens: np.ndarray) -> Image.Image:
-        """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for."""
+    def picture(self, tokens: np.ndarray) -> Picture:
+        """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for; of a video its frames."""
         frames, size = [], self.phase.resized
-        for pixels, finite in self._in_turn("vae_decode", self.phase.canvas.latents(tokens)):
+        for pixels, finite in self.encoded.in_turn("vae_decode", self.phase.canvas.latents(tokens)):
             if not finite.all():
                 raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
             found = [Image.fromarray(frame) for frame in pixels.reshape(-1, *pixels.shape[-3:])]
             frames += found if size is None else [images.resize_to(frame, size[::-1]) for frame in found]
-        return frames[0]
+        return frames if self.phase.options.output == "video" else frames[0]
 
 
 def _alike(one: list[Block], other: list[Block]) -> int:
@@ -287,14 +279,14 @@ def _alike(one: list[Block], other: list[Block]) -> int:
     return next(different, min(len(one), len(other)))
 
 
-def ends(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> bool:
-    """Whether the last of the ids <|im_start|>, ... completes one of the texts."""
+def ends(said: Callable[[list[int]], str], ids: list[int], stops: tuple[str, ...]) -> bool:
+    """Whether the last of the ids completes one of the texts. said: the text of ids, of which the first only begins it."""
     if not stops:
         return False
     last = (
         max(len(stop.encode()) for stop in stops) + 4
     )  # a token has a byte at least, but for those of a broken character
-    text = tokenizer.decode([ids[0], *ids[1:][-last:]])
+    text = said([ids[0], *ids[1:][-last:]])
     return any(stop in text for stop in stops)
 
 

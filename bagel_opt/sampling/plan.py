@@ -62,10 +62,18 @@ class Plan:
     noise: np.ndarray | None = None
     vae_noise: list[np.ndarray] = field(default_factory=list)
     resized: tuple[int, int] | None = None  # (height, width) that the picture is given once it is drawn, if another
+    targets: tuple[Block, ...] = ()  # the picture as a block after main, cfg_text and cfg_img, where that is not DRAWN
+    first_image: int | None = None  # the image that is the first frame of the video to draw
+    after: int | None = None  # the token after which a text is written, where that is no block of its own
 
     @property
     def draws(self) -> bool:
-        return self.options.output == "image"
+        return self.options.output in ("image", "video")
+
+    @property
+    def clean(self) -> int:
+        """The first latent tokens to draw, which are there already."""
+        return 0 if self.first_image is None else self.images[self.first_image].canvas.tokens
 
     @property
     def writes(self) -> bool:
@@ -106,7 +114,7 @@ class Plan:
     def tokens(self, kind: str) -> int:
         """The longest block of a kind, without markers for images."""
         blocks = [b for blocks in (self.main, self.cfg_text, self.cfg_img) for b in blocks or [] if b.kind == kind]
-        return max((b.tokens for b in blocks), default=0)
+        return max((b.room for b in blocks), default=0)
 
     def latents(self) -> int:
         return max(self.tokens("vae"), self.canvas.tokens if self.canvas else 0)

@@ -6,14 +6,17 @@ import secrets
 from bagel_opt import images
 from bagel_opt.config import BagelConfig
 from bagel_opt.images import Canvas, InputImage
-from bagel_opt.options import DEFAULT_ROUNDS, DEFAULT_TOKENS, Options
+from bagel_opt.lance.config import Config
+from bagel_opt.options import DEFAULT_ROUNDS, DEFAULT_TOKENS, VIDEO, Options, described
 from bagel_opt.request import Request
 from bagel_opt.sampling.contexts import Block, Item, contexts, evaluated
 from bagel_opt.sampling.flow import schedule
 from bagel_opt.sampling.interleaved import Interleaved
+from bagel_opt.sampling.lance import plan_lance
 from bagel_opt.sampling.pictures import draw_noise, picture_size, read_image, size_to_give
 from bagel_opt.sampling.plan import Plan
 from bagel_opt.tokenizer import Tokenizer
+from bagel_opt.videos import Video
 
 # The official system prompts of think mode, word for word: the model was trained with them.
 THINK_TEXT = (
@@ -28,12 +31,20 @@ THINK_IMAGE = (
 )
 
 
-def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Plan | Interleaved:
+def make_plan(request: Request, config: Config, tokenizer: Tokenizer) -> Plan | Interleaved:
     """Walks the inputs as the official code does and checks them against the model's tables.
 
-    Raises ValueError for a picture, a size or a noise that the model cannot take.
+    Raises ValueError for a picture, a size, an option or a noise that the model cannot take.
     """
     options = request.options_over(config.generation)
+    return PLANS[config.family](request, options, config, tokenizer)
+
+
+def plan_bagel(request: Request, options: Options, config: BagelConfig, tokenizer: Tokenizer) -> Plan | Interleaved:
+    asked = [name for name in described(VIDEO) if request.given.get(name) is not None]
+    if options.output == "video" or asked or any(isinstance(item, Video) for item in request.inputs):
+        what = f"output={options.output!r}" if options.output == "video" else asked[0] if asked else "video"
+        raise ValueError(f"{what}: this model draws and reads pictures alone; load a Lance checkpoint for videos")
     config = config.reading(options)
     draws = options.output != "text"
     items: list[Item] = []
@@ -79,6 +90,9 @@ def make_plan(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Pl
         vae_noise,
         size_to_give(options, inputs),
     )
+
+
+PLANS = {"bagel": plan_bagel, "lance": plan_lance}  # by families
 
 
 def opening(options: Options) -> list[str]:

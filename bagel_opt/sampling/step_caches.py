@@ -160,6 +160,8 @@ class TeaCache:
         for job in jobs:
             for c in (c for c in job.drawn_from if c.batch == batch):
                 t[c.row], n[c.row], index[c.row, : len(job.places)] = job.want.t, len(job.places), job.places
+                if job.clean:
+                    t[c.row, : job.clean] = 0
         if self.embedded[batch] is None:
             self.embedded[batch], self.added[batch] = b.hidden(), b.hidden()
         inputs = [b[batch].x, t, index, n, self.embedded[batch]]

@@ -139,11 +139,13 @@ class EngineThread:
         beside = dataclasses.replace(profile, slots=max(1, profile.slots - profile.latents - 2))
         return plan.fitted(beside) if fits(plan, beside) else fitted, self.engines[profile]
 
-    def read(self, image: Image.Image, where: str, options: dict) -> InputImage:
+    def read(self, image: Image.Image, where: str, options: dict) -> InputImage | Image.Image:
         """A picture as small as the model reads it with these options; a ValueError says what is wrong with it. Not for the
-        event loop."""
+        event loop. What Lance reads depends on the task, so there it is the picture itself."""
         check_image(image, where)
         config = self.model.config
+        if config.family != "bagel":
+            return image
         return read_image(image, config.reading(Options.make({**config.generation, **options})), where)
 
     def check_room(self, requests: int = 1) -> None:

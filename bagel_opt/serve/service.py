@@ -184,13 +184,11 @@ def token_counts(ticket: Ticket) -> tuple[int, int, int]:
     """Of a request that is done: tokens that went in, that came out, and of those the texts'."""
     side = ticket.engine.config.token_pixels
     pictures = [output for output in ticket.outputs if not isinstance(output, str)]
-    grids = (
-        [ticket.plan.canvas.grid] if ticket.plan.resized else [(p.height // side, p.width // side) for p in pictures]
-    )
+    sizes = [(p.height // side) * (p.width // side) for p in pictures]
     written = len(ticket.tokens)
     return (
         sum(input_tokens(ticket.plan)),
-        written + sum(rows * columns for rows, columns in grids),
+        written + (ticket.plan.canvas.tokens if ticket.plan.resized else sum(sizes)),
         written,
     )
 

@@ -10,7 +10,7 @@ import torch
 
 import bagel_opt
 from bagel_opt.api import Model
-from bagel_opt.demo import __main__, data, evaluate, layout, loop, objective, texts, train
+from bagel_opt.demo import __main__, data, evaluate, layout, loop, objective, samples, texts, train
 from bagel_opt.demo.world import draw
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
@@ -177,7 +177,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, mon
 
 
 @pytest.mark.second
-def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small):
+def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small, monkeypatch):
+    few = {"num_timesteps": 2}  # of the pictures on the sheets
+    monkeypatch.setattr(samples, "Request", lambda *given, **more: bagel_opt.Request(*given, **{**more, **few}))
     settings = replace(small, vae_steps=9, vae_batch=2, steps=9, pairs=2, rate=2e-3, sheets=1)
     folder = train.train(tmp_path, settings, "cpu")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]

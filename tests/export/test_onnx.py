@@ -1,7 +1,7 @@
 """Programs as ONNX graphs: what is in them, and which program serves whom."""
 
-import subprocess
-import sys
+import contextlib
+import io
 from collections import Counter
 
 import numpy as np
@@ -135,14 +135,15 @@ def test_a_constant_of_each_row_is_refused():
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A bundle of two profiles in float16, by the documented command."""
+    """A bundle of two profiles in float16, by the documented command, run in this process."""
     folder = tmp_path_factory.mktemp("half")
     profile = folder / "profile.toml"
     profile.write_text('name = "two"\nrows = 2\nslots = 600\ntext = 64\npatches = 64\nlatents = 64\n')
-    command = [sys.executable, "-m", "bagel_opt.export", "--checkpoint", CHECKPOINT, "--format", "onnx"]
-    command += ["--profile", profile, "--profile", "tiny", "--out", folder / "out", "--dtype", "float16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(folder / "out")
+    command = ["export", "--checkpoint", CHECKPOINT, "--format", "onnx", "--dtype", "float16"]
+    command += ["--profile", profile, "--profile", "tiny", "--out", folder / "out"]
+    with traced_here(), contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(list(map(str, command))) == 0
+    assert said.getvalue().strip() == str(folder / "out")
     return folder / "out"
 
 

@@ -18,23 +18,34 @@ from bagel_opt.runtime.torch_bundle import open_package
 CPU = torch.device("cpu")
 
 
+FEW = {None: ("text.layer.pt2", "choose-3.whole.pt2"), "int4": ("text.layer.pt2", "decode.layer.pt2")}
+
+
+@pytest.fixture(scope="module", params=[None, pytest.param("int4", marks=pytest.mark.second)])
+def kind(request):
+    """In which the model is quantised."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def archives():
-    return bundles.cached_export(CHECKPOINT, PROFILES[CHECKPOINT], format="export")
+def archives(kind):
+    few = {"programs": ("text", "decode"), "quantization": kind, "name": kind} if kind else {}
+    return bundles.cached_export(CHECKPOINT, PROFILES[CHECKPOINT], format="export", **few)
 
 
-@pytest.fixture(scope="module", params=["text.layer.pt2", "choose-3.whole.pt2"])
-def package(request, archives, compiled):
+@pytest.fixture(params=[0, 1])
+def package(request, kind, archives, compiled):
     """An archive and the package that was made of it."""
-    return archives / request.param, compiled / request.param
+    name = FEW[kind][request.param]
+    return archives / name, compiled / name
 
 
 @pytest.fixture(scope="module")
-def compiled(archives, tmp_path_factory):
-    """A program's layer and a whole program: compiling all of a bundle takes two minutes."""
+def compiled(kind, archives, tmp_path_factory):
+    """A program's layer and a whole program, or two layers: compiling all of a bundle takes minutes."""
     bundles.needs_compiler("aoti")
     folder = tmp_path_factory.mktemp("packages")
-    for name in ("text.layer.pt2", "choose-3.whole.pt2"):
+    for name in FEW[kind]:
         shutil.copy(archives / name, folder)
     told = []
     with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from bundles import ONE, PROFILES, cached_export, few_programs, needs_compiler, rewrite
+from bundles import ONE, PROFILES, cached_export, few_programs, rewrite
 from support import CHECKPOINT
 
 import bagel_opt
@@ -67,16 +67,6 @@ def test_what_it_says_and_holds(bundle, tmp_path):
                 ValueError, match=r"quantization='.*'; ONNX bundles take 'int8' and 'int4', on the CPU in float32"
             ):
                 export(CHECKPOINT, tmp_path / "other", PROFILES[CHECKPOINT], **bad)
-
-
-@pytest.mark.second
-@pytest.mark.parametrize("format", ["aoti", "compile"])
-def test_compiled_ones_do_too(format, tmp_path):
-    needs_compiler(format)
-    want = answers(bagel_opt.load(CHECKPOINT, device="cpu", quantization="int4"))
-    with few_programs(*PROGRAMS):
-        folder = export(CHECKPOINT, tmp_path / "bundle", PROFILES[CHECKPOINT], format=format, quantization="int4")
-        assert answers(bagel_opt.load(folder)) == want
 
 
 def test_weights_of_other_kinds_than_it_says(bundle, tmp_path):

@@ -37,7 +37,7 @@ print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.second)])
 def test_memory_while_loading(small, large, dtype):
     """The weights once, and little of the bfloat16 file at a time."""
     command = [sys.executable, "-c", PEAK, small, large, dtype]

@@ -401,7 +401,7 @@ def test_no_process_is_left(ends, tmp_path):
         pid = int(first.stdout.readline())
         time.sleep(0.3)
         os.killpg(first.pid, ends)  # as a terminal does
-        first.communicate(timeout=20)
+        first.communicate(timeout=120)
     finally:
         first.kill()
     with pytest.raises(ProcessLookupError):

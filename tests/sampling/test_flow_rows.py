@@ -41,6 +41,7 @@ def job(contexts, places=(3, 1, 7), guided=True, t=0.75, **options):
         share=np.zeros(0, np.float32),
         branches=lambda: own if guided else [main],
         target=lambda context: DRAWN,
+        clean=0,
     )
 
 

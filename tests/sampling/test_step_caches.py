@@ -55,6 +55,7 @@ def job(*numbers, steps=20):
         branches=lambda: contexts,
         places=np.arange(4),
         remembered=None,
+        clean=0,
         plan=SimpleNamespace(steps=range(steps)),
         want=SimpleNamespace(t=0.5),
     )

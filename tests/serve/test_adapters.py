@@ -10,8 +10,9 @@ from serving import FEW, ask, picture, png, serving
 from support import CHECKPOINT
 
 import bagel_opt
-from bagel_opt.cli.arguments import load_settings, parser
+from bagel_opt.cli.arguments import parser
 from bagel_opt.cli.commands import COMMANDS
+from bagel_opt.cli.model_arguments import load_settings
 from bagel_opt.cli.serving import server_settings
 
 

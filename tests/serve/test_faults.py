@@ -170,7 +170,7 @@ def status(server, path):
 
 
 def test_nothing_leaks(model, thorough):
-    """600 (first tier: 250) small requests of all kinds, some given up half-way: no rows, no tickets, no memory."""
+    """600 (first tier: 150) small requests of all kinds, some given up half-way: no rows, no tickets, no memory."""
     with serving(model, max_queue=64) as server:
         rng, lock, done = random.Random(0), threading.Lock(), []
 
@@ -197,7 +197,7 @@ def test_nothing_leaks(model, thorough):
             until(lambda: not server.engine.tickets)
             gc.collect()
 
-        most = 600 if thorough else 250
+        most = 600 if thorough else 150
         batch(most // 5)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]

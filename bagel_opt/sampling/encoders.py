@@ -1,0 +1,54 @@
+"""A request's pictures through the ViT and the VAE: each is encoded once, in as many calls as it says."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from bagel_opt.images import InputImage
+from bagel_opt.lance.pictures import LanceInput
+from bagel_opt.programs.interface import Tensor
+from bagel_opt.programs.signatures import NEXT, OUTPUTS
+from bagel_opt.sampling.batches import Batches, padded
+
+
+class Encoders:
+    """What they made of the images of a request, by the images' numbers."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.runtime, self.joins = batches, batches.runtime, batches.config.vit_joins
+        self.seen: dict[int, Tensor | np.ndarray] = {}
+        self.moments: dict[int, list[np.ndarray]] = {}
+
+    def clear(self) -> None:
+        self.seen.clear()
+        self.moments.clear()
+
+    def embeddings(self, number: int, image: InputImage | LanceInput, size: int) -> Tensor | np.ndarray:
+        """ViT embeddings [1, size, channels]."""
+        if number not in self.seen:
+            parts = [self._see(*part) for part in image.patches()]
+            self.seen[number] = parts[0][0]
+            if self.joins:  # several parts, of fewer embeddings than patches
+                found = [self.runtime.host(part, 0)[:count] for part, count in parts]
+                self.seen[number] = padded(np.concatenate(found), size)[None]
+        return self.seen[number]
+
+    def _see(self, patches: np.ndarray, places: np.ndarray) -> tuple[Tensor, int]:
+        """One call of the ViT: embeddings, and how many are real."""
+        n, size = len(patches), self.batches.size("patches", len(patches))
+        inputs = [padded(patches, size)[None], padded(places, size)[None], np.array([n], np.int64)]
+        return self.runtime.run("vit", inputs)[0], n // (self.joins or 1)
+
+    def latents(self, number: int, image: InputImage | LanceInput, noise: np.ndarray) -> np.ndarray:
+        """Latent tokens [tokens, channels], drawn from the VAE's posterior."""
+        if number not in self.moments:
+            self.moments[number] = [moments for (moments,) in self.in_turn("vae_encode", image.frames())]
+        return image.latents(self.moments[number], noise)
+
+    def in_turn(self, program: str, parts: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """One part after the other through the VAE, which keeps of each what the next needs. -> outputs, on the host"""
+        outputs, state = OUTPUTS[program], []
+        for number, part in enumerate(parts):
+            found = self.runtime.run(program + NEXT * (number > 0), [part, *state])
+            state = list(found[outputs:])
+            yield [self.runtime.host(tensor) for tensor in found[:outputs]]

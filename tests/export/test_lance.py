@@ -1,0 +1,91 @@
+"""Bundles of the Lance checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+from bundles import cached_export, few_programs
+from lance_cases import CHECKPOINT, cases, loaded
+
+import bagel_opt
+from bagel_opt import Profile
+from bagel_opt.config import BagelConfig
+from bagel_opt.export import export
+from bagel_opt.lance.config import LanceConfig, config_from
+from bagel_opt.lance.pictures import read_input
+from bagel_opt.programs.signatures import signatures, sized
+from bagel_opt.sampling.batches import padded
+
+PROFILE = Profile("lance", rows=2, slots=320, text=32, patches=64, latents=64)
+SIDES = {"height": 64, "width": 96}
+
+
+def test_a_configuration_comes_back():
+    config = loaded().config
+    assert config_from(config.to_dict()) == config
+    assert isinstance(config, LanceConfig)
+    assert isinstance(config_from(bagel_opt.load(device="cpu").config.to_dict()), BagelConfig)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        config_from({**config.to_dict(), "vae": {}})
+
+
+@torch.no_grad()
+def test_what_the_autoencoder_keeps_is_what_its_signature_says():
+    vae, found = loaded().runtime.model.vae, signatures(loaded().config, PROFILE)
+    kept = {
+        "vae_encode_next": vae.encode(torch.zeros(1, 3, 1, 64, 96))[1:],
+        "vae_decode_next": vae.decode(torch.zeros(1, 48, 1, 4, 6))[2:],
+    }
+    for name, state in kept.items():
+        shapes = [shape for shape, _ in found[name].inputs.values()][1:]
+        assert [sized(shape, SIDES, 16) for shape in shapes] == [list(tensor.shape) for tensor in state]
+        assert list(found[name].outputs) == list(found[name.removesuffix("_next")].outputs)
+
+
+def test_a_bundle_of_few_programs_loads(tmp_path):
+    programs = ("vit", "choose", "step")
+    folder = cached_export(CHECKPOINT, PROFILE, name="lance-few", format="export", programs=programs)
+    with few_programs(*programs):
+        model = bagel_opt.load(folder)
+        assert model.config == loaded().config
+        case = next(case for case in cases() if case.name == "x2t_image")
+        [(patches, places)] = image_of(case, model.config).patches()
+        got, want = (embeddings(m, patches, places) for m in (model, loaded()))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def image_of(case, config):
+    picture = next(item for item in case.inputs if not isinstance(item, str))
+    return read_input([picture], config, (112, 112), "a picture")
+
+
+def embeddings(model, patches, places):
+    inputs = [padded(x, PROFILE.patches)[None] for x in (patches, places)]
+    runtime = model.runtime.for_profile(PROFILE)
+    found = runtime.run("vit", [*inputs, np.array([len(patches)])])[0]
+    return torch.tensor(runtime.host(found))[:, : len(patches) // 4]
+
+
+@pytest.mark.second
+@pytest.mark.parametrize("form", ["onnx", "export", "aoti"])
+def test_every_case_from_a_bundle(form):
+    folder = cached_export(CHECKPOINT, PROFILE, name="lance", format=form)
+    model = bagel_opt.load(folder)
+    for case in cases():
+        events = []
+        outputs = model.run(case.inputs, on_step=events.append, **case.options)
+        assert case.velocity_error(events) < 1e-4, case.name
+        case.check_outputs(outputs)
+    together = model.run_many([case.request() for case in cases()])
+    for case, outputs in zip(cases(), together, strict=True):
+        case.check_outputs(outputs)
+
+
+@pytest.mark.second
+def test_verify_compares_videos_too(tmp_path):
+    folder = export(CHECKPOINT, tmp_path / "bundle", PROFILE, format="export", verify=True)
+    assert bagel_opt.load(folder).config.family == "lance"
+
+
+def test_onnx_on_a_gpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Lance models are not exported to ONNX for CUDA"):
+        export(CHECKPOINT, tmp_path / "bundle", PROFILE, format="onnx", device="cuda", dtype="bfloat16")
