@@ -40,3 +40,11 @@ def test_one_that_failed_before_others_had_its_part_ends_the_model(other, gather
     assert bool(first.failed) == lost
     if lost:
         assert "rank 1 failed alone (bad): requests on their way are lost" in str(first.failed)
+
+
+def test_the_first_does_not_wait_for_one_that_failed(other):
+    first, its = other
+    first.calling = (5, time.monotonic())
+    its.send(Answer(5, False, 0, ("ValueError", "bad")))
+    with pytest.raises(ChildProcessError, match="rank 1 failed alone"):
+        first.wait_for(6, 5)

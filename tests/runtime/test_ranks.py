@@ -171,7 +171,9 @@ def test_adapters(two, eager, tmp_path):
     adapted(targets=TARGETS).save_pretrained(tmp_path)
     plain, question = two.generate("a red circle", num_timesteps=4, seed=1), {"output": "text", "max_think_tokens": 30}
     merged = bagel_opt.load(CHECKPOINT, device="cpu", lora=tmp_path)
+    two.chat("why?", max_think_tokens=2)
     two.set_adapters({"one": tmp_path})
+    assert not two.runtime.inner.programs[BY_WEIGHTS].run.slices  # of weights that adapters may have moved
     try:
         check_alike(two, merged, **ODD_SIZE)
         check_alike(two, merged, ["why?"], **question)
@@ -180,7 +182,6 @@ def test_adapters(two, eager, tmp_path):
         check_alike(two, merged, **ODD_SIZE)
     finally:
         two.set_adapters({})
-    assert not two.runtime.inner.programs[BY_WEIGHTS].run.slices  # of weights that adapters may have moved
     assert two.generate("a red circle", num_timesteps=4, seed=1) == plain
     check_alike(two, eager, ["why?"], **question)
 
@@ -270,6 +271,21 @@ def test_tensors_that_nobody_uses_are_released(two):
     assert sizes[1] == sizes[2] < 20
 
 
+def test_what_is_in_parts_is_gathered_for_the_host(two, eager):
+    found = []
+    for runtime in (two.runtime, eager.runtime):
+        inputs, caches = [runtime.zeros((1, 9, two.config.latent_dim)), *evaluation(9)], runtime.caches(1, 64)
+        found.append(runtime.host(runtime.run("generate", inputs, caches)[1]))
+        runtime.give_back(caches)
+    assert found[0].shape[:2] == (1, 9)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def evaluation(latents):
+    """The inputs of a flow evaluation of one row, but for the latents."""
+    return [np.zeros(1, np.float32), np.zeros((1, latents), np.int64), *[np.zeros(1, np.int64)] * 3]
+
+
 def test_what_fails_alike_loses_nothing(two):
     with pytest.raises(ValueError, match="cfg_text_scale"):
         two.generate("a red circle", cfg_text_scale="much")
@@ -278,9 +294,7 @@ def test_what_fails_alike_loses_nothing(two):
     x, v = (two.runtime.zeros((1, 8, 3)) for _ in range(2))  # of other channels
     caches = two.runtime.caches(1, 64)
     with pytest.raises(RuntimeError):
-        two.runtime.run(
-            "generate", [x, np.zeros(1, np.float32), np.zeros((1, 8), np.int64), *[np.zeros(1, np.int64)] * 3], caches
-        )
+        two.runtime.run("generate", [x, *evaluation(8)], caches)
     two.runtime.give_back(caches)
     assert not two.runtime.host(v).any()
     two.generate("a red circle", num_timesteps=3)
@@ -300,7 +314,7 @@ def lost_on_one_rank(model):
     """The inputs of a flow evaluation, of which rank 1 lacks one."""
     x = model.runtime.zeros((1, 8, model.config.latent_dim))
     model.runtime.members.send(Call(next(model.runtime.numbers), "zeros", ((1,), False), (x.kept.name,)))
-    return [x, np.zeros(1, np.float32), np.zeros((1, 8), np.int64), *[np.zeros(1, np.int64)] * 3]
+    return [x, *evaluation(8)]
 
 
 def test_what_fails_on_one_rank_while_others_wait_ends_the_model():
@@ -406,6 +420,20 @@ def test_no_process_is_left(ends, tmp_path):
         first.kill()
     with pytest.raises(ProcessLookupError):
         repeat(lambda: os.kill(pid, 0))
+
+
+@pytest.mark.second
+def test_closed_standard_streams(tmp_path):
+    """As daemons have them."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(
+        "import bagel_opt, pathlib\n"
+        "model = bagel_opt.load(gpus=2, device='cpu')\n"
+        f"pathlib.Path({str(out)!r}).write_text(str(model.generate('a red circle', num_timesteps=3).size))\n"
+    )
+    command, environment = [sys.executable, script], {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, preexec_fn=lambda: os.closerange(0, 3), env=environment, check=True, timeout=60)
+    assert out.read_text() == "(128, 128)"
 
 
 @pytest.mark.second
