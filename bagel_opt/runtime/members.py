@@ -243,9 +243,8 @@ def start(place: Callable[[int, str], Place], ranks: int, environment: Callable[
     folder = tempfile.TemporaryDirectory(prefix="bagel_opt-")
     here = str(Path(__file__).parents[2])
     connections, processes = [], []
-    while (
-        number := os.open(os.devnull, os.O_RDWR)
-    ) < 3:  # no pipe takes the number of a standard stream that is closed
+    # no pipe takes the number of a standard stream that is closed
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
     try:

@@ -425,14 +425,13 @@ def test_no_process_is_left(ends, tmp_path):
 @pytest.mark.second
 def test_closed_standard_streams(tmp_path):
     """As daemons have them."""
-    script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(
-        "import bagel_opt, pathlib\n"
-        "model = bagel_opt.load(gpus=2, device='cpu')\n"
-        f"pathlib.Path({str(out)!r}).write_text(str(model.generate('a red circle', num_timesteps=3).size))\n"
+    out = tmp_path / "out"
+    script = (
+        "import bagel_opt, pathlib; model = bagel_opt.load(gpus=2, device='cpu'); "
+        f"pathlib.Path({str(out)!r}).write_text(str(model.generate('a red circle', num_timesteps=3).size))"
     )
-    command, environment = [sys.executable, script], {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, preexec_fn=lambda: os.closerange(0, 3), env=environment, check=True, timeout=60)
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
     assert out.read_text() == "(128, 128)"
 
 
