@@ -54,7 +54,8 @@ def run_full_size(
     """All figures, with the card and the versions. save(results) is called when there are more. bundles: by "onnx" or
     "aoti", a folder for such a bundle with random weights, which is left there, or such a bundle. quantization: kinds in
     which ours is timed too. memory: caps, such as "12GB", under which it is timed in 16 bits and in each of these. gpus: on
-    how many it is timed besides one. Raises ValueError for another and without so many, and FileNotFoundError where `checkout` is none of the official code."""
+    how many it is timed besides one. Raises ValueError for another and without so many, and FileNotFoundError where
+    `checkout` is none of the official code."""
     kinds = {kind: kinds_of_parts(kind) for kind in quantization}
     precisions = {"16 bits": {}, **kinds}
     plans = planned(PUBLISHED, precisions, memory)
@@ -125,7 +126,7 @@ def run_full_size(
         del ours
         gc.collect()
         torch.cuda.empty_cache()
-    for way, shared in several(gpus, precisions, progress) if gpus > 1 else ():
+    for way, shared in several(config, gpus, precisions, progress) if gpus > 1 else ():
         results["figures"][way] = figures(shared, repeats, lambda what, way=way: progress(f"{way}: {what}"), FEW_SIZES)
         results["figures"][way] |= gathers(gpus, shared) | memory_of_gpus(gpus)
         results["velocity errors"][way] = relative(shared.velocity(noise), exact)

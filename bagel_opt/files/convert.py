@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.files.finding import find_file
 from bagel_opt.files.lance import VAE_FILE, VAE_PICKLE
+from bagel_opt.files.replacing import replacing
 
 
 def convert(source: str | Path, out: str | Path | None = None) -> Path:
@@ -30,8 +31,6 @@ def convert(source: str | Path, out: str | Path | None = None) -> Path:
     folder = path.parent if out is None else Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    save_file(
-        {name: tensor.contiguous().clone() for name, tensor in found.items()},
-        partial := folder / f".{VAE_FILE}.partial",
-    )
-    return partial.replace(folder / VAE_FILE)
+    with replacing(folder / VAE_FILE) as partial:
+        save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, partial)
+    return folder / VAE_FILE

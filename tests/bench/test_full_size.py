@@ -7,7 +7,7 @@ import torch
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.bench import contenders, full_size_memory, full_size_tables
+from bagel_opt.bench import contenders, full_size_gpus, full_size_memory, full_size_tables
 from bagel_opt.runtime.torch_setup import prepare
 
 CPU = torch.device("cpu")
@@ -65,6 +65,27 @@ def gpu(monkeypatch):
     for name, value in about.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return shares
+
+
+@pytest.mark.second
+def test_several_gpus(model, monkeypatch):
+    """Processes on the CPU: each way is a model that answers, with the same weights, and its gathers are timed."""
+    monkeypatch.setattr(full_size_gpus, "DEVICE", CPU)
+    kinds = {"16 bits": {}, "int8": {"und": "int8"}}
+    alone = full_size_gpus.random_loaded(CPU, model.config, {}).chat("a", max_think_tokens=3)
+    names = []
+    for name, ours in full_size_gpus.several(model.config, 2, kinds, names.append):
+        runtime = ours.model.runtime
+        assert runtime.active()["device"].endswith(f"x 2, parallel {name.split(', ')[1]}")
+        assert (runtime.active()["quantization"] == "none") == ("int8" not in name)
+        if "int8" not in name:
+            assert ours.model.chat("a", max_think_tokens=3) == alone
+        found = full_size_gpus.gathers(2, ours)
+        assert len(found) == 4
+        assert all(value > 0 for (value,) in found.values())
+    assert names == ["2 GPUs, auto", "2 GPUs, guidance", "2 GPUs, sequence", "2 GPUs, auto, int8"]
+    with pytest.raises(RuntimeError, match="closed"):  # before the next is made
+        ours.model.chat("a", max_think_tokens=3)
 
 
 @pytest.mark.second
