@@ -35,8 +35,10 @@ class Reader:
         if path not in self.places:
             self.places[path] = locate_weights(path, self.error)
         at = self.places[path][name]
-        stored = np.memmap(path, np.uint8, "c", at.offset, (at.length,)) if at.length else np.empty(0, np.uint8)
-        return torch.from_numpy(stored).view(getattr(torch, at.dtype.name)).view(at.shape)
+        dtype = getattr(torch, at.dtype.name)
+        if not at.length:  # which cannot be mapped
+            return torch.empty(at.shape, dtype=dtype)
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", at.offset, (at.length,))).view(dtype).view(at.shape)
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
