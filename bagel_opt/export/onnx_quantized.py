@@ -85,7 +85,8 @@ class Product(nn.Module):
         channels are a byte's low bits, and those of odd ones its high bits: two halves of a product, each in turn in memory."""
         codes_NB = self.codes.flatten(1)
         rows, groups = self.codes.shape[:2]
-        x_MC = F.pad(x, (0, groups * GROUP - self.channels))
+        more = groups * GROUP - self.channels
+        x_MC = F.pad(x, (0, more)) if more else x
         bits = {"dtype": torch.uint8, "shape": codes_NB.shape}
         low = Node("BitwiseAnd", (codes_NB, torch.tensor(15, dtype=torch.uint8)), {}, version=18, **bits)
         shift = torch.tensor(4, dtype=torch.uint8)
