@@ -14,6 +14,7 @@ from hypothesis import settings
 pytest.register_assert_rewrite("support", "bundles")
 
 import bundles  # noqa: E402  after the rewrite is registered
+import zygote as zygotes  # noqa: E402
 from bundles import BUNDLES, ONE, PROFILES, cached_export, few_programs  # noqa: E402
 from support import CHECKPOINT  # noqa: E402
 
@@ -60,6 +61,12 @@ def pytest_collection_finish():
 def thorough(request):
     """Whether what can be tried a little or a lot is to be tried a lot: wherever the second tier is not left out."""
     return all_tiers(request.config)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    with zygotes.zygote() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

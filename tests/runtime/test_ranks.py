@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,15 @@ from bagel_opt.runtime.parallel import BY_WEIGHTS, Shares
 
 BOTH = {"guidance": 2, "sequence": 2}
 ODD_SIZE = {"height": 80, "width": 48, "num_timesteps": 6, "seed": 3, "cfg_interval": (0.5, 1.0)}  # 15 latents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_processes(zygote):
+    """Ranks need not import torch; those that scripts here start do."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = {**vars(subprocess), "Popen": zygote.popen}
+        patch.setattr(members, "subprocess", types.SimpleNamespace(**quick))
+        yield
 
 
 def start(gpus, parallel="auto", source=CHECKPOINT, **settings):
