@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, mon
 def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small, monkeypatch):
     few = {"num_timesteps": 2}  # of the pictures on the sheets
     monkeypatch.setattr(samples, "Request", lambda *given, **more: bagel_opt.Request(*given, **{**more, **few}))
-    settings = replace(small, vae_steps=6, vae_batch=2, steps=6, pairs=2, rate=2e-3, sheets=1)
+    settings = replace(small, vae_steps=9, vae_batch=2, steps=9, pairs=2, rate=2e-3, sheets=1)
     folder = train.train(tmp_path, settings, "cpu")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     for stage, loss in (("vae", "error"), ("transformer", "think_text"), ("transformer", "draw_flow")):
