@@ -29,8 +29,10 @@ from bagel_opt.runtime import members  # noqa: E402
 LONG = (
     "test_golden.py",
     "test_readmes.py",
+    "test_lance.py",
     "test_formats.py",
     "test_shipped_model.py",
+    "test_ranks.py",
     "test_onnx_gpu.py",
     "test_quantized_bundles.py",
     "test_quantization.py",
