@@ -104,6 +104,10 @@ class VAEConfig:
         """The same: in the last blocks, a block's input and two more of its size, the first two with the level below's channels."""
         return pixels * self.ch * (2 * max(self.ch_mult[:2]) + 1)
 
+    def held(self, pixels: int) -> int:
+        """Numbers that are kept from one part of a video to the next: there are no videos."""
+        return 0
+
     @property
     def widths(self) -> str:
         return f"{self.ch} x {list(self.ch_mult)}"

@@ -134,11 +134,25 @@ class WanConfig:
         return [*found, (self.decoder[-1], 2, fold)]
 
     def encoding(self, pixels: int) -> int:
-        """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part."""
-        return _alive(pixels // 4, self.encoder[:2], self.encoder[1:], self.num_res_blocks, self.frames)
+        """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part, old and
+        new."""
+        return 2 * self._encoder_held(pixels) + self._working(pixels, self.encoder[:2])
 
     def decoding(self, pixels: int) -> int:
-        return _alive(pixels // 4, self.decoder[-2:], self.decoder[:0:-1], self.num_res_blocks + 1, self.frames)
+        return 2 * self._decoder_held(pixels) + self._working(pixels, self.decoder[-2:])
+
+    def held(self, pixels: int) -> int:
+        """Numbers that are kept from one part of a video to the next, while other programs may run."""
+        return max(self._encoder_held(pixels), self._decoder_held(pixels))
+
+    def _encoder_held(self, pixels: int) -> int:
+        return _kept(pixels // 4, self.encoder[1:], self.num_res_blocks)
+
+    def _decoder_held(self, pixels: int) -> int:
+        return _kept(pixels // 4, self.decoder[:0:-1], self.num_res_blocks + 1)
+
+    def _working(self, pixels: int, widest: tuple[int, ...]) -> int:
+        return pixels // 4 * max(widest) * (2 * (self.frames + 2) + self.frames)
 
     @property
     def widths(self) -> str:
@@ -150,10 +164,9 @@ class WanConfig:
         return 2 ** sum(self.encoder_time)
 
 
-def _alive(folded: int, widest: tuple[int, ...], widths: tuple[int, ...], blocks: int, frames: int) -> int:
-    """folded: pixels at the finest level. widths: from there on. Each convolution keeps two frames, old and new ones."""
-    kept = sum(2 * 2 * 2 * blocks * width * folded // 4**level for level, width in enumerate(widths))
-    return kept + folded * max(widest) * (2 * (frames + 2) + frames)
+def _kept(folded: int, widths: tuple[int, ...], blocks: int) -> int:
+    """folded: pixels at the finest level. widths: from there on. Each convolution keeps two frames."""
+    return sum(2 * 2 * blocks * width * folded // 4**level for level, width in enumerate(widths))
 
 
 @dataclass(frozen=True)
