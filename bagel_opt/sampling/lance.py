@@ -181,8 +181,9 @@ def read_shown(shown: "Image.Image | Video", options: Options, config: LanceConf
     resolutions = [own if one is None else one for one, own in zip(asked, RESOLUTIONS[noun], strict=True)]
     if options.resolution_vae is None and max(bucket(shown.size, resolutions[0])) > config.largest_size:
         resolutions[0] = LOWER  # so wide a picture would be beyond the table of places
-    frames = shown.pick(frame_numbers(shown)) if isinstance(shown, Video) else [shown]
-    return read_input(frames, config, resolutions, where)
+    numbers = frame_numbers(shown) if isinstance(shown, Video) else [0]
+    frames = shown.pick(numbers) if isinstance(shown, Video) else [shown]
+    return read_input(frames, shown.size, len(numbers), config, resolutions, where)
 
 
 def frame_numbers(video: Video) -> list[int]:
