@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from bagel_opt.config import DEEPEST, LONGEST, WIDEST, BagelConfig, LLMConfig, SpecialTokens
 from bagel_opt.limits import Range, check_number, check_numbers, whole
-from bagel_opt.options import Options, check_recommended
+from bagel_opt.options import INTERLEAVING, READING, Options, check_recommended, described
 
 # The most latent frames, and rows or columns of latents, that the official table of places has.
 FRAMES, SIDE = 31, 64
@@ -26,6 +26,8 @@ DEVIATIONS = (
 )  # fmt: skip
 # The official script's options where BAGEL's are others.
 GENERATION = {"num_timesteps": 30, "timestep_shift": 3.5}
+# What it has not, besides what is for interleaved requests and for BAGEL's reading of pictures.
+FOREIGN = frozenset({"think", "think_prompt", "negative_prompt", "cfg_img_scale"})
 
 
 Kept = tuple[int, int, int]  # of frames that a convolution keeps: channels, frames, and pixels to one of its
@@ -198,6 +200,11 @@ class LanceConfig:
             raise ValueError(f"generation: {error}") from None
         if (top := max(self.token_limit - 1, *asdict(self.special).values())) >= self.llm.vocab_size:
             raise ValueError(f"token {top} is none of a vocabulary of {self.llm.vocab_size}")
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Options of other models."""
+        return FOREIGN | described(INTERLEAVING, READING).keys()
 
     @property
     def latent_dim(self) -> int:

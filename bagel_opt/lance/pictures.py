@@ -157,7 +157,7 @@ def planned_input(
     canvas = LanceCanvas(
         config, ((frames - 1) // config.vae.frames + 1, *(s // config.token_pixels for s in vae[::-1]))
     )
-    check_canvas(canvas, where)
+    check_canvas(canvas, where, where)
     columns, rows = (side // c.merged_pixels * c.spatial_merge_size for side in vit)
     if not rows or not columns:
         raise ValueError(
@@ -184,12 +184,13 @@ def read_input(
     return dataclasses.replace(planned, vae=[one for one, _ in read], vit=[other for _, other in read])
 
 
-def check_canvas(canvas: LanceCanvas, where: str) -> None:
-    """Raises ValueError where there are more latents than the table of places has."""
+def check_canvas(canvas: LanceCanvas, sides: str, count: str) -> None:
+    """Raises ValueError where there are more latents than the table of places has. sides, count: where those of the frames came
+    from."""
     frames, height, width = canvas.frames, *canvas.size
     if canvas.grid[0] > FRAMES:
-        raise ValueError(f"{where}: {frames} frames; allowed: at most {canvas.config.longest}")
+        raise ValueError(f"{count}: {frames} frames; allowed: at most {canvas.config.longest}")
     if max(canvas.grid[1:]) > SIDE:
         raise ValueError(
-            f"{where}: {height}x{width} pixels (height x width); allowed: at most {canvas.config.largest_size} a side"
+            f"{sides}: {height}x{width} pixels (height x width); allowed: at most {canvas.config.largest_size} a side"
         )
