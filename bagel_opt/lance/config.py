@@ -138,20 +138,14 @@ class WanConfig:
     def encoding(self, pixels: int) -> int:
         """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part, old and
         new."""
-        return 2 * self._encoder_held(pixels) + self._working(pixels, self.encoder[:2])
+        return 2 * _numbers(self.encoder_state(), pixels) + self._working(pixels, self.encoder[:2])
 
     def decoding(self, pixels: int) -> int:
-        return 2 * self._decoder_held(pixels) + self._working(pixels, self.decoder[-2:])
+        return 2 * _numbers(self.decoder_state(), pixels) + self._working(pixels, self.decoder[-2:])
 
     def held(self, pixels: int) -> int:
         """Numbers that are kept from one part of a video to the next, while other programs may run."""
-        return max(self._encoder_held(pixels), self._decoder_held(pixels))
-
-    def _encoder_held(self, pixels: int) -> int:
-        return _kept(pixels // 4, self.encoder[1:], self.num_res_blocks)
-
-    def _decoder_held(self, pixels: int) -> int:
-        return _kept(pixels // 4, self.decoder[:0:-1], self.num_res_blocks + 1)
+        return max(_numbers(self.encoder_state(), pixels), _numbers(self.decoder_state(), pixels))
 
     def _working(self, pixels: int, widest: tuple[int, ...]) -> int:
         return pixels // 4 * max(widest) * (2 * (self.frames + 2) + self.frames)
@@ -166,9 +160,8 @@ class WanConfig:
         return 2 ** sum(self.encoder_time)
 
 
-def _kept(folded: int, widths: tuple[int, ...], blocks: int) -> int:
-    """folded: pixels at the finest level. widths: from there on. Each convolution keeps two frames."""
-    return sum(2 * 2 * blocks * width * folded // 4**level for level, width in enumerate(widths))
+def _numbers(state: list[Kept], pixels: int) -> int:
+    return sum(channels * frames * pixels // fold**2 for channels, frames, fold in state)
 
 
 @dataclass(frozen=True)
