@@ -71,10 +71,6 @@ def test_videos(run):
             ["export", "--checkpoint", CHECKPOINT, "--out", "b", "--profile", "tiny", "--device", "cuda"],
             "not exported to ONNX for CUDA",
         ),
-        (
-            ["quantize", CHECKPOINT, "--quantization", "int8", "--out", "q"],
-            "Lance models are not written in 8 or 4 bits",
-        ),
         (["convert", CHECKPOINT], "Wan2.2_VAE.pth is missing; give the folder of a Lance checkpoint"),
         (["convert", "nowhere"], "nowhere is no folder and no file; give the folder of a Lance checkpoint"),
     ],
