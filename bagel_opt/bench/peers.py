@@ -5,10 +5,8 @@ the same requests. What was measured is saved row by row; what is in the file al
 """
 
 import argparse
-import contextlib
 import datetime
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +19,7 @@ import torch
 from rich.console import Console
 
 from bagel_opt.bench import peers_checkpoint
+from bagel_opt.bench.full_size import versions
 from bagel_opt.bench.peers_requests import Dialect, MStar, Ours, Work, call_of, send
 from bagel_opt.bench.peers_rows import ROWS, Row, measured, told, warmed
 from bagel_opt.bench.peers_servers import free_port, gpu_memory, started
@@ -55,7 +54,7 @@ SIZES = {
     ),
 }
 SERVE = "{python} -m bagel_opt serve {checkpoint} --backend {backend} --profile {profile} --port {port} --name bagel"
-MSTAR = "{mstar} -m mstar.cli.main serve bagel --host 127.0.0.1 --port {port} --cache-dir {hub}"
+MSTAR = "env -u PYTHONPATH HF_HUB_OFFLINE=1 {mstar} -m mstar.cli.main serve bagel --host 127.0.0.1 --port {port} --cache-dir {hub}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ def main(words: list[str] | None = None) -> int:
     if results.setdefault("work", asdict(work)) != asdict(work):
         raise SystemExit(f"peers: {a.json} has figures of other work, {results['work']}; give another file as --json")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    results["versions"] = versions()
     if results.setdefault("device", device) != device:
         raise SystemExit(f"peers: {a.json} has figures of another device, {results['device']}; give another --json")
 
@@ -109,7 +109,7 @@ def main(words: list[str] | None = None) -> int:
             _say(f"{server.name}: {error}")
         save()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables(results, a.vllm_omni):
+    for table in tables(results, a.vllm_omni and work == Work()):
         console.print(table)
     return int(failed)
 
@@ -256,6 +256,4 @@ def _rows(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the checkpoint is here
-        sys.exit(main())
+    sys.exit(main())

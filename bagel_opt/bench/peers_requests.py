@@ -71,7 +71,8 @@ class Ours:
         return _json("/v1/images/generations", body, side)
 
     def edit(self, work: Work, seed: int, light: bool) -> Call:
-        fields = {"prompt": _prompt(seed), "seed": seed, **EDITED, **self._steps(work, light)}
+        size = {"size": f"{work.large}x{work.large}"}
+        fields = {"prompt": _prompt(seed), "seed": seed, **size, **EDITED, **self._steps(work, light)}
         return _form("/v1/images/edits", fields, _picture(work.large, seed), work.large)
 
     def question(self, work: Work, seed: int, light: bool, picture: bool) -> Call:
@@ -94,7 +95,7 @@ class MStar:
         return _json("/v1/images/generations", body, side)
 
     def edit(self, work: Work, seed: int, light: bool) -> Call:
-        fields = {"prompt": _prompt(seed), "seed": seed, **EDITED}
+        fields = {"prompt": _prompt(seed), "width": work.large, "height": work.large, "seed": seed, **EDITED}
         return _form("/v1/images/edits", fields, _picture(work.large, seed), work.large)
 
     def question(self, work: Work, seed: int, light: bool, picture: bool) -> Call:

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 POLL = 0.2  # seconds
 
@@ -69,13 +70,11 @@ def _ended(process: subprocess.Popen) -> None:
 
 
 def gpu_memory() -> int | None:
-    """Bytes in use on the first GPU, by whatever process, or None where nvidia-smi shows none."""
-    if not (tool := shutil.which("nvidia-smi")):
+    """Bytes in use on the first GPU, by whatever process, or None where there is none."""
+    if not torch.cuda.is_available():
         return None
-    asked = [tool, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    run = subprocess.run(asked, capture_output=True, text=True, check=False)
-    lines = run.stdout.split()
-    return int(lines[0]) * 2**20 if run.returncode == 0 and lines and lines[0].isdecimal() else None
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free
 
 
 class Peak:
