@@ -268,11 +268,11 @@ class TwoStreams:
             self.exchange.deliver(outbox, route, caches)
         main.wait_stream(side)
         side.wait_stream(main)
-        with torch.cuda.stream(side):
-            und_M = way.leave(layer.und, und_M, attend(q_und, und), mine.share)
+        with torch.cuda.stream(side):  # und_M may be main's: held until main waits, or main would write over it
+            left_M = way.leave(layer.und, und_M, attend(q_und, und), mine.share)
         gen_M = way.leave(layer.gen, gen_M, attend(q_gen, gen), others.share)
         main.wait_stream(side)
-        return und_M.view(und.shape), gen_M.view(gen.shape), k, v
+        return left_M.view(und.shape), gen_M.view(gen.shape), k, v
 
 
 def shared_tokens(

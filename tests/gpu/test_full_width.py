@@ -50,7 +50,7 @@ def test_flash_attention(rows, queries, causal):
 
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
-@pytest.mark.parametrize(("rows", "latents"), [(2, 4096), (1, 1024)])
+@pytest.mark.parametrize(("rows", "latents"), [(2, 4096), (1, 1024), (4, 1024), (2, 256)])
 def test_layers(backend, rows, latents):
     """Compiled, as launched, captured and replayed, against eager float32."""
     config = dataclasses.replace(PUBLISHED, llm=dataclasses.replace(PUBLISHED.llm, num_hidden_layers=2))

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -90,6 +91,29 @@ def test_experts_side_by_side_compute_the_layer(two_streams, rows, text, latents
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_side_stream_reads_is_held_until_the_main_one_waits(monkeypatch):
+    """An image's markers are one row's, repeated: what makes rows of them is main's memory, which main takes again once freed."""
+    monkeypatch.setattr(streams, "compiled", lambda piece: piece)
+    runner, read, waits = on_the_cpu(False, monkeypatch), [], []
+    main = SimpleNamespace(wait_stream=lambda side: waits.append([x() is not None for x in read]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False)
+
+    def noted(piece):
+        def run(expert, x, *given):
+            if expert is layer.und:
+                read.append(weakref.ref(x))
+            return piece(expert, x, *given)
+
+        return run
+
+    runner.way.enter, runner.way.leave = noted(runner.way.enter), noted(runner.way.leave)
+    und, *others = program(rows=2, text=2, latents=5)
+    with torch.no_grad():
+        runner(layer, und[:1].expand(2, -1, -1), *others)
+    assert waits == [[True], [True, True]]
 
 
 class Threads:
