@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from serving import until
 
 import bagel_opt
 from bagel_opt.bench import peers, peers_checkpoint, peers_load, peers_requests, peers_rows, peers_servers, peers_tables
@@ -55,6 +56,8 @@ def test_each_tensor_has_values_of_its_own_and_they_repeat(checkpoint, tmp_path)
     q, k = (tensors[f"language_model.model.layers.0.self_attn.{x}_proj.weight"] for x in "qo")
     assert not torch.equal(q, k)
     assert 0.9 < q.std() * q.shape[1] ** 0.5 < 1.1
+    likely = tensors["language_model.lm_head.weight"].any(dim=1).nonzero().flatten().tolist()
+    assert likely == list(range(peers_checkpoint.first_word(), END))  # no others end an answer or have no word
 
 
 def test_answers_are_words_as_long_as_asked(checkpoint):
@@ -133,13 +136,22 @@ def test_a_peer_that_does_not_start_is_named_and_the_rows_before_stay(tmp_path, 
     assert "ended itself with status 1" in capsys.readouterr().out
 
 
-def test_a_server_that_is_never_ready_is_ended(tmp_path):
-    log, command = tmp_path / "log", [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"]
+def test_a_server_that_is_never_ready_is_ended_with_what_it_started(tmp_path):
+    own = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    log, ready = tmp_path / "log", (peers_servers.free_port(), "/health")
     with (
-        pytest.raises(RuntimeError, match=r"not ready after 2 s: waiting"),
-        peers_servers.started(command, peers_servers.free_port(), "/health", log, 2),
+        pytest.raises(RuntimeError, match=r"not ready after 2 s: \d+; all is in"),
+        peers_servers.started([sys.executable, "-c", own], *ready, log, 2),
     ):
         pass
+    until(lambda: not lives(int(log.read_text().split()[0])))
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # ---- requests and figures
