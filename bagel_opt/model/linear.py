@@ -3,11 +3,15 @@
 B rows, T tokens, C channels in, N channels out, V rows of a table, K adapters, R ranks of all of them together.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_opt.model.quantized import Quantized
+
+Span = tuple[int, int]  # from one channel to before another
 
 
 class LowRank(nn.Module):
@@ -69,6 +73,16 @@ class Linear(nn.Linear):
         wide = torch.cat((self.weight, self.low_rank.up_NR), dim=1)
         self.weight.data, self.low_rank.up_NR = wide.split((self.in_features, wide.shape[1] - self.in_features), dim=1)
         self.low_rank.wide = wide
+
+    @staticmethod
+    def of_spans(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None, spans: Sequence[Span]) -> list[Tensor]:
+        """F.linear of some channels out: of each span of them by itself."""
+        return [
+            F.linear(x, *(None if whole is None else Linear.stored(whole[a:b], x) for whole in (weight_NC, bias_N)))
+            for a, b in spans
+        ]
+
+    multiply_spans = of_spans  # a runtime may bring a faster one
 
     @staticmethod
     def stored(parameter: Tensor, x: Tensor) -> Tensor:

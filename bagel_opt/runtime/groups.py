@@ -1,4 +1,4 @@
-"""Ranks that gather each other's tensors: by NCCL on GPUs, by Gloo on CPUs.
+"""Ranks that gather each other's tensors: on GPUs by NCCL and, what is small, by each other's memory, on CPUs by Gloo.
 
 The communicators belong to a model. `torch.distributed.init_process_group` would make one for the process, which then could
 have no second model, and no training run of its own.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
 from bagel_opt.errors import reason
+from bagel_opt.installed import fault
 
 PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
 # Of torch's watchdog, read as a communicator is made: a rank that dies must not end the caller's process.
@@ -30,6 +31,7 @@ class Group:
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], me: int, device: torch.device):
         self.rank, self.size, self.count, self.rehearsing = ranks.index(me), len(ranks), 0, False
+        self.device, self.inbox = device, None
         name = "ranks " + " ".join(map(str, ranks))
         store, timeout = dist.PrefixStore(name, store), timedelta(seconds=PATIENCE)
         if device.type == "cuda":
@@ -45,6 +47,10 @@ class Group:
         self.options = AllgatherOptions()
         self.options.asyncOp = False  # on the current stream, where a CUDA graph captures it
         self.gather(torch.zeros(1, device=device))  # which connects them
+        if device.type == "cuda" and not fault("triton"):
+            from bagel_opt.runtime import inbox
+
+            self.inbox = inbox.opened(store, self.rank, self.size, device, self._agreed)
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, which has the same shape on all: [size, *x.shape]. Raises RuntimeError where a rank is gone."""
@@ -52,12 +58,18 @@ class Group:
         if self.rehearsing:
             return out.copy_(x)
         self.count += 1
+        if self.inbox and self.inbox.takes(x):
+            self.inbox.gather(x.contiguous(), out)
+            return out
         # as bytes, in which there is no dtype that one of the libraries has not
         given = (y.contiguous().view(-1).view(torch.uint8) for y in (out, x))
         work = self.backend._allgather_base(*given, self.options)
         if work is not None:
             work.wait()
         return out
+
+    def _agreed(self, mine: bool) -> bool:
+        return bool(self.gather(torch.tensor([mine], device=self.device)).all())
 
     @contextmanager
     def once(self, program: str) -> Iterator[None]:
@@ -72,7 +84,14 @@ class Group:
 
     def abort(self) -> None:
         """Ends what waits for others, and the communicator."""
+        if self.inbox:
+            self.inbox.abort()
         self.backend.abort()
+
+    def close(self) -> None:
+        """At the end of a process: nothing is exchanged any more."""
+        if self.inbox:
+            self.inbox.close()
 
 
 class Groups:
@@ -111,6 +130,10 @@ class Groups:
     def abort(self) -> None:
         for group in self.part.values():
             group.abort()
+
+    def close(self) -> None:
+        for group in self.part.values():
+            group.close()
 
 
 @contextmanager

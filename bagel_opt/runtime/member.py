@@ -43,7 +43,8 @@ def main(number: int) -> None:
     logging.getLogger("bagel_opt").setLevel(logging.ERROR)  # the first rank says the same
     status = 1
     try:
-        kept = serve(connection, place, parent)  # noqa: F841  NCCL's communicators complain when they are dropped
+        if kept := serve(connection, place, parent):  # NCCL's communicators complain when they are dropped
+            kept.runtime.groups.close()
         status = 0
     except EOFError:
         pass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model.attention import Visible
-from bagel_opt.model.linear import Linear
+from bagel_opt.model.linear import Linear, Span
 from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
 from bagel_opt.model.transformer import Expert, Layer
@@ -25,29 +25,28 @@ from bagel_opt.runtime.split_layers import any_size
 
 
 class Slices(NamedTuple):
-    """A rank's parts of an expert's weights, in the memory of the whole ones."""
+    """A rank's parts of an expert's weights, in the memory of the whole ones. q_kv, gate_up: spans of the channels out."""
 
-    q: Tensor
-    q_bias: Tensor
-    kv: Tensor
-    kv_bias: Tensor
+    q_kv: tuple[Span, Span]
     o: Tensor
-    gate: Tensor
-    up: Tensor
+    gate_up: tuple[Span, Span]
     down: Tensor
 
 
 def sliced(expert: Expert, c: LLMConfig, group: Group) -> Slices:
     heads, inner = c.num_attention_heads * c.head_dim, c.intermediate_size
-    q, hidden = (slice(group.rank * n // group.size, (group.rank + 1) * n // group.size) for n in (heads, inner))
-    qkv, gate_up = expert.qkv, expert.gate_up.weight
-    parts = qkv.weight[q], qkv.bias[q], qkv.weight[heads:], qkv.bias[heads:], expert.o.weight[:, q]
-    return Slices(*parts, gate_up[:inner][hidden], gate_up[inner:][hidden], expert.down.weight[:, hidden])
+    q, gate = ((group.rank * n // group.size, (group.rank + 1) * n // group.size) for n in (heads, inner))
+    q_kv, up = (q, (heads, expert.qkv.out_features)), (inner + gate[0], inner + gate[1])
+    return Slices(q_kv, expert.o.weight[:, slice(*q)], (gate, up), expert.down.weight[:, slice(*gate)])
 
 
-def product(of: Linear, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(of: Linear, x: Tensor, weight: Tensor) -> Tensor:
     """With a part of the weight, as the whole one is multiplied with."""
-    return of.multiply(x, Linear.stored(weight, x), None if bias is None else Linear.stored(bias, x))
+    return of.multiply(x, Linear.stored(weight, x), None)
+
+
+def products(of: Linear, x: Tensor, spans: tuple[Span, Span]) -> list[Tensor]:
+    return of.multiply_spans(x, of.weight, of.bias, spans)
 
 
 def enter(
@@ -63,8 +62,8 @@ def enter(
 ) -> Tensor:
     """This rank's queries; all keys and values are stored."""
     normed, channels = expert.norm1(x_B1C), expert.q_norm.weight.shape[0]
-    q = product(expert.qkv, normed, mine.q, mine.q_bias).unflatten(-1, (-1, channels))
-    k, v = product(expert.qkv, normed, mine.kv, mine.kv_bias).unflatten(-1, (-1, channels)).chunk(2, dim=2)
+    q, kv = (y.unflatten(-1, (-1, channels)) for y in products(expert.qkv, normed, mine.q_kv))
+    k, v = kv.chunk(2, dim=2)
     q, k, v = expert.rotated(q, k, v, cos, sin, ops)
     for cache, new in ((k_BSGD, k), (v_BSGD, v)):
         ops.write(cache, new, start_B)
@@ -78,8 +77,7 @@ def attended_part(expert: Expert, mine: Slices, attended_B1HD: Tensor) -> Tensor
 def mlp_part(expert: Expert, mine: Slices, x_B1C: Tensor, parts_WB1C: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens after the attention, and this rank's part of what the MLP adds."""
     x_B1C = with_parts(x_B1C, parts_WB1C)
-    normed = expert.norm2(x_B1C)
-    gate, up = (product(expert.gate_up, normed, weight) for weight in (mine.gate, mine.up))
+    gate, up = products(expert.gate_up, expert.norm2(x_B1C), mine.gate_up)
     return x_B1C, product(expert.down, F.silu(gate) * up, mine.down)
 
 

@@ -1,14 +1,18 @@
 """Kernels in Triton, against float64."""
 
+import itertools
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import relative
 
 if torch.cuda.is_available():
-    from bagel_opt.runtime import group_norm, one_token
+    from bagel_opt.runtime import group_norm, inbox, one_token
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+MOST = 2**19  # words of an inbox
 LIMIT = {torch.bfloat16: 3e-3, torch.float32: 1e-6}
 
 
@@ -37,3 +41,89 @@ def test_the_product_with_a_single_token(dtype, biased, n, c, wide):
     got = one_token.linear(x, weight, bias)
     assert got.shape == want.shape
     assert relative(got.double(), want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("spans", [((1792, 3584), (3584, 4608)), ((3, 8), (100, 101)), ((0, 5), (5, 12))])
+def test_the_product_of_spans_with_a_single_token(dtype, biased, spans):
+    """Their rows of the weight alone count: all others are poison."""
+    weight, bias = torch.full((4608, 3584), torch.nan, device="cuda"), torch.full((4608,), torch.nan, device="cuda")
+    for a, b in spans:
+        weight[a:b].normal_()
+        bias[a:b].normal_()
+    x, weight, bias = torch.randn(1, 1, 3584, device="cuda").to(dtype), weight.to(dtype), bias.to(dtype)
+    found = one_token.linear_of_spans(x, weight, bias if biased else None, spans)
+    for got, (a, b) in zip(found, spans, strict=True):
+        want = F.linear(x.double(), weight[a:b].double(), bias[a:b].double() if biased else None)
+        assert got.shape == want.shape
+        assert relative(got.double(), want) < LIMIT[dtype]
+
+
+@pytest.fixture(params=[2, 3])
+def inboxes(request):
+    """Of ranks that are streams of one GPU."""
+    size, counters = request.param, request.param * inbox.PROGRAMS
+    words = 2 * size * MOST
+    all_own = [
+        [torch.zeros(words, dtype=torch.int32, device="cuda"), torch.zeros(counters, dtype=torch.int64, device="cuda")]
+        for _ in range(size)
+    ]
+    return [inbox.Inbox(own, all_own, rank) for rank, own in enumerate(all_own)]
+
+
+def test_small_gathers(inboxes):
+    """Launched and replayed, of all sizes, one rank ahead of another."""
+    streams, graphs = [torch.cuda.Stream() for _ in inboxes], []
+    sizes = [2, 3584, 7168, 8 * 3584, 3 * inbox.BLOCK * inbox.PROGRAMS + 10, 2 * MOST]
+    # of each rank by itself: as parts of one tensor they are aligned in several ways, for which Triton has several kernels, and
+    # loading one waits until no other runs
+    given = [[torch.randn(n, device="cuda").bfloat16() for _ in inboxes] for n in sizes]
+    found = [[torch.zeros(len(inboxes), n, device="cuda").bfloat16() for n in sizes] for _ in inboxes]
+
+    def gather(rank):
+        for x, out in zip(given, found[rank], strict=True):
+            inboxes[rank].gather(x[rank], out)
+
+    def check():
+        for outs in found:
+            for out, x in zip(outs, given, strict=True):
+                assert torch.equal(out, torch.stack(x))
+
+    torch.cuda.synchronize()
+    for rank in range(len(inboxes)):
+        with torch.cuda.stream(streams[rank]):
+            gather(rank)
+    torch.cuda.synchronize()
+    check()
+    for rank in range(len(inboxes)):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=streams[rank]):
+            gather(rank)
+    for _ in range(100):
+        for x in itertools.chain(*given):
+            x.normal_()
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        check()
+
+
+def test_gathers_that_wait_for_a_rank_that_is_gone_can_be_ended(inboxes):
+    x = torch.zeros(64, device="cuda")
+    for _ in range(3):
+        inboxes[0].gather(x, x.new_empty(len(inboxes), 64))
+    over = torch.cuda.Event()
+    over.record()
+    time.sleep(0.2)
+    assert not over.query()
+    inboxes[0].abort()
+    over.synchronize()
+
+
+def test_what_is_too_large_for_an_inbox_is_not_taken(inboxes):
+    sizes = {0: False, 1: True, MOST: True, MOST + 1: False}
+    assert {n: inboxes[0].takes(torch.empty(n, device="cuda")) for n in sizes} == sizes
+    assert not inboxes[0].takes(torch.empty(3, device="cuda", dtype=torch.bfloat16))

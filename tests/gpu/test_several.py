@@ -36,6 +36,7 @@ def start():
 def test_golden_cases(start, parallel, backend, dtype, attention):
     """Three times: launched, captured and replayed."""
     model, errors = start(parallel=parallel, backend=backend, dtype=dtype, attention=attention), {}
+    assert model.runtime.rank.runtime.groups.world.inbox  # not everything goes by NCCL
     for case in cases() * 3:
         events = []
         outputs = model.run(case.inputs, on_step=events.append, **case.options)
@@ -67,10 +68,11 @@ def draw(model, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         model.generate("a red circle", num_timesteps=50, seed=1)
+        model.run(["why?"], output="text", max_think_tokens=200)
 
 
 @pytest.mark.parametrize("backend", ["eager", "compile"])
-@pytest.mark.parametrize("parallel", ["guidance", "sequence"])
+@pytest.mark.parametrize("parallel", ["guidance", "sequence", "tensor"])
 def test_a_rank_that_dies_ends_requests(start, parallel, backend):
     """Also where replayed graphs wait for it."""
     model = start(parallel=parallel, backend=backend)
