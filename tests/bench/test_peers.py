@@ -1,6 +1,7 @@
 """`python -m bagel_opt.bench.peers` in small on the CPU: our own server and a stand-in for a peer."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -152,6 +153,18 @@ def lives(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.second
+def test_a_killed_run_keeps_its_rows_and_leaves_no_server(tmp_path):
+    words = ["--folder", str(tmp_path), "--sizes", "tiny", "--rows", "texts", "--clients", "1", "--mstar"]
+    waiting = f"{sys.executable} -c 'import os, time; print(os.getpid(), flush=True); time.sleep(99) # {{port}}'"
+    run = subprocess.Popen([sys.executable, "-m", "bagel_opt.bench.peers", *words, waiting])
+    until(lambda: (log := tmp_path / "mstar.log").exists() and log.read_text().strip(), 100)
+    run.terminate()
+    assert run.wait(60) == 143
+    until(lambda: not lives(int((tmp_path / "mstar.log").read_text().split()[0])))
+    assert json.loads((tmp_path / "peers.json").read_text())["servers"]["ours"]["rows"]["texts x 1"]["lost"] == 0
 
 
 # ---- requests and figures
