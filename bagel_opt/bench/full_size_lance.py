@@ -93,8 +93,8 @@ def measured(
         official = OfficialLance(checkout, model, tokenizer)
         found = figures(official, config, repeats, lambda what: progress(f"official code: {what}"))
         results["figures"]["official"] = found
-        velocities["official"] = official.velocity(noise, PROMPT, SIDE)
         save(results)
+        velocities["official"] = official.velocity(noise, PROMPT, SIDE)
         del official
     gc.collect()
     torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -164,14 +165,15 @@ class OfficialLance:
         self.drawn.clear()
         return [self._decoded(self._latents(inputs, **options)) for _ in range(count)]
 
-    def _latents(self, inputs: list[str], **options: Any) -> Tensor:
+    def _latents(self, inputs: list[str], noise: Tensor | None = None, **options: Any) -> Tensor:
         self.flow.clear()
         self.begun = None
         plan = make_plan(Request(inputs, seed=0, **options), self.config, self.tokenizer)
         given = sample(plan, self.config)
         given = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in given.items()}
         given |= {"num_timesteps": len(plan.steps), "timestep_shift": plan.options.timestep_shift, **GUIDANCE}
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+        begins = mock.patch.object(torch, "randn", return_value=noise) if noise is not None else nullcontext()
+        with begins, torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             found = self.lance.validation_gen_KVcache(**given, device=self.device, dtype=self.dtype)
         torch.cuda.synchronize()
         self.drawn.append(time.perf_counter() - self.begun)
@@ -190,8 +192,7 @@ class OfficialLance:
     def velocity(self, noise: Tensor, prompt: str, side: int) -> Tensor:
         """The first guided velocity of a picture that starts at this noise."""
         given = noise.to(self.device, self.dtype, copy=True)
-        with mock.patch.object(torch, "randn", return_value=given):
-            self._latents([prompt], height=side, width=side, num_timesteps=2)
+        self._latents([prompt], given, height=side, width=side, num_timesteps=2)
         v, without = (part.double().cpu() for part in self.flow[:2])
         guided = without + GUIDANCE["cfg_text_scale"] * (v - without)
         return guided * min(1.0, float(v.norm() / guided.norm()))
