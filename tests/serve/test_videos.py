@@ -264,9 +264,9 @@ def test_the_line_is_bounded(model):
 
 def test_what_is_under_way_ends_with_the_server(model):
     with serving(model) as server:
-        server.runtime.open.clear()
-        video = server.client().videos.create(**ASKED)
-        ticket = server.service.videos.held[video.id].ticket
+        server.runtime.open.wait = lambda seconds: time.sleep(0.05) or True  # 200 steps take 10 seconds then
+        asked = {**ASKED, "extra_body": {"num_frames": 9, "num_timesteps": 200}}
+        ticket = server.service.videos.held[server.client().videos.create(**asked).id].ticket
     assert isinstance(ticket.outputs, CancelledError)
     assert not server.engine.thread.is_alive()
 
