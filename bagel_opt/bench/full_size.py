@@ -24,12 +24,17 @@ from bagel_opt.bench.full_size_gpus import FEW_SIZES, gathers, memory_of_gpus, s
 from bagel_opt.bench.full_size_memory import planned, under_caps
 from bagel_opt.bench.full_size_official import Official
 from bagel_opt.bench.measure import CONTEXT, evaluation, figures, seconds
-from bagel_opt.config import PUBLISHED, BagelConfig
+from bagel_opt.config import PUBLISHED
+from bagel_opt.lance.config import Config
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.attention import flash_package
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.families import build
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.quantization import kinds_of_parts
 from bagel_opt.tokenizer import Tokenizer
+
+# Rows and latent tokens of evaluations of the flow that are timed by themselves.
+SCALING = (2, 256), (2, 1024), (2, 2304), (1, 4096), (2, 4096), (4, 4096), (8, 4096), (12, 4096)
 
 
 def versions() -> dict[str, str | None]:
@@ -39,6 +44,16 @@ def versions() -> dict[str, str | None]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def report() -> dict[str, Any]:
+    """Where, when and by what figures are made, and room for them."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "figures": {},
+    }
 
 
 def run_full_size(
@@ -72,13 +87,7 @@ def run_full_size(
     config = dataclasses.replace(PUBLISHED, special=tokenizer.special)
     model = random_model(config, device)
     noise = torch.randn(64 * 64, config.latent_dim, generator=torch.Generator().manual_seed(0))
-    results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "figures": {},
-    }
-    velocities = {}
+    results, velocities = report(), {}
     if checkout:
         official = Official(checkout, model, tokenizer)
         results["figures"]["official"] = figures(official, repeats, lambda what: progress(f"official code: {what}"))
@@ -91,13 +100,9 @@ def run_full_size(
     results["figures"]["ours"] = figures(ours, repeats, lambda what: progress(f"ours: {what}"))
     velocities["ours"] = ours.velocity(noise)
     save(results)
-    results["scaling"] = scaling(ours, progress)
+    results["scaling"] = scaling(ours, progress, SCALING)
     results["adapters"] = adapters(ours, progress)
-    results["bytes per token"] = sum(
-        p.nbytes
-        for name, p in model.named_parameters()
-        if name.startswith(("llm.layers", "llm.lm_head")) and ".gen." not in name
-    )
+    results["bytes per token"] = bytes_per_token(model)
     save(results)
     del ours
     gc.collect()
@@ -139,14 +144,20 @@ def run_full_size(
     return results
 
 
+def bytes_per_token(model: Mixture) -> int:
+    """Of the weights that are read for one."""
+    read = ("llm.layers", "llm.lm_head")
+    return sum(p.nbytes for name, p in model.named_parameters() if name.startswith(read) and ".gen." not in name)
+
+
 def relative(v: Tensor, exact: Tensor) -> float:
     return float((v - exact).norm() / exact.norm())
 
 
-def fresh_float32(model: Bagel) -> Bagel:
+def fresh_float32(model: Mixture) -> Mixture:
     """The same weights in float32, uncompiled; one parameter after another, for want of memory for both."""
     with torch.device("meta"):
-        wide = Bagel(model.config)
+        wide = build(model.config)
     for name, narrow in model.named_parameters():
         path, _, last = name.rpartition(".")
         setattr(wide.get_submodule(path), last, torch.nn.Parameter(narrow.data.float().contiguous(), False))
@@ -154,10 +165,10 @@ def fresh_float32(model: Bagel) -> Bagel:
     return wide.eval()
 
 
-def scaling(ours: Ours, progress: Callable[[str], None]) -> list[dict[str, float]]:
+def scaling(ours: Ours, progress: Callable[[str], None], sizes: Sequence[tuple[int, int]]) -> list[dict[str, float]]:
     """Milliseconds of one evaluation of the flow against rows and latent tokens, with little context."""
     runtime, found = ours.model.runtime, []
-    for rows, latents in ((2, 256), (2, 1024), (2, 2304), (1, 4096), (2, 4096), (4, 4096), (8, 4096), (12, 4096)):
+    for rows, latents in sizes:
         progress(f"scaling: {rows} rows of {latents} tokens")
         once, caches = evaluation(runtime, rows, latents)
         once()
@@ -168,7 +179,7 @@ def scaling(ours: Ours, progress: Callable[[str], None]) -> list[dict[str, float
     return found
 
 
-def tflop(c: BagelConfig, rows: int, latents: int, context: int) -> float:
+def tflop(c: Config, rows: int, latents: int, context: int) -> float:
     """What one evaluation must compute at least: the generation expert's products and the attention."""
     q = c.llm.num_attention_heads * c.llm.head_dim
     kv = 2 * c.llm.num_key_value_heads * c.llm.head_dim

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -145,8 +146,8 @@ class Official:
         hook.remove()
         return [1000 * (b - a) for a, b in itertools.pairwise(seen)][1:]
 
-    def decode_picture(self) -> None:
-        latent = torch.randn(1, 16, 128, 128, device=self.device, dtype=torch.bfloat16)
+    def decode(self, latents: list[np.ndarray]) -> None:
+        (latent,) = (torch.from_numpy(one).to(self.device, torch.bfloat16) for one in latents)
         with torch.no_grad():
             self.inferencer.vae_model.decode(latent).cpu()
 

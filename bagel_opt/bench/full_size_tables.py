@@ -10,16 +10,19 @@ RATED = {"H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.04)}
 
 
 def tables(results: dict) -> Iterator[Table]:
-    """Medians, and how many times faster than the official code; and how near to the card's own limits."""
+    """Medians, how many times faster than the official code, and where that was reckoned, what the card could do at best; and how
+    near to the card's own limits."""
     names = list(results["figures"])
     others = [f"{name}, times" for name in names[1:]]
-    title = f"{results['device']}, torch {results['versions']['torch']}, medians"
-    shown = Table("", *names, *others, title=title)
+    title, floors = f"{results['device']}, torch {results['versions']['torch']}, medians", results.get("floors", {})
+    floor = [f"at {results['product TFLOP/s']:.0f} TFLOP/s"] if floors else []
+    shown = Table("", *names, *others, *floor, title=title)
     for row in dict.fromkeys(row for name in names for row in results["figures"][name]):
         cells = [results["figures"][name].get(row) for name in names]
         values = [statistics.median(cell) if cell else None for cell in cells]
         ratios = [f"{values[0] / value:.2f}" if values[0] and value else "" for value in values[1:]]
-        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), *ratios)
+        at_best = [f"{floors[row]:.4g}" if row in floors else ""] if floors else []
+        shown.add_row(row, *("" if value is None else f"{value:.4g}" for value in values), *ratios, *at_best)
     for name, error in results.get("velocity errors", {}).items():
         shown.add_row(f"error of a velocity, {name}", f"{error:.2e}")
     yield shown

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,13 +37,32 @@ def evaluation(runtime: TorchRuntime, rows: int, latents: int) -> tuple[Callable
     """One evaluation of the flow, with the adapters that count by default, and its caches."""
     device = runtime.device
     caches = runtime.caches(rows, -(-(latents + CONTEXT + 2) // 256) * 256)
-    counts = [torch.full((rows,), n, device=device) for n in (0, latents, CONTEXT)]
+    counts = [torch.full((rows,), n, device=device) for n in (latents, CONTEXT)]
     index = torch.arange(latents, device=device).expand(rows, -1)
     x = torch.randn(rows, latents, runtime.config.latent_dim, device=device)
-    inputs = [x, torch.ones(rows, device=device), index, *counts]
+    c = runtime.config
+    t = torch.ones(rows, *c.time_shape(latents), device=device)
+    position = torch.zeros(rows, *c.position_shape(latents), dtype=torch.int64, device=device)
+    inputs = [x, t, index, position, *counts]
     if runtime.adapters:
         inputs.append(torch.tensor([[*runtime.adapters.values()]] * rows, device=device))
     return lambda: runtime.run("generate", inputs, caches), caches
+
+
+def drawing(
+    contender: Any, name: str, inputs: list, repeats: int, count: int = 1, **options: Any
+) -> dict[str, list[float]]:
+    """Seconds of a picture or a video after a warm-up: from its filled contexts to its latents, and from the request to pixels."""
+    short = {**options, "num_timesteps": 8}  # reaches the times without guidance, too
+    begun = time.perf_counter()
+    contender.draw(inputs, count, **short)
+    found = {f"{name}: first call, s": [time.perf_counter() - begun]}
+    contender.draw(inputs, count, **short)  # what ran once in the first call may be captured in the second
+    for _ in range(repeats):
+        whole = seconds(lambda: contender.draw(inputs, count, **options))
+        found.setdefault(f"{name}: denoising, s", []).append(max(contender.drawn))
+        found.setdefault(f"{name}: whole, s", []).append(whole)
+    return found
 
 
 def figures(
@@ -56,16 +76,9 @@ def figures(
 
     def draws(name: str, inputs: list, count: int = 1, repeats: int = repeats, **options: Any) -> None:
         progress(name)
-        short = {**options, "num_timesteps": 8}  # reaches the times without guidance, too
-        begun = time.perf_counter()
-        contender.draw(inputs, count, **short)
-        found[f"{name}: first call, s"] = [time.perf_counter() - begun]
-        contender.draw(inputs, count, **short)  # what ran once in the first call may be captured in the second
-        for _ in range(repeats):
-            whole = seconds(lambda: contender.draw(inputs, count, **options))
-            found.setdefault(f"{name}: denoising, s", []).append(max(contender.drawn))
-            found.setdefault(f"{name}: whole, s", []).append(whole)
+        found.update(drawing(contender, name, inputs, repeats, count, **options))
 
+    latents = [np.random.default_rng(0).standard_normal((1, 16, 128, 128), np.float32)]
     torch.cuda.reset_peak_memory_stats()
     for name, (height, width) in sizes.items():
         draws(name, [PROMPT], height=height, width=width, **DEFAULTS)
@@ -73,8 +86,8 @@ def figures(
     progress("tokens")
     contender.tokens()
     found["token, ms"] = [t for _ in range(repeats) for t in contender.tokens()]
-    contender.decode_picture()
-    found["VAE decode 1024x1024, s"] = [seconds(contender.decode_picture) for _ in range(5)]
+    contender.decode(latents)
+    found["VAE decode 1024x1024, s"] = [seconds(lambda: contender.decode(latents)) for _ in range(5)]
     found[PEAK] = [torch.cuda.max_memory_allocated() / 1e9]
     found["and held by torch, GB"] = [torch.cuda.max_memory_reserved() / 1e9]
     if contender.several:  # the official code draws and writes for one request at a time, the bundles for one row

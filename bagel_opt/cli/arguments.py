@@ -92,21 +92,25 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
 
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
-    time_.add_argument("--preset", choices=["h100"], help="BAGEL-7B's sizes with random weights, on this GPU")
+    time_.add_argument(
+        "--preset", choices=["h100", "lance"], help="BAGEL-7B's or Lance's sizes with random weights, on this GPU"
+    )
     for kind in PRESET_BUNDLES:
         time_.add_argument(
             f"--{kind}",
             metavar="DIR",
             type=Path,
-            help=f"with --preset: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
+            help=f"with --preset h100: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
         )
     time_.add_argument(
-        "--quantization", metavar="KINDS", help="with --preset: also with quantised weights, with commas: fp8,int8,int4"
+        "--quantization",
+        metavar="KINDS",
+        help="with --preset h100: also with quantised weights, with commas: fp8,int8,int4",
     )
     time_.add_argument(
         "--memory",
         metavar="SIZES",
-        help="with --preset: also under caps of memory, with commas, as 24GB,16GB, in 16 bits and in each of --quantization",
+        help="with --preset h100: also under caps of memory, with commas, as 24GB,16GB, in 16 bits and in each of --quantization",
     )
     time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
     time_.add_argument(
@@ -132,7 +136,10 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         time_.add_argument(f"--{name}", help="as for the other commands")
     time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
     time_.add_argument(
-        "--gpus", type=count, metavar="N", help="how many each model has; with --preset: also time so many, in each way"
+        "--gpus",
+        type=count,
+        metavar="N",
+        help="how many each model has; with --preset h100: also time so many, in each way",
     )
     time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 

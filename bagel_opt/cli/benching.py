@@ -25,6 +25,10 @@ def bench(a: argparse.Namespace) -> None:
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
+        if a.preset == "lance":
+            for name in (*PRESET_BUNDLES, "quantization", "memory", "gpus"):
+                if getattr(a, name):
+                    raise ValueError(f"--{name} is for --preset h100, not for --preset lance; leave it out")
         return _full_size(a, bundles)
     side = min(map(default_side, a.sources or [None]))
     work = Work(a.height or side, a.width or side, a.steps, a.tokens, a.repeats)
@@ -49,6 +53,7 @@ def bench(a: argparse.Namespace) -> None:
 
 def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
     from bagel_opt.bench.full_size import run_full_size
+    from bagel_opt.bench.full_size_lance import run_lance
     from bagel_opt.bench.full_size_tables import tables as full_size_tables
 
     def save(results: dict) -> None:
@@ -56,10 +61,15 @@ def _full_size(a: argparse.Namespace, bundles: dict[str, Path]) -> None:
             _write_json(a.json, results)
 
     with bar("timing") as update:
-        kinds, caps = (given.split(",") if given else [] for given in (a.quantization, a.memory))
-        results = run_full_size(
-            a.official, bundles, kinds, caps, a.gpus or 1, a.repeats, lambda what: update(what, 0, 0), save
-        )
+
+        def progress(what: str) -> None:
+            update(what, 0, 0)
+
+        if a.preset == "lance":
+            results = run_lance(a.official, a.repeats, progress, save)
+        else:
+            kinds, caps = (given.split(",") if given else [] for given in (a.quantization, a.memory))
+            results = run_full_size(a.official, bundles, kinds, caps, a.gpus or 1, a.repeats, progress, save)
     for table in full_size_tables(results):
         tables().print(table)
 

@@ -1,6 +1,6 @@
 """What a runtime offers the sampling loop. Tensors are opaque to the loop; NumPy arrays go in anywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,6 +80,9 @@ class Runtime(Protocol):
     ) -> tuple:
         """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of those that the inputs
         are for."""
+
+    def chosen(self, ids_B: Tensor) -> tuple[Callable[[], np.ndarray], Tensor | None]:
+        """The ids that "choose" gave: what waits for them, and where the device can go on with them meanwhile, what "decode" takes."""
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         """A tensor, or one row of it, as a NumPy array: floats in float32, bytes and integers as they are."""

@@ -135,6 +135,10 @@ class MirroredRuntime:
                 raise failures[0]
             self.rehearsed[program] = size
 
+    def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:
+        """This rank alone has them."""
+        return functools.partial(self.host, ids_B), None
+
     def host(self, tensor: Any, row: int | None = None) -> np.ndarray:
         value = self._here(tensor)
         self._await_device()

@@ -1,11 +1,14 @@
 """The ONNX Runtime runtime on the CPU. Tensors are NumPy arrays; caches are updated in the memory they lie in."""
 
 import copy
+import functools
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -175,6 +178,9 @@ class OnnxRuntime:
         except Exception as error:  # ORT's exceptions have no common base
             raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
         return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
+
+    def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:
+        return functools.partial(self.host, ids_B), None
 
     def host(self, tensor: np.ndarray, row: int | None = None) -> np.ndarray:
         tensor = tensor if row is None else tensor[row]

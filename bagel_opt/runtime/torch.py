@@ -1,6 +1,7 @@
 """The torch runtime: runs a model that runtime/torch_setup.py has prepared."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -160,6 +161,19 @@ class TorchRuntime:
     def _tensor(self, values: np.ndarray | Tensor) -> Tensor:
         """On the device. The copy is staged, so the host need not wait for what the device still has to do."""
         return torch.from_numpy(values).to(self.device, non_blocking=True) if isinstance(values, np.ndarray) else values
+
+    def chosen(self, ids_B: Tensor) -> tuple[Callable[[], np.ndarray], Tensor | None]:
+        if self.device.type != "cuda":
+            return functools.partial(self.host, ids_B), None
+        there, over = torch.empty(ids_B.shape, dtype=ids_B.dtype, pin_memory=True), torch.cuda.Event()
+        there.copy_(ids_B, non_blocking=True)
+        over.record(torch.cuda.current_stream(self.device))
+
+        def wait() -> np.ndarray:
+            over.synchronize()
+            return there.numpy()
+
+        return wait, ids_B.clamp(min=0)  # where there is none, any
 
     def host(self, tensor: Tensor, row: int | None = None) -> np.ndarray:
         tensor = tensor if row is None else tensor[row]

@@ -17,10 +17,9 @@ import numpy as np
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
-from bagel_opt.programs.signatures import ROW, one_row
-from bagel_opt.sampling import nucleus
-from bagel_opt.sampling.adapters import as_inputs
+from bagel_opt.programs.signatures import one_row
 from bagel_opt.sampling.batches import Batches
+from bagel_opt.sampling.decoding import Decoder
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
 from bagel_opt.sampling.job import Job, Observer, Token
@@ -46,6 +45,7 @@ class Engine:
     def _start(self) -> None:
         """No request, and batches without memory."""
         self.batches = Batches(self.runtime, self.config, self.profile)
+        self.decoder = Decoder(self.batches)
         self.step_caches: dict[str, StepCache] = {name: make(self.batches) for name, make in STEP_CACHES.items()}
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
@@ -178,34 +178,7 @@ class Engine:
 
     def _decode(self, jobs: list[Job]) -> list[int]:
         """The next token of each of these requests."""
-        kv_len, position = self._lengths()
-        ids = np.zeros_like(kv_len)
-        temperature, uniform = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
-        share = np.zeros((len(ids), len(jobs[0].share)), np.float32)
-        for job in jobs:
-            at, want = self.batches.at(job.main), job.want
-            ids[at], temperature[at], uniform[at] = want.id, want.temperature, want.uniform
-            share[at] = job.share
-        for batch in {job.main.batch for job in jobs}:
-            rows, ending, row = slice(None), "", None
-            mine = [job.main.row for job in jobs if job.main.batch == batch]
-            if len(mine) == 1 < self.profile.rows:
-                rows, ending, row = slice(mine[0], mine[0] + 1), ROW, mine[0]
-            inputs = [self.batches.of(array, batch)[rows] for array in (ids, position, kv_len, *as_inputs(share))]
-            logits = self.runtime.run("decode" + ending, inputs, self.batches[batch].caches, row)[0]
-            choice = [self.batches.of(array, batch)[rows] for array in (temperature, uniform)]
-            chosen = self.runtime.run("choose" + ending, [logits, *choice])[0]
-            self.batches.of(ids, batch)[rows] = self.runtime.host(chosen)
-            self._sample_nuclei(logits, rows.start or 0, [job for job in jobs if job.main.batch == batch], ids)
-        return [int(ids[self.batches.at(job.main)]) for job in jobs]
-
-    def _sample_nuclei(self, logits: Tensor, first: int, jobs: list[Job], ids: np.ndarray) -> None:
-        """Chooses again for those that sample from a part of the vocabulary. first: the row of the first logits."""
-        for job in jobs:
-            at, want = self.batches.at(job.main), job.want
-            if want.top_p < 1 and want.temperature and ids[at] >= 0:
-                row = self.runtime.host(logits, job.main.row - first)
-                ids[at] = nucleus.sample(row, want.temperature, want.top_p, want.uniform)
+        return self.decoder(jobs, *self._lengths())
 
     def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """One flow step of each of these requests; (x_t, v_t) for those that watch."""

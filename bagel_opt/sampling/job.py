@@ -19,6 +19,7 @@ from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.interleaved import Course, Interleaved
 from bagel_opt.sampling.pictures import read_image
 from bagel_opt.sampling.plan import Plan
+from bagel_opt.sampling.stops import before_stops, ends
 from bagel_opt.tokenizer import Tokenizer
 
 Picture = Image.Image | list[Image.Image]  # the frames, of a video
@@ -27,12 +28,15 @@ NOT_FINITE = "are NaN or infinite: weights are damaged, or numbers overflow; use
 
 @dataclass(frozen=True)
 class Token:
-    """Wanted: the token after `id`."""
+    """Wanted: the token after `id`. following: the uniform number of the one after that, where the device alone can choose it and
+    the text may be so long. text: stands for the text that it is a part of."""
 
     id: int
     temperature: float
     uniform: float
     top_p: float
+    following: float | None
+    text: object
 
 
 @dataclass(frozen=True)
@@ -224,11 +228,17 @@ class Job:
         options, context, after = self.phase.options, self.main, self.phase.after
         ids = [self.config.special.bos_token_id if after is None else after]
         said = self.tokenizer.decode if after is None else self.tokenizer.answer
-        uniform = np.random.default_rng(options.seed)
+        numbers = np.random.default_rng(options.seed)
+        uniform = numbers.random(dtype=np.float32)
         before = context.kv_len, context.position
         while len(ids) < self.phase.max_tokens:  # the official count includes the start token
             temperature = options.text_temperature if options.do_sample else 0.0
-            token = yield Token(ids[-1], temperature, uniform.random(dtype=np.float32), options.top_p)
+            following = numbers.random(dtype=np.float32)
+            goes_on = len(ids) + 1 < self.phase.max_tokens and not (temperature and options.top_p < 1)
+            token = yield Token(
+                ids[-1], temperature, uniform, options.top_p, following if goes_on else None, text=numbers
+            )
+            uniform = following
             if token < 0:
                 raise FloatingPointError(f"the text's logits {NOT_FINITE}")
             context.kv_len, context.position = context.kv_len + 1, context.position + 1
@@ -277,22 +287,6 @@ def _alike(one: list[Block], other: list[Block]) -> int:
     """How many blocks both begin with."""
     different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))
-
-
-def ends(said: Callable[[list[int]], str], ids: list[int], stops: tuple[str, ...]) -> bool:
-    """Whether the last of the ids completes one of the texts. said: the text of ids, of which the first only begins it."""
-    if not stops:
-        return False
-    last = (
-        max(len(stop.encode()) for stop in stops) + 4
-    )  # a token has a byte at least, but for those of a broken character
-    text = said([ids[0], *ids[1:][-last:]])
-    return any(stop in text for stop in stops)
-
-
-def before_stops(text: str, stops: tuple[str, ...]) -> str:
-    """What comes before the first of the texts."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _public(array: np.ndarray) -> Any:

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from bagel_opt.sampling.job import before_stops
+from bagel_opt.sampling.stops import before_stops
 from bagel_opt.serve import errors
 from bagel_opt.serve.engine_thread import Ticket
 from bagel_opt.serve.service import Service

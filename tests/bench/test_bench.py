@@ -125,6 +125,11 @@ def test_what_cannot_be_timed_says_why_and_the_rest_goes_on(tmp_path, capsys, mo
         (["--memory", "12GB"], "--memory is for --preset"),
         (["--preset", "h100", "--memory", "12XB"], "memory='12XB'; allowed are a size such as '12GB'"),
         (["--preset", "h100", "--memory", "3GB"], "profile 'bagel-1024' it takes at least '6.11GB'"),
+        (["--preset", "lance", "--aoti", "x"], "--aoti is for --preset h100, not for --preset lance; leave it out"),
+        (["--preset", "lance", "--quantization", "fp8"], "--quantization is for --preset h100, not for --preset lance"),
+        (["--preset", "lance", "--memory", "12GB"], "--memory is for --preset h100, not for --preset lance"),
+        (["--preset", "lance", "--gpus", "2"], "--gpus is for --preset h100, not for --preset lance"),
+        (["--preset", "lance", "--official", "/nowhere"], "Lance's official code: it has no modeling/lance/lance.py"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
