@@ -117,11 +117,13 @@ def test_where_a_peer_differs_and_what_is_in_the_file_stays(tmp_path, capsys):
     status, first = run(tmp_path, "--rows", "texts", "--clients", "1", "--load")
     assert (status, first["load"]["equal tensors"]) == (0, first["load"]["tensors"])
     few = ("--rows", "texts", "--clients", "1")
-    status, results = run(tmp_path, *few, "--no-ours", "--mstar", f"{STAND_IN} --other 3")
+    again = "again={python} -m bagel_opt serve {checkpoint} --profile {profile} --port {port} --attention sdpa"
+    status, results = run(tmp_path, *few, "--no-ours", "--mstar", f"{STAND_IN} --other 3", "--server", again)
     assert status == 0
     assert results["servers"]["ours"] == first["servers"]["ours"]
     assert results["load"] == first["load"]
-    own, other = (results["servers"][name]["answers"] for name in ("ours", "mstar"))
+    own, other, same = (results["servers"][name]["answers"] for name in ("ours", "mstar", "again"))
+    assert same == own
     assert peers_rows.first_differences(own, other) == [3] * peers_rows.COMPARED
     assert "0 of 8" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="figures of other work"):
