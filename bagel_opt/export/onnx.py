@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from bagel_opt.export import onnx_graph
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.given import Given
 from bagel_opt.export.onnx_free_sizes import free_sizes
@@ -37,6 +39,7 @@ from bagel_opt.model.transformer import Expert, GateUp
 from bagel_opt.profile import Profile
 from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import ONE_ROW, Signature, cache_names
+from bagel_opt.quantization import KINDS
 
 OPSET = 24
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
@@ -108,12 +111,13 @@ class Shapes:
                 product = self.model.get_submodule(name)
                 product.quantized, product.weight = Product(self.kinds[part_of(f"{name}.")], pair, product), None
         self.fixed = stored_dtypes(self.stored, self.kinds, onnx=True)
+        layout = [(prod(shape), self._dtype(name)) for name, shape in self.stored.items()]
+        self.small = sum(count * stored.itemsize for count, stored in layout) <= onnx_graph.ALL_PACKED_BELOW
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             for name, p in list(self.model.named_parameters()):
                 path, _, last = name.rpartition(".")
-                kept = p.dtype if name in self.fixed else dtype
-                empty = nn.Parameter(torch.empty(p.shape, dtype=kept), requires_grad=False)
+                empty = nn.Parameter(torch.empty(p.shape, dtype=self._dtype(name)), requires_grad=False)
                 setattr(self.model.get_submodule(path), last, empty)
         self.model.eval().ops = OnnxOps("onnx" if device == "cpu" else "onnx-cudnn" if self.fused else "onnx-cuda")
 
@@ -146,10 +150,16 @@ class Shapes:
     def write(self, path: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Writes the parameters of `Bagel`, in its order, to a bundle's file of weights."""
         tensors = (stored for parameter in parameters for stored in self.as_stored(*parameter))
-        dtypes = {name: getattr(torch, dtype) for name, dtype in self.fixed.items()}
-        write_weights(
-            path, [(name, shape, dtypes.get(name, self.dtype)) for name, shape in self.stored.items()], tensors
-        )
+        write_weights(path, [(name, shape, self._dtype(name)) for name, shape in self.stored.items()], tensors)
+
+    def unpacked(self, program: str) -> set[str]:
+        """Codes of 4 bits, and their scales, that this program makes floats of."""
+        if self.small or program in onnx_graph.PACKED_CODES:
+            return set()
+        return {n for n in self.stored if ".quantized." in n and KINDS[self.kinds[part_of(n)]].group}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, self.fixed[name]) if name in self.fixed else self.dtype
 
 
 def _coded(weight: str) -> tuple[str, str]:
@@ -225,6 +235,10 @@ def only_used_parameters(
 
 def export_program(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
     """Traces one program with torch.export and translates it. Weights are inputs of the graph, under their names."""
+    unpacked = shapes.unpacked(name)
+    for path, module in shapes.model.named_modules():
+        if isinstance(module, Product):
+            module.unpacked = f"{path}.codes" in unpacked
     with shapes.fake:
         inputs, caches, free = example_inputs(shapes.config, signature, profile, shapes.dtype, torch.device("cpu"))
     input_names, output_names = list(signature.inputs), list(signature.outputs)
@@ -296,7 +310,7 @@ def write_programs(
             exported = export_program(shapes, name, calls[name], signature, profile)
             used = used_weights(exported.graph, shapes.stored)
             if device == "cpu":
-                point_outside(exported.graph, path.parent, used)
+                point_outside(exported.graph, path.parent, used, shapes.unpacked(name))
             strip(exported)
             ir.save(exported, path)
             yield name, used

@@ -1,5 +1,6 @@
 """What is done with a program's graph once it is traced: weights laid outside, and what it does not need dropped."""
 
+from collections.abc import Set
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,9 +22,9 @@ PACKED = {
     "vae_encode": ("vae.",),
     "vae_decode": ("vae.",),
 }
-# Codes of any model are packed where they are read for a few tokens at a time: without it MatMulNBits would turn them into
-# floats first. A copy of codes is small.
-PACKED_CODES = ("decode", "generate")
+# Codes of such models are packed where they are read for one token after another, and where no other program reads them. For
+# other programs they stay in the file: those of 8 bits are packed anew for each product, those of 4 become floats first.
+PACKED_CODES = ("decode", "vit")
 # Of onnxscript's rules those that find something in these graphs. One of the others compares every node with all, which
 # takes most of the time for a model of many layers.
 RULES = rewriter.RewriteRuleSet(
@@ -51,7 +52,7 @@ RULES = rewriter.RewriteRuleSet(
 def weights_to_inputs(graph: ir.Graph, stored: dict[str, tuple[int, ...]], transposed: bool) -> None:
     """Makes inputs of the weights, under their names and with their shapes in the bundle. transposed: stored as [in, out]."""
     for node in graph:
-        if node.op_type == "Gemm" and transposed:
+        if node.op_type == "Gemm" and transposed and node.inputs[1].producer() is None:
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix("call.").removeprefix("model.")
@@ -85,15 +86,16 @@ def used_weights(graph: ir.Graph, stored: dict[str, tuple[int, ...]]) -> list[st
     return [value.name for value in weights if value.uses()]
 
 
-def point_outside(graph: ir.Graph, folder: Path, used: list[str]) -> None:
+def point_outside(graph: ir.Graph, folder: Path, used: list[str], unpacked: Set[str]) -> None:
     """Makes initializers of weights that are inputs. Those that are not to be packed stay inputs as well, ones that may
-    be left out: ONNX Runtime then cannot take them for constant."""
+    be left out: ONNX Runtime then cannot take them for constant. unpacked: some of those."""
     places, inputs = locate_weights(folder / WEIGHTS), {value.name: value for value in graph.inputs}
     small = sum(place.length for place in places.values()) <= ALL_PACKED_BELOW
     for name in used:
         value, place = inputs[name], places[name]
         coded = ".quantized." in name and graph.name in PACKED_CODES
-        if small or coded or any(part in name for part in PACKED.get(graph.name, ())):
+        packed = small or coded or any(part in name for part in PACKED.get(graph.name, ()))
+        if packed and name not in unpacked:
             graph.inputs.remove(value)
         where = WEIGHTS, place.offset, place.length
         value.const_value = ir.ExternalTensor(*where, dtype=value.dtype, shape=value.shape, name=name)

@@ -1,6 +1,5 @@
 """Reading a checkpoint in the published layout: a folder, or a Hugging Face repo id."""
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -271,14 +270,14 @@ class Checkpoint:
     def read(self, model: Mixture) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Reads parameter after parameter of a model that may be on the meta device: its name, and the tensors to be
         stacked in it, in the file's dtype."""
-        with contextlib.closing(Reader(CheckpointError)) as reader:
-            for name, parameter in model.named_parameters():
-                parts = [self._tensor(reader, part, parameter) for part in published_names(name)]
-                if parts[0].ndim == 5 and parameter.ndim == 2:  # over patches of two frames, in the file's own order
-                    parts = [parts[0].flatten(1)]
-                if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
-                    parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
-                yield name, parts
+        reader = Reader(CheckpointError)
+        for name, parameter in model.named_parameters():
+            parts = [self._tensor(reader, part, parameter) for part in published_names(name)]
+            if parts[0].ndim == 5 and parameter.ndim == 2:  # over patches of two frames, in the file's own order
+                parts = [parts[0].flatten(1)]
+            if parts[0].ndim == 4 and parameter.ndim == 2:  # a convolution over patches: (row, column, channel)
+                parts = [parts[0].permute(0, 2, 3, 1).reshape(parameter.shape)]
+            yield name, parts
 
     def dtype(self, name: str) -> torch.dtype:
         """In which `read` gives a published tensor, where it is not quantised."""

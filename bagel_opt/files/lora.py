@@ -1,6 +1,5 @@
 """LoRA adapters as the peft library writes them (https://huggingface.co/docs/peft): what each changes, and its factors."""
 
-import contextlib
 import difflib
 import re
 from collections.abc import Mapping
@@ -78,9 +77,8 @@ class Lora:
 
     def delta(self, weight: str) -> torch.Tensor:
         """What is added to a weight, in float32."""
-        with contextlib.closing(Reader(CheckpointError)) as reader:
-            down, up = self.factors(weight, reader)
-            return (up.float() @ down.float()) * self.pairs[weight].scale
+        down, up = self.factors(weight, Reader(CheckpointError))
+        return (up.float() @ down.float()) * self.pairs[weight].scale
 
     def factors(self, weight: str, reader: Reader) -> tuple[torch.Tensor, torch.Tensor]:
         """(lora_A, lora_B) of a weight, in the file's dtype."""

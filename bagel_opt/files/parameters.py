@@ -13,6 +13,7 @@ from bagel_opt.lance.config import Config
 from bagel_opt.quantization import KINDS
 
 Shapes = dict[str, tuple[int, ...]]
+TOKENS = "llm.embed.weight"
 PARTS = {
     "und": r"llm\.layers\.\d+\.und\.",
     "gen": r"llm\.layers\.\d+\.gen\.",
@@ -51,12 +52,13 @@ def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
 
 
 def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str], onnx: bool = False) -> dict[str, str]:
-    """Of the codes and the scales among parameters after `Bagel.quantize`, or in an ONNX bundle."""
-    found = {}
+    """Of the codes and the scales among parameters after `Bagel.quantize`, or in an ONNX bundle, which then has the table of
+    tokens in 16 bits."""
+    found = {TOKENS: "bfloat16"} if onnx and kinds else {}
     for name in parameters:
         if ".quantized." in name:
             kind = KINDS[kinds[part_of(name)]]
-            found[name] = kind.codes if name.endswith(".codes") else "float32" if onnx else kind.scale
+            found[name] = kind.codes if name.endswith(".codes") else kind.scale
     return found
 
 

@@ -120,7 +120,8 @@ class Mixture(nn.Module):
         """Causal prefill of one chunk of text in one row; padding follows the real ids. -> hidden_BTC"""
         length = ids_BT.shape[1]
         position_BT = position_B[:, None] + torch.arange(length, device=ids_BT.device)
-        return self.llm.start(self.llm.embed(ids_BT), None, position_BT, kv_len_B, length, True, slots, self.ops)
+        x_BTC = self.llm.embed(ids_BT).to(self.dtype)
+        return self.llm.start(x_BTC, None, position_BT, kv_len_B, length, True, slots, self.ops)
 
     def start_vit_context(
         self, embeddings_BPC: Tensor, position: Tensor, n_B: Tensor, kv_len_B: Tensor, slots: int
@@ -172,4 +173,4 @@ class Mixture(nn.Module):
         special = self.config.special
         table_VC = self.llm.embed.weight
         markers_2C = torch.stack((table_VC[special.start_of_image], table_VC[special.end_of_image]))
-        return markers_2C.expand(kv_len_B.shape[0], -1, -1)
+        return markers_2C.to(self.dtype).expand(kv_len_B.shape[0], -1, -1)

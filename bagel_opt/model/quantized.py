@@ -18,7 +18,7 @@ DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
 LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
-AT_ONCE = 2**20  # numbers that are quantised to 4 bits at a time
+AT_ONCE = 2**17  # numbers that are quantised to 4 bits at a time: they and what is made of them stay in a core's cache
 
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,22 +43,27 @@ def to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
-    x = F.pad(weight_NC.float(), (0, -weight_NC.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    outermost = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    """A group is a column here: what is done with one scale after the other then runs along memory."""
+    rows, channels = weight_NC.shape
+    x = F.pad(weight_NC.float(), (0, -channels % GROUP)).view(-1, GROUP).t().contiguous()
+    lowest, highest = x.aminmax(dim=0)
+    outermost = lowest.where(-lowest > highest, highest)
+    part, codes = x / outermost, torch.empty_like(x)  # the errors' squares have to be in range
     found = None
     for shrunk in SHRUNK:
         scale = (outermost * (-shrunk / 8)).bfloat16().float()
-        codes = (x / scale.where(scale != 0, 1)).round().clamp(-8, 7)
-        error = ((codes * scale - x) / outermost).square().sum(-1, keepdim=True)  # whose squares have to be in range
+        error = _rounded(x, scale, codes).mul_(scale / outermost).sub_(part).square_().sum(0)
         if found is None:
-            found = error, codes, scale
+            found = error, scale
         else:
-            found = [
-                torch.where(error < found[0], new, old) for new, old in zip((error, codes, scale), found, strict=True)
-            ]
-    _, codes, scale = found
-    low, high = (codes.nan_to_num() + 8).to(torch.uint8).unflatten(2, (-1, 2)).unbind(-1)
-    return (low + 16 * high).flatten(1), scale.squeeze(-1).bfloat16()
+            found = tuple(torch.where(error < found[0], *pair) for pair in zip((error, scale), found, strict=True))
+    low, high = (_rounded(x, found[1], codes).nan_to_num_() + 8).to(torch.uint8).unflatten(0, (-1, 2)).unbind(1)
+    return (low + 16 * high).t().reshape(rows, -1), found[1].bfloat16().view(rows, -1)
+
+
+def _rounded(x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+    """The codes of x, written over others."""
+    return torch.div(x, scale.where(scale != 0, 1), out=codes).round_().clamp_(-8, 7)
 
 
 def from_groups(codes_NB: Tensor, scale_NG: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,9 @@
 """LoRA adapters kept apart from the weights: the layers' products get the factors of all of them, and each row of a batch
 says how much of each counts, so that requests with different adapters share a batch and nothing is compiled for another."""
 
-import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bagel_opt.config import BagelConfig
@@ -47,18 +46,17 @@ def attach(model: Mixture, adapters: Sequence[Lora], widen: bool) -> bool:
         kind = re.sub(LAYERS, "", name)
         ranks[kind] = max(ranks[kind], sum(adapter.pairs[weight].rank for adapter, _, weight, _ in mine))
     moved = False
-    with contextlib.ExitStack() as stack:
-        readers = {a.path: stack.enter_context(contextlib.closing(Reader(CheckpointError))) for a in adapters}
-        for name, product in products.items():
-            kind = re.sub(LAYERS, "", name)
-            have = 0 if product.low_rank is None else len(product.low_rank.of_R)
-            need = -(-ranks[kind] // ROUND) * ROUND if adapters else 0
-            if need > have or (have and not adapters):
-                plain = product.quantized is None and product.weight.dtype == model.dtype
-                _make(model, product, need, widen and plain and kind.endswith(WIDENED))
-                moved = True
-            if product.low_rank is not None:
-                _fill(product.low_rank, shares[name], readers)
+    reader = Reader(CheckpointError)
+    for name, product in products.items():
+        kind = re.sub(LAYERS, "", name)
+        have = 0 if product.low_rank is None else len(product.low_rank.of_R)
+        need = -(-ranks[kind] // ROUND) * ROUND if adapters else 0
+        if need > have or (have and not adapters):
+            plain = product.quantized is None and product.weight.dtype == model.dtype
+            _make(model, product, need, widen and plain and kind.endswith(WIDENED))
+            moved = True
+        if product.low_rank is not None:
+            _fill(product.low_rank, shares[name], reader)
     return moved
 
 
@@ -84,12 +82,12 @@ def _make(model: Mixture, product: Linear, ranks: int, widen: bool) -> None:
         product.widen()
 
 
-def _fill(low_rank: LowRank, shares: Sequence[Share], readers: Mapping[Path, Reader]) -> None:
+def _fill(low_rank: LowRank, shares: Sequence[Share], reader: Reader) -> None:
     for tensor in (low_rank.down_RC, low_rank.up_NR, low_rank.of_R):
         tensor.zero_()
     start = 0
     for adapter, number, weight, row in shares:
-        down, up = adapter.factors(weight, readers[adapter.path])
+        down, up = adapter.factors(weight, reader)
         end = start + len(down)
         down, up = (factor.to(low_rank.of_R.device).float() for factor in (down, up))
         low_rank.down_RC[start:end] = down

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from bagel_opt.errors import BundleError, reason
 from bagel_opt.files.manifest import WEIGHTS, Manifest
-from bagel_opt.files.weights import locate_weights
+from bagel_opt.files.weights import Location, locate_weights
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_names, cache_shape
@@ -78,12 +78,13 @@ class OnnxRuntime:
         self._prepare(folder, manifest)
         with (folder / WEIGHTS).open("rb") as file:
             self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.weights = {
-            name: ort.OrtValue.ortvalue_from_numpy(
-                np.frombuffer(self.mapped, at.dtype.name, prod(at.shape), at.offset).reshape(at.shape)
-            )
-            for name, at in locate_weights(folder / WEIGHTS).items()
-        }
+        self.weights = {name: self._value(at) for name, at in locate_weights(folder / WEIGHTS).items()}
+
+    def _value(self, at: Location) -> ort.OrtValue:
+        """A tensor of the mapped file. NumPy has no bfloat16 by itself."""
+        kind = "uint16" if at.dtype.name == "bfloat16" else at.dtype.name
+        array = np.frombuffer(self.mapped, kind, prod(at.shape), at.offset).reshape(at.shape)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, at.dtype.onnx)
 
     def active(self) -> dict[str, str]:
         return self._active(f"cpu, {threads()} threads", "CPUExecutionProvider")

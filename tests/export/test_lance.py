@@ -55,7 +55,7 @@ def test_a_bundle_of_few_programs_loads(tmp_path):
 
 def image_of(case, config):
     picture = next(item for item in case.inputs if not isinstance(item, str))
-    return read_input([picture], config, (112, 112), "a picture")
+    return read_input([picture], picture.size, 1, config, (112, 112), "a picture")
 
 
 def embeddings(model, patches, places):

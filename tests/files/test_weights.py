@@ -1,15 +1,21 @@
 """Safetensors files with tensors of several dtypes, written by bagel_opt and read in every way."""
 
+import json
+import os
+import resource
+
 import ml_dtypes  # noqa: F401  NumPy then knows of bfloat16 and of 8-bit floats
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import forked
 from torch import nn
 
 from bagel_opt.dtypes import DTYPES
+from bagel_opt.errors import BundleError
 from bagel_opt.files import weights
-from bagel_opt.files.torch_weights import ALIGNED, read_weights, write_parameters, write_weights
+from bagel_opt.files.torch_weights import ALIGNED, Reader, read_weights, write_parameters, write_weights
 from bagel_opt.files.weights import locate_weights, mapped_weights
 
 CPU = torch.device("cpu")
@@ -123,3 +129,26 @@ def test_what_is_read_has_memory_of_its_own(path):
     for tensor in found.values():
         tensor.zero_()
     same(read_weights(path, CPU)["last"], torch.ones(7))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_of_a_file_larger_than_the_memory_one_tensor_is_mapped(tmp_path):
+    """Linux refuses to map as much as it has not, where it may be written to."""
+    given, at = torch.arange(5, dtype=torch.int32), 2**36
+    header = {
+        "large": {"dtype": "U8", "shape": [at], "data_offsets": [0, at]},
+        "small": {"dtype": "I32", "shape": [5], "data_offsets": [at, at + 20]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(at, os.SEEK_CUR)  # a hole, which takes no place on the disk
+        file.write(given.numpy().tobytes())
+
+    def reads():
+        resource.setrlimit(resource.RLIMIT_AS, (at, at))
+        same(Reader(BundleError).read(tmp_path / "a.safetensors", "small"), given)
+        return 0
+
+    done = forked(reads)
+    assert done.returncode == 0, done.stderr
