@@ -1,20 +1,24 @@
 """What forks from the zygote is as a process of its own."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 
 import pytest
+import zygote as zygotes
 
 pytestmark = pytest.mark.second
 TOLD = "import os, sys; print(sys.argv, os.getcwd(), os.environ['A'], 'torch' in sys.modules, 'bagel_opt' in sys.modules, input())"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def first(zygote):
-    """Later ones fork."""
-    assert zygote.popen([sys.executable, "-c", "import sys; assert 'torch' not in sys.modules"]).wait(60) == 0
+@pytest.fixture(scope="module")
+def zygote():
+    """One that nobody has asked yet. After the first process, which is a new one, others fork."""
+    with zygotes.zygote() as made:
+        assert made.popen([sys.executable, "-c", "import sys; assert 'torch' not in sys.modules"]).wait(60) == 0
+        yield made
 
 
 def run(zygote, script, **settings):
@@ -60,4 +64,5 @@ def test_it_ends_with_who_asked(zygote):
     process.answers.close()
     process.link.close()
     with open(out) as end:
-        assert end.read() == ""  # when it is gone
+        assert select.select([end], [], [], 60)[0]  # it is gone
+        assert end.read() == ""
