@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from bagel_opt.limits import Range, check_number, check_numbers, real, whole
-from bagel_opt.options import Options, check_recommended
+from bagel_opt.options import VIDEO, Options, check_recommended, described
 
 # The most that any model has of something, so that a lie in a file costs no minutes and no gigabytes.
 WIDEST, DEEPEST, LONGEST = 2**20, 1024, 2**24  # channels, layers, entries of a table
@@ -104,6 +104,10 @@ class VAEConfig:
         """The same: in the last blocks, a block's input and two more of its size, the first two with the level below's channels."""
         return pixels * self.ch * (2 * max(self.ch_mult[:2]) + 1)
 
+    def held(self, pixels: int) -> int:
+        """Numbers that are kept from one part of a video to the next: there are no videos."""
+        return 0
+
     @property
     def widths(self) -> str:
         return f"{self.ch} x {list(self.ch_mult)}"
@@ -142,6 +146,7 @@ class BagelConfig:
     """
 
     family: ClassVar[str] = "bagel"
+    draws: ClassVar[tuple[str, ...]] = ("image", "interleaved")
     llm: LLMConfig
     vit: ViTConfig
     vae: VAEConfig
@@ -161,6 +166,11 @@ class BagelConfig:
             raise ValueError(f"generation: {error}") from None
         if (top := max(asdict(self.special).values())) >= self.llm.vocab_size:
             raise ValueError(f"special token {top} is none of a vocabulary of {self.llm.vocab_size}")
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Options of other models."""
+        return frozenset(described(VIDEO))
 
     @property
     def latent_dim(self) -> int:

@@ -2,11 +2,12 @@
 
 import io
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -27,29 +28,31 @@ class Video:
     size: tuple[int, int]
     source: "Sequence[Image.Image] | os.PathLike | bytes"
 
-    def pick(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """The frames of these numbers, in ascending order. Raises ValueError where a file does not hold them after all."""
+    def pick(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """The frames of these numbers, which ascend and may repeat, one at a time: a file's may be large. Raises ValueError where a
+        file does not hold them after all."""
         if not isinstance(self.source, os.PathLike | bytes):
-            return [self.source[number] for number in numbers]
-        wanted, found = set(numbers), {}
+            yield from (self.source[number] for number in numbers)
+            return
+        left = deque(numbers)
         with _opened(self.source) as container:
             for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    found[number] = frame.to_image()
-                if number >= numbers[-1]:
-                    break
-        if lost := sorted(wanted - found.keys()):
-            raise ValueError(f"video: {_name(self.source)} ends before its frame {lost[0]}; write it anew")
-        return [found[number] for number in numbers]
+                while left and left[0] == number:
+                    yield frame.to_image()
+                    left.popleft()
+                if not left:
+                    return
+        raise ValueError(f"video: {_name(self.source)} ends before its frame {left[0]}; write it anew")
 
 
-def read_video(source: Any, fps: float | None) -> Video:
+def read_video(source: Any, fps: float | None, most: int | None = None) -> Video:
     """A video from its frames, PIL images that follow each other `fps` times a second (FPS unless given), or from a file's path or
-    bytes. Raises ValueError, TypeError for other things, FileNotFoundError, and ImportError where a file needs PyAV."""
+    bytes. most: pixels that all frames of a file may have together. Raises ValueError, TypeError for other things,
+    FileNotFoundError, and ImportError where a file needs PyAV."""
     if isinstance(source, str):
         source = _Path(source)
     if isinstance(source, os.PathLike | bytes):
-        return _read_file(source)
+        return _read_file(source, most)
     frames = list(source) if isinstance(source, Sequence) else None
     if frames is None or not all(isinstance(frame, Image.Image) for frame in frames):
         what = type(source).__name__ if frames is None else f"{type(source).__name__} of other things"
@@ -79,23 +82,32 @@ def _check_count(count: int, where: str) -> None:
         raise ValueError(f"{where}: a video of {count} frames; allowed: at most {MOST_FRAMES}, so cut it")
 
 
-def _read_file(source: "os.PathLike | bytes") -> Video:
+def _read_file(source: "os.PathLike | bytes", most: int | None) -> Video:
     name = _name(source)
+
+    def check(count: int, pixels: int) -> None:
+        if count > MOST_FRAMES:
+            raise ValueError(f"video: {name} has more than {MOST_FRAMES} frames, which is the most allowed; cut it")
+        if most is not None and pixels > most:
+            raise ValueError(f"video: {name} has more than {most} pixels, all its frames together; cut it")
+
     with _opened(source) as container:
         stream = container.streams.video[0]
         size, rate = (stream.width, stream.height), stream.average_rate or stream.guessed_rate
-        count = 0
-        for _ in container.decode(video=0):
-            count += 1
-            if count > MOST_FRAMES:
-                raise ValueError(f"video: {name} has more than {MOST_FRAMES} frames, which is the most allowed; cut it")
+        count = pixels = 0
+        check(count, size[0] * size[1])
+        if most is not None:  # of a frame, whatever the head of the file says
+            stream.codec_context.options = {"max_pixels": str(most)}
+        for frame in container.decode(video=0):
+            count, pixels = count + 1, pixels + frame.width * frame.height
+            check(count, pixels)
     _check_count(count, f"video: {name}")
     check_image(Image.new("1", size), f"video: {name}")
     return Video(count, float(rate or FPS), size, source)
 
 
 def _name(source: "os.PathLike | bytes") -> str:
-    return "these bytes" if isinstance(source, bytes) else os.fspath(source)
+    return "this file" if isinstance(source, bytes) else os.fspath(source)
 
 
 @contextmanager
@@ -104,8 +116,11 @@ def _opened(source: "os.PathLike | bytes") -> Iterator[Any]:
     if not isinstance(source, bytes) and not os.path.isfile(source):
         raise FileNotFoundError(f"video: there is no file {name}")
     av = _library("a file of a video")
+    # a playlist must not make the library open addresses, nor, where it came as bytes, files
+    options = {"protocol_whitelist": "none" if isinstance(source, bytes) else "file"}
+    file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
+        with av.open(file, options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"video: {name} has no pictures in it; give a video")
             yield container
@@ -121,16 +136,22 @@ def _library(what: str) -> Any:
     return av
 
 
-def save_video(frames: Sequence[Image.Image], path: "str | os.PathLike", fps: float = FPS) -> None:
+def check_writing(width: int, height: int) -> None:
+    """Raises ValueError for frames that `save_video` does not write, ImportError where it cannot write any."""
+    if width % 2 or height % 2:
+        raise ValueError(f"frames are {width}x{height} pixels; H.264 as players read it takes even sides")
+    _library("a file of a video")
+
+
+def save_video(frames: Sequence[Image.Image], file: "str | os.PathLike | BinaryIO", fps: float = FPS) -> None:
     """Writes frames as an MP4 file (H.264), shown `fps` times a second. Raises ValueError for no frames or odd sides, and
     ImportError where PyAV is missing."""
     if not frames:
         raise ValueError("there are no frames to write")
     width, height = frames[0].size
-    if width % 2 or height % 2:
-        raise ValueError(f"frames are {width}x{height} pixels; H.264 as players read it takes even sides")
+    check_writing(width, height)
     av = _library("a file of a video")
-    with av.open(os.fspath(path), "w", format="mp4") as container:
+    with av.open(os.fspath(file) if isinstance(file, str | os.PathLike) else file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:

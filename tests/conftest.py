@@ -5,8 +5,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The C++ that calls a package's kernels takes longer to compile than the kernels, which are optimised as ever.
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+# Two processes of the tests have the cores; torch would start more, which import it, to compile in.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import gc
+import subprocess
+import types
 
 import pytest
 from hypothesis import settings
@@ -14,17 +18,21 @@ from hypothesis import settings
 pytest.register_assert_rewrite("support", "bundles")
 
 import bundles  # noqa: E402  after the rewrite is registered
+import zygote as zygotes  # noqa: E402
 from bundles import BUNDLES, ONE, PROFILES, cached_export, few_programs  # noqa: E402
 from support import CHECKPOINT  # noqa: E402
 
 import bagel_opt  # noqa: E402
 from bagel_opt import Profile  # noqa: E402
+from bagel_opt.runtime import members  # noqa: E402
 
 LONG = (
     "test_golden.py",
     "test_readmes.py",
+    "test_lance.py",
     "test_formats.py",
     "test_shipped_model.py",
+    "test_ranks.py",
     "test_onnx_gpu.py",
     "test_quantized_bundles.py",
     "test_quantization.py",
@@ -60,6 +68,20 @@ def pytest_collection_finish():
 def thorough(request):
     """Whether what can be tried a little or a lot is to be tried a lot: wherever the second tier is not left out."""
     return all_tiers(request.config)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    with zygotes.zygote() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def quick_ranks(zygote):
+    """Processes of models on several ranks need not import torch each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "subprocess", types.SimpleNamespace(**{**vars(subprocess), "Popen": zygote.popen}))
+        yield
 
 
 @pytest.fixture(scope="session")

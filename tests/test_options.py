@@ -23,6 +23,7 @@ from bagel_opt.serve import Limits, Metrics, Service, create_app
 from bagel_opt.serve.chat_bodies import ChatBody
 from bagel_opt.serve.fields import TEXT_LIMIT, WHOLE_LIMIT
 from bagel_opt.serve.image_bodies import EditBody, ImageBody
+from bagel_opt.serve.video_bodies import VideoBody
 
 OF_CHAT, OF_VIDEO = described(INTERLEAVING), described(VIDEO)
 ALL = described(EVERY, PICTURE, SIZE, INPUTS, READING, VIDEO, ADAPTERS) | OF_CHAT
@@ -35,8 +36,8 @@ def flags(command):
     return {action.dest: action for action in commands.choices[command]._actions if action.option_strings}
 
 
-def client(limits, **recommended):
-    model = types.SimpleNamespace(defaults=Options(**recommended))
+def client(limits, without=OF_VIDEO, **recommended):
+    model = types.SimpleNamespace(defaults=Options(**recommended), config=types.SimpleNamespace(without=without))
     service = Service(("test",), types.SimpleNamespace(metrics=Metrics(), timeout=60, model=model), limits)
     return TestClient(create_app(service))
 
@@ -129,6 +130,7 @@ def test_the_bodies_have_them():
         (ImageBody, set(ALL) - set(OF_CHAT) - set(OF_VIDEO)),
         (EditBody, set(ALL) - set(OF_CHAT) - set(OF_VIDEO)),
         (ChatBody, set(ALL) - set(OF_VIDEO)),
+        (VideoBody, set(ALL) - set(OF_CHAT)),
     ):
         assert set(described()) & set(body.model_fields) - {"output"} == wanted
         properties = body.model_json_schema()["properties"]
@@ -151,6 +153,16 @@ def test_the_page_is_told_them():
     assert (entries["num_timesteps"]["max"], entries["max_think_tokens"]["max"]) == (200, WHOLE_LIMIT)
     assert entries["cfg_img_scale"]["modes"] == ["edit", "interleave"]
     assert (entries["max_rounds"]["max"], entries["max_rounds"]["modes"]) == (Limits().pictures, ["interleave"])
+
+
+def test_the_page_is_told_what_the_model_has():
+    entries = {entry["name"]: entry for entry in client(Limits(), {"num_frames", *OF_CHAT}).get("/options.json").json()}
+    assert set(entries) == set(described(EVERY, PICTURE, INPUTS, READING, VIDEO)) - {"seed", "think", "num_frames"}
+    assert [entries[name]["modes"] for name in ("fps", "cfg_text_scale", "top_p")] == [
+        ["video"],
+        ["draw", "edit", "video", "interleave"],
+        ["draw", "edit", "video", "ask", "interleave"],
+    ]
 
 
 def test_the_page_begins_with_what_the_model_recommends():
@@ -181,7 +193,13 @@ def test_nothing_of_them_is_written_again():
     names = {*ALL, *choices} - {"input"}  # which is an element of HTML too
     assert [word for word in names if re.search(rf"\b{word}\b", script)] == []
     assert set(re.findall(r"[0-9]+", script)) <= {"0", "1"}  # indices
-    for file in ("serve/fields.py", "serve/chat_bodies.py", "serve/image_bodies.py", "cli/arguments.py"):
+    for file in (
+        "serve/fields.py",
+        "serve/chat_bodies.py",
+        "serve/image_bodies.py",
+        "serve/video_bodies.py",
+        "cli/arguments.py",
+    ):
         text = (home / file).read_text(encoding="utf-8")
         written = {
             name for name in (*described(PICTURE, INPUTS), *choices) if f'"{name}"' in text or f"{name}:" in text

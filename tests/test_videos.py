@@ -1,6 +1,8 @@
 """Videos that go in and come out, and what is wrong with them."""
 
 import contextlib
+import io
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from bagel_opt.sampling.lance import frame_numbers
 from bagel_opt.sampling.planning import make_plan
 from bagel_opt.videos import MOST_FRAMES, Video, read_video
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 FEW = {"num_timesteps": 2, "seed": 0}
 SMALL = {"resolution_vae": 64, "resolution_vit": 84}
 
@@ -31,18 +33,19 @@ def model():
 def test_a_file_gives_back_its_frames(tmp_path):
     path = tmp_path / "a.mp4"
     save_video(frames(9), path, fps=24)
-    for source in (path, str(path), path.read_bytes()):
+    save_video(frames(9), written := io.BytesIO(), fps=24)
+    for source in (path, str(path), path.read_bytes(), written.getvalue()):
         video = read_video(source, None)
         assert (video.count, video.fps, video.size) == (9, 24, (64, 48))
-        picked = video.pick([0, 4, 8])
-        for number, frame in zip((0, 4, 8), picked, strict=True):
+        picked = video.pick([0, 4, 4, 8])
+        for number, frame in zip((0, 4, 4, 8), picked, strict=True):
             assert np.abs(np.asarray(frame).astype(int) - np.asarray(frames(9)[number])).max() < 12
 
 
 def test_a_file_and_its_frames_are_edited_alike(model, tmp_path):
     path = tmp_path / "a.mp4"
     save_video(frames(6), path)
-    read = read_video(path, None).pick(range(6))
+    read = list(read_video(path, None).pick(range(6)))
     one, other = (model.edit(video=v, instruction="red", **FEW, **SMALL) for v in (path, read))
     assert len(one) == 5
     for a, b in zip(one, other, strict=True):
@@ -80,7 +83,7 @@ def test_frames_that_are_read(count, fps, numbers):
             f"video: a video of 10000 frames; allowed: at most {MOST_FRAMES}, so cut it",
         ),
         (frames(2, (600, 2)), "too thin"),
-        (b"no video", "video: these bytes is no video that can be read: "),
+        (b"no video", "video: this file is no video that can be read: "),
         (__file__, "test_videos.py is no video that can be read: "),
     ],
 )
@@ -89,6 +92,48 @@ def test_bad_videos(video, message):
         Request(["a"], video=video)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_have_so_many_pixels(tmp_path):
+    save_video(frames(9), tmp_path / "a.mp4")
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert read_video(data, None, most=9 * 64 * 48).count == 9
+    with pytest.raises(ValueError, match="this file has more than 27647 pixels, all its frames together; cut it"):
+        read_video(data, None, most=9 * 64 * 48 - 1)
+    with pytest.raises(ValueError, match="this file has more than 3071 pixels"):
+        read_video(data, None, most=64 * 48 - 1)
+    growing = raw(frames(9)) + raw(frames(1, (640, 480)))  # the later frames are not even decoded
+    with pytest.raises(ValueError, match=r"this file is no video that can be read: .*(max_pixels|Invalid data)"):
+        read_video(growing, None, most=9 * 64 * 48)
+
+
+def raw(frames):
+    """As H.264 without a container, of which several can follow each other."""
+    with av.open(file := io.BytesIO(), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile {}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"])  # fmt: skip
+def test_a_playlist_opens_nothing_else(tmp_path, monkeypatch, text):
+    """What comes over the net could otherwise read this machine's files, and fetch from its network."""
+    monkeypatch.chdir(tmp_path)
+    save_video(frames(9), tmp_path / "other.mp4")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.2)
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/other.mp4"
+        for place in ("other.mp4", str(tmp_path / "other.mp4"), address):
+            with pytest.raises(ValueError, match="this file is no video that can be read"):
+                read_video(text.format(place).encode(), None)
+        (tmp_path / "list.mp4").write_text(text.format(address))
+        with pytest.raises(ValueError, match=r"list\.mp4 is no video that can be read"):
+            read_video(tmp_path / "list.mp4", None)
+        with pytest.raises(TimeoutError):
+            listening.accept()
 
 
 def test_a_picture_is_no_video(tmp_path):
@@ -114,12 +159,12 @@ def test_a_file_that_is_not_there():
         (
             ["a"],
             {"output": "video", "num_frames": 10000},
-            "num_frames, height, width: 9997 frames; allowed: at most 121",
+            "num_frames: 9997 frames; allowed: at most 121",
         ),
         (
             ["a"],
             {"height": 1040, "width": 16},
-            "num_frames, height, width: 1040x16 pixels .*; allowed: at most 1024 a side",
+            "height, width: 1040x16 pixels .*; allowed: at most 1024 a side",
         ),
         (["a"], {"height": 100}, "height=100; allowed: a multiple of 16 pixels"),
         (["a"], {"num_frames": 5}, "num_frames=5: a picture is one frame"),
@@ -226,8 +271,8 @@ def test_a_file_that_ends_too_soon(tmp_path, monkeypatch):
     save_video(frames(3), tmp_path / "short.mp4")
     video = read_video(tmp_path / "short.mp4", None)
     with pytest.raises(ValueError, match=r"short.mp4 ends before its frame 4; write it anew"):
-        video.pick([0, 4, 5])
+        list(video.pick([0, 4, 5]))
     empty = SimpleNamespace(decode=lambda video: iter(()))
     monkeypatch.setattr(videos, "_opened", lambda source: contextlib.nullcontext(empty))
     with pytest.raises(ValueError, match=r"ends before its frame 0"):
-        video.pick([0])
+        list(video.pick([0]))

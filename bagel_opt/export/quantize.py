@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bagel_opt.examples import copy_examples
 from bagel_opt.export.placing import check_new, check_space, put_new
+from bagel_opt.files import lance
 from bagel_opt.files.adapters import Loras
 from bagel_opt.files.checkpoint import Checkpoint, part_rows, published_names
 from bagel_opt.files.finding import SCALE, VAE_FILE, quantization_config
@@ -20,7 +21,8 @@ from bagel_opt.files.parameters import kind_of
 from bagel_opt.files.torch_weights import Layout, write_weights
 from bagel_opt.files.written_config import write_config
 from bagel_opt.loading import shipped_model
-from bagel_opt.model.bagel import Bagel
+from bagel_opt.model.families import build
+from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.quantized import to_kind
 from bagel_opt.quantization import KINDS, Quantization, Shape, kinds_of_parts
 
@@ -52,32 +54,36 @@ def quantize(
         raise ValueError(f"quantization={quantization!r} leaves all as it is; name a kind, or a part and its kind")
     check_new(out)  # before a repository is downloaded
     source = Checkpoint(shipped_model() if checkpoint is None else checkpoint, weights, lora)
-    if source.config.family != "bagel":
-        raise ValueError(
-            "Lance models are not written in 8 or 4 bits; load them so, with quantization=, --quantization"
-        )
     for note in source.notes:
         log.info(note)
     if source.kinds:
         raise ValueError(f"{source.folder} is quantised already; quantise the checkpoint that it was made from")
     with torch.device("meta"):
-        plain = Bagel(source.config)
-    layouts: dict[str, Layout] = {TRANSFORMER: [], VAE_FILE: []}
+        plain = build(source.config)
+    is_lance = source.config.family == "lance"
+    inner = source.folder.name if source.folder.name in lance.LLMS else next(iter(lance.LLMS))
+    home, vae = (inner, lance.VAE_FILE) if is_lance else (".", VAE_FILE)  # of the transformer, and the VAE's file
+    layouts: dict[str, Layout] = {f"{home}/{TRANSFORMER}": [], vae: []}
     for name, shape, dtype in _layout(source, plain, kinds):
-        layouts[VAE_FILE if name.startswith("vae.") else TRANSFORMER].append((name.removeprefix("vae."), shape, dtype))
+        file = vae if name.startswith("vae.") else f"{home}/{TRANSFORMER}"
+        layouts[file].append((name.removeprefix("vae."), shape, dtype))
     size = sum(prod(shape) * dtype.itemsize for layout in layouts.values() for _, shape, dtype in layout)
     with put_new(out) as partial:
         check_space(out, size)  # now that what killed runs left is gone
-        source.tokenizer.write(partial / TOKENIZER)
-        write_config(partial, source.config, quantization_config=quantization_config(kinds))
-        copy_examples(source.folder, partial)
+        said = {"quantization_config": quantization_config(kinds)}
+        if is_lance:
+            lance.write_config(partial, home, source.folder, source.config, **said)
+        else:
+            write_config(partial, source.config, **said)
+        source.tokenizer.write(partial / home / TOKENIZER)
+        copy_examples(source.folder, partial / home)
         tensors = _tensors(source, plain, kinds, progress)
         for file, layout in layouts.items():  # the VAE is a model's last part
             write_weights(partial / file, layout, islice(tensors, len(layout)))
     return out
 
 
-def _layout(source: Checkpoint, plain: Bagel, kinds: dict[str, str]) -> Iterator[tuple[str, Shape, torch.dtype]]:
+def _layout(source: Checkpoint, plain: Mixture, kinds: dict[str, str]) -> Iterator[tuple[str, Shape, torch.dtype]]:
     for name, parameter in plain.named_parameters():
         names, kind = published_names(name), kind_of(name, parameter.shape, kinds)
         for part, rows in zip(names, part_rows(source.config, name, len(names), parameter.shape[0]), strict=True):
@@ -92,7 +98,7 @@ def _layout(source: Checkpoint, plain: Bagel, kinds: dict[str, str]) -> Iterator
 
 
 def _tensors(
-    source: Checkpoint, plain: Bagel, kinds: dict[str, str], progress: Callable[[int, int], None]
+    source: Checkpoint, plain: Mixture, kinds: dict[str, str], progress: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Of `_layout`, but for "vae."."""
     total = len([*plain.parameters()])

@@ -10,12 +10,14 @@ from typing import Any
 from bagel_opt.config import LLMConfig, SpecialTokens
 from bagel_opt.errors import CheckpointError
 from bagel_opt.files.collecting import Weights
-from bagel_opt.files.finding import PICKLED, transformer_files
+from bagel_opt.files.finding import PICKLED, quantized_parts, transformer_files
 from bagel_opt.files.weights import Location, read_header
+from bagel_opt.files.written_config import write_json
 from bagel_opt.json_files import read_json
 from bagel_opt.lance.config import GENERATION, LanceConfig, QwenViTConfig, WanConfig
 
 LLMS = {"Lance_3B": "image", "Lance_3B_Video": "video"}  # and what each was trained to draw
+DRAWS = "draws"  # a field of our own: a folder that was written by itself has no sibling by which that would show
 VIT, VIT_FILE = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_FILE, VAE_PICKLE = "Wan2.2_VAE.safetensors", "Wan2.2_VAE.pth"
 SIZES, MODEL_TYPE = "llm_config.json", "qwen2_5_vl"
@@ -35,7 +37,7 @@ def find_transformer(place: Path) -> Path | None:
 def collect(folder: Path) -> Weights:
     """The tensors of a transformer's folder, and of the ViT and the VAE that lie beside it. Raises FileNotFoundError and
     CheckpointError, also where the VAE is there as a pickle alone."""
-    found = Weights()
+    found = Weights(kinds=quantized_parts(folder))
     plain = [path for name in ("model.safetensors", "ema.safetensors") if (path := folder / name).is_file()]
     for path in plain[:1] or transformer_files(folder)[0]:
         _add(found, path, "")
@@ -121,9 +123,27 @@ def _config(folder: Path, llm: dict, vit: dict, shapes: Shapes, special: Special
         special=special,
         mrope_section=tuple(llm["rope_scaling"]["mrope_section"]),
         token_limit=tokens,
-        draws=(LLMS[folder.name],) if there == set(LLMS) and folder.name in LLMS else ("image", "video"),
+        draws=_draws(
+            llm.get(DRAWS, [LLMS[folder.name]] if there == set(LLMS) and folder.name in LLMS else [*LLMS.values()])
+        ),
         generation=GENERATION,
     )
+
+
+def _draws(said: object) -> tuple[str, ...]:
+    if not isinstance(said, list) or not said or not all(one in LLMS.values() for one in said):
+        raise ValueError(f"{DRAWS} is {said!r:.60}; it must hold {' or '.join(LLMS.values())}, or both")
+    return tuple(said)
+
+
+def write_config(place: Path, name: str, source: Path, config: LanceConfig, **more: Any) -> None:
+    """The JSON files of a checkpoint with one transformer, in the folder `name` of `place`, from those beside and in the folder
+    of another one. more: fields of its config.json."""
+    (place / VIT).mkdir()
+    write_json(place / VIT / "config.json", _fields(source.parent / VIT / "config.json"))
+    (place / name).mkdir()
+    write_json(place / name / SIZES, {**_fields(source / SIZES), DRAWS: [*config.draws]})
+    write_json(place / name / "config.json", {"generation": dict(config.generation), **more})
 
 
 def _vae(shapes: Shapes) -> WanConfig:

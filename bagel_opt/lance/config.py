@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from bagel_opt.config import DEEPEST, LONGEST, WIDEST, BagelConfig, LLMConfig, SpecialTokens
 from bagel_opt.limits import Range, check_number, check_numbers, whole
-from bagel_opt.options import Options, check_recommended
+from bagel_opt.options import INTERLEAVING, READING, Options, check_recommended, described
 
 # The most latent frames, and rows or columns of latents, that the official table of places has.
 FRAMES, SIDE = 31, 64
@@ -26,6 +26,8 @@ DEVIATIONS = (
 )  # fmt: skip
 # The official script's options where BAGEL's are others.
 GENERATION = {"num_timesteps": 30, "timestep_shift": 3.5}
+# What it has not, besides what is for interleaved requests and for BAGEL's reading of pictures.
+FOREIGN = frozenset({"think", "think_prompt", "negative_prompt", "cfg_img_scale"})
 
 
 Kept = tuple[int, int, int]  # of frames that a convolution keeps: channels, frames, and pixels to one of its
@@ -134,11 +136,19 @@ class WanConfig:
         return [*found, (self.decoder[-1], 2, fold)]
 
     def encoding(self, pixels: int) -> int:
-        """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part."""
-        return _alive(pixels // 4, self.encoder[:2], self.encoder[1:], self.num_res_blocks, self.frames)
+        """Numbers that are alive at the widest place, of frames of so many pixels, and what is kept for the next part, old and
+        new."""
+        return 2 * _numbers(self.encoder_state(), pixels) + self._working(pixels, self.encoder[:2])
 
     def decoding(self, pixels: int) -> int:
-        return _alive(pixels // 4, self.decoder[-2:], self.decoder[:0:-1], self.num_res_blocks + 1, self.frames)
+        return 2 * _numbers(self.decoder_state(), pixels) + self._working(pixels, self.decoder[-2:])
+
+    def held(self, pixels: int) -> int:
+        """Numbers that are kept from one part of a video to the next, while other programs may run."""
+        return max(_numbers(self.encoder_state(), pixels), _numbers(self.decoder_state(), pixels))
+
+    def _working(self, pixels: int, widest: tuple[int, ...]) -> int:
+        return pixels // 4 * max(widest) * (2 * (self.frames + 2) + self.frames)
 
     @property
     def widths(self) -> str:
@@ -150,10 +160,8 @@ class WanConfig:
         return 2 ** sum(self.encoder_time)
 
 
-def _alive(folded: int, widest: tuple[int, ...], widths: tuple[int, ...], blocks: int, frames: int) -> int:
-    """folded: pixels at the finest level. widths: from there on. Each convolution keeps two frames, old and new ones."""
-    kept = sum(2 * 2 * 2 * blocks * width * folded // 4**level for level, width in enumerate(widths))
-    return kept + folded * max(widest) * (2 * (frames + 2) + frames)
+def _numbers(state: list[Kept], pixels: int) -> int:
+    return sum(channels * frames * pixels // fold**2 for channels, frames, fold in state)
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,11 @@ class LanceConfig:
             raise ValueError(f"generation: {error}") from None
         if (top := max(self.token_limit - 1, *asdict(self.special).values())) >= self.llm.vocab_size:
             raise ValueError(f"token {top} is none of a vocabulary of {self.llm.vocab_size}")
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Options of other models."""
+        return FOREIGN | described(INTERLEAVING, READING).keys()
 
     @property
     def latent_dim(self) -> int:

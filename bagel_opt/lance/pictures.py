@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,7 +157,7 @@ def planned_input(
     canvas = LanceCanvas(
         config, ((frames - 1) // config.vae.frames + 1, *(s // config.token_pixels for s in vae[::-1]))
     )
-    check_canvas(canvas, where)
+    check_canvas(canvas, where, where)
     columns, rows = (side // c.merged_pixels * c.spatial_merge_size for side in vit)
     if not rows or not columns:
         raise ValueError(
@@ -167,25 +167,30 @@ def planned_input(
 
 
 def read_input(
-    frames: Sequence[Image.Image], config: LanceConfig, resolutions: Sequence[int], where: str
+    frames: Iterable[Image.Image],
+    size: tuple[int, int],
+    count: int,
+    config: LanceConfig,
+    resolutions: Sequence[int],
+    where: str,
 ) -> LanceInput:
-    """Brings a picture, or a video's frames, to the sides that each encoder takes. Raises as `planned_input`."""
-    planned = planned_input(frames[0].size, len(frames), config, resolutions, where)
-    vae, vit = (bucket(frames[0].size, resolution) for resolution in resolutions)
-    frames = [to_rgb(frame) for frame in frames]
-    return dataclasses.replace(
-        planned,
-        vae=[cropped(frame, vae) for frame in frames],
-        vit=[centre(cropped(frame, vit), config.vit.merged_pixels) for frame in frames],
-    )
+    """Brings a picture of `size` (width, height), or a video's `count` frames, to the sides that each encoder takes, one after the
+    other. Raises as `planned_input`."""
+    planned = planned_input(size, count, config, resolutions, where)
+    vae, vit = (bucket(size, resolution) for resolution in resolutions)
+    read = [
+        (cropped(frame, vae), centre(cropped(frame, vit), config.vit.merged_pixels)) for frame in map(to_rgb, frames)
+    ]
+    return dataclasses.replace(planned, vae=[one for one, _ in read], vit=[other for _, other in read])
 
 
-def check_canvas(canvas: LanceCanvas, where: str) -> None:
-    """Raises ValueError where there are more latents than the table of places has."""
+def check_canvas(canvas: LanceCanvas, sides: str, count: str) -> None:
+    """Raises ValueError where there are more latents than the table of places has. sides, count: where those of the frames came
+    from."""
     frames, height, width = canvas.frames, *canvas.size
     if canvas.grid[0] > FRAMES:
-        raise ValueError(f"{where}: {frames} frames; allowed: at most {canvas.config.longest}")
+        raise ValueError(f"{count}: {frames} frames; allowed: at most {canvas.config.longest}")
     if max(canvas.grid[1:]) > SIDE:
         raise ValueError(
-            f"{where}: {height}x{width} pixels (height x width); allowed: at most {canvas.config.largest_size} a side"
+            f"{sides}: {height}x{width} pixels (height x width); allowed: at most {canvas.config.largest_size} a side"
         )

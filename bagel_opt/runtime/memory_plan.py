@@ -69,9 +69,11 @@ def _workspaces(config: Config, p: Profile, size: int, kinds: Mapping[str, str])
         layer += tokens * c.intermediate_size
     decode = p.rows * c.vocab_size * 4 * 3
     pixels = min(p.latents * config.token_pixels**2, config.largest_size**2)  # of a frame, if it is a video
+    vit = p.patches * (2 * config.vit.intermediate_size + 5 * config.vit.hidden_size) * size
+    held = config.vae.held(pixels) * size  # of another request's video, which is encoded or decoded in parts
     return {
-        "layers": max(layer, decode),
-        "vit": p.patches * (2 * config.vit.intermediate_size + 5 * config.vit.hidden_size) * size,
+        "layers": max(layer, decode) + held,
+        "vit": vit + held,
         "vae_encode": config.vae.encoding(pixels) * size,
         "vae_decode": config.vae.decoding(pixels) * size,
     }

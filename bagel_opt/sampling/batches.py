@@ -50,6 +50,7 @@ class Batches:
         self.runtime, self.config, self.profile = runtime, config, profile
         self.free = [(batch, row) for batch in range(profile.batches) for row in range(profile.rows)]
         self.every = [Batch() for _ in range(profile.batches)]
+        self.coding = 0  # requests with a video on its way through the VAE
 
     def __getitem__(self, number: int) -> Batch:
         return self.every[number]

@@ -1,6 +1,10 @@
-"""A request's pictures through the ViT and the VAE: each is encoded once, in as many calls as it says."""
+"""A request's pictures through the ViT and the VAE: each is encoded once, in as many calls as it says.
 
-from collections.abc import Iterator
+Those of a video take long. So what runs them is a generator: it yields None between two calls, and others go on.
+"""
+
+from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +27,14 @@ class Encoders:
         self.seen.clear()
         self.moments.clear()
 
-    def embeddings(self, number: int, image: InputImage | LanceInput, size: int) -> Tensor | np.ndarray:
+    def embeddings(self, number: int, image: InputImage | LanceInput, size: int) -> Generator:
         """ViT embeddings [1, size, channels]."""
         if number not in self.seen:
-            parts = [self._see(*part) for part in image.patches()]
+            parts = []
+            for part in image.patches():
+                if parts:
+                    yield None
+                parts.append(self._see(*part))
             self.seen[number] = parts[0][0]
             if self.joins:  # several parts, of fewer embeddings than patches
                 found = [self.runtime.host(part, 0)[:count] for part, count in parts]
@@ -39,16 +47,27 @@ class Encoders:
         inputs = [padded(patches, size)[None], padded(places, size)[None], np.array([n], np.int64)]
         return self.runtime.run("vit", inputs)[0], n // (self.joins or 1)
 
-    def latents(self, number: int, image: InputImage | LanceInput, noise: np.ndarray) -> np.ndarray:
+    def latents(self, number: int, image: InputImage | LanceInput, noise: np.ndarray) -> Generator:
         """Latent tokens [tokens, channels], drawn from the VAE's posterior."""
         if number not in self.moments:
-            self.moments[number] = [moments for (moments,) in self.in_turn("vae_encode", image.frames())]
+            self.moments[number] = yield from self.in_turn("vae_encode", image.frames(), lambda moments: moments)
         return image.latents(self.moments[number], noise)
 
-    def in_turn(self, program: str, parts: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """One part after the other through the VAE, which keeps of each what the next needs. -> outputs, on the host"""
-        outputs, state = OUTPUTS[program], []
-        for number, part in enumerate(parts):
-            found = self.runtime.run(program + NEXT * (number > 0), [part, *state])
-            state = list(found[outputs:])
-            yield [self.runtime.host(tensor) for tensor in found[:outputs]]
+    def in_turn(self, program: str, parts: list[np.ndarray], made: Callable[..., Any]) -> Generator:
+        """One part after the other through the VAE, which keeps of each what the next needs. -> what `made` makes of the
+        outputs of each, on the host. What is kept takes memory, so one request at a time has several parts under way; a
+        single part waits for nobody."""
+        while len(parts) > 1 and self.batches.coding:
+            yield None
+        outputs, state, found = OUTPUTS[program], [], []
+        self.batches.coding += len(parts) > 1
+        try:
+            for number, part in enumerate(parts):
+                if number:
+                    yield None
+                out = self.runtime.run(program + NEXT * (number > 0), [part, *state])
+                state = list(out[outputs:])
+                found.append(made(*(self.runtime.host(tensor) for tensor in out[:outputs])))
+        finally:
+            self.batches.coding -= len(parts) > 1
+        return found

@@ -1,5 +1,6 @@
 """One request as a coroutine: it fills its contexts, writes its text and draws its picture."""
 
+import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,14 @@ class Token:
 @dataclass(frozen=True)
 class Observer:
     """Who watches a request on its way. on_step, on_token, on_output: as in Options; on_denoising(begins): as the flow
-    begins, from filled contexts, and as its latents are on the host."""
+    begins, from filled contexts, and as its latents are on the host; on_decoded(index, total): as a part of a video has been
+    decoded."""
 
     on_step: Callable[[StepEvent], Any] | None = None
     on_token: Callable[[int], Any] | None = None
     on_output: Callable[[str | Picture], Any] | None = None
     on_denoising: Callable[[bool], Any] | None = None
+    on_decoded: Callable[[int, int], Any] | None = None
 
 
 class Job:
@@ -124,7 +127,7 @@ class Job:
         if plan is self.plan:
             self.encoded.clear()
         tokens = yield from self._draw()
-        outputs.append(self._told(self.picture(tokens)))
+        outputs.append(self._told((yield from self._decode(tokens))))
         return outputs
 
     def _enter(self, plan: Plan) -> None:
@@ -200,19 +203,13 @@ class Job:
             elif block.kind == "vit":
                 size, n = self.batches.size("patches", block.tokens), block.tokens
                 position = block.placed(context.position, size)
-                run(
-                    "vit_context",
-                    [self.encoded.embeddings(block.image, self.phase.images[block.image], size)],
-                    position,
-                    [n],
-                    block.length,
-                    block.positions,
-                )
+                seen = yield from self.encoded.embeddings(block.image, self.phase.images[block.image], size)
+                run("vit_context", [seen], position, [n], block.length, block.positions)
                 yield None
             else:  # clean latents, at time 0
                 size, n = self.batches.size("latents", block.tokens), block.tokens
                 index = padded(self.phase.images[block.image].canvas.places, size)
-                latents = padded(self._latents(block.image), size)
+                latents = padded((yield from self._latents(block.image)), size)
                 time = np.zeros((1, *self.config.time_shape(size)), np.float32)
                 inputs, position = [latents[None], time, index[None]], block.placed(context.position, size)
                 run(one_row("generate", p), inputs, position, [n], block.length, block.positions)
@@ -220,7 +217,7 @@ class Job:
             context.blocks.append(block)
             context.marks.append((context.kv_len, context.position))
 
-    def _latents(self, image: int) -> np.ndarray:
+    def _latents(self, image: int) -> Generator:
         return self.encoded.latents(image, self.phase.images[image], self.phase.vae_noise[image])
 
     def _write(self) -> Generator:
@@ -256,7 +253,8 @@ class Job:
         """Denoises the picture's latent tokens [tokens, channels]."""
         noise, steps, observer = self.phase.noise, self.phase.steps, self.observer
         if self.clean:
-            noise = np.concatenate([self._latents(self.phase.first_image), noise[self.clean :]])
+            first = yield from self._latents(self.phase.first_image)
+            noise = np.concatenate([first, noise[self.clean :]])
         if observer.on_denoising:
             observer.on_denoising(True)
         for context in self.drawn_from:
@@ -272,14 +270,28 @@ class Job:
             raise FloatingPointError(f"the picture's latents {NOT_FINITE}, or smaller guidance scales")
         return tokens
 
-    def picture(self, tokens: np.ndarray) -> Picture:
-        """Latent tokens [tokens, channels] through the VAE, and in the size that was asked for; of a video its frames."""
-        frames, size = [], self.phase.resized
-        for pixels, finite in self.encoded.in_turn("vae_decode", self.phase.canvas.latents(tokens)):
+    def picture(self, tokens: np.ndarray) -> Image.Image:
+        """What latent tokens [tokens, channels] of a picture show, at once."""
+        try:
+            next(self._decode(tokens))
+        except StopIteration as done:
+            return done.value
+        raise TypeError("a video is decoded in several parts")
+
+    def _decode(self, tokens: np.ndarray) -> Generator:
+        """Latent tokens through the VAE, and in the size that was asked for; of a video its frames."""
+        parts, numbers, size = self.phase.canvas.latents(tokens), itertools.count(), self.phase.resized
+
+        def made(pixels: np.ndarray, finite: np.ndarray) -> list[Image.Image]:
             if not finite.all():
                 raise FloatingPointError(f"the decoded picture's pixels {NOT_FINITE}")
+            if self.observer.on_decoded and len(parts) > 1:
+                self.observer.on_decoded(next(numbers), len(parts))
             found = [Image.fromarray(frame) for frame in pixels.reshape(-1, *pixels.shape[-3:])]
-            frames += found if size is None else [images.resize_to(frame, size[::-1]) for frame in found]
+            return found if size is None else [images.resize_to(frame, size[::-1]) for frame in found]
+
+        found = yield from self.encoded.in_turn("vae_decode", parts, made)
+        frames = list(itertools.chain.from_iterable(found))
         return frames if self.phase.options.output == "video" else frames[0]
 
 

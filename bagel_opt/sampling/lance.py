@@ -13,7 +13,6 @@ from PIL import Image
 
 from bagel_opt.lance.config import LanceConfig
 from bagel_opt.lance.pictures import LanceCanvas, LanceInput, bucket, check_canvas, read_input
-from bagel_opt.option_kinds import INTERLEAVING, READING
 from bagel_opt.options import DEFAULT_FRAMES, Options, described
 from bagel_opt.request import Request
 from bagel_opt.sampling.contexts import Block, evaluated
@@ -50,8 +49,6 @@ FPS, SECONDS = 12, 6  # of a video that is read: how densely, and how much at mo
 WHOSE = (
     "a picture is one frame, an edit has its input's size and frames, a video that begins with a picture has its size"
 )
-# What Lance has not, besides what is for interleaved requests and for BAGEL's reading of pictures.
-FOREIGN = {"think", "think_prompt", "negative_prompt", "cfg_img_scale"}
 
 
 @dataclass(frozen=True)
@@ -153,8 +150,7 @@ def check_options(request: Request, options: Options, config: LanceConfig) -> No
         )
     known = described()
     for name in request.given:
-        foreign = name in FOREIGN or known[name].group in (INTERLEAVING, READING)
-        if foreign and request.given[name] != known[name].default:
+        if name in config.without and request.given[name] != known[name].default:
             raise ValueError(f"{name}={request.given[name]!r:.60}: Lance has no such option; leave it out")
 
 
@@ -181,8 +177,9 @@ def read_shown(shown: "Image.Image | Video", options: Options, config: LanceConf
     resolutions = [own if one is None else one for one, own in zip(asked, RESOLUTIONS[noun], strict=True)]
     if options.resolution_vae is None and max(bucket(shown.size, resolutions[0])) > config.largest_size:
         resolutions[0] = LOWER  # so wide a picture would be beyond the table of places
-    frames = shown.pick(frame_numbers(shown)) if isinstance(shown, Video) else [shown]
-    return read_input(frames, config, resolutions, where)
+    numbers = frame_numbers(shown) if isinstance(shown, Video) else [0]
+    frames = shown.pick(numbers) if isinstance(shown, Video) else [shown]
+    return read_input(frames, shown.size, len(numbers), config, resolutions, where)
 
 
 def frame_numbers(video: Video) -> list[int]:
@@ -273,5 +270,5 @@ def canvas_of(options: Options, inputs: list[LanceInput], edits: bool, config: L
         if side % unit:
             raise ValueError(f"{name}={side}; allowed: a multiple of {unit} pixels")
     grid = ((frames - 1) // config.vae.frames + 1 if video else 1, height // unit, width // unit)
-    check_canvas(canvas := LanceCanvas(config, grid), "num_frames, height, width")
+    check_canvas(canvas := LanceCanvas(config, grid), "height, width", "num_frames")
     return canvas

@@ -21,6 +21,7 @@ from bagel_opt.serve.logs import Bounded, JsonLines
 from bagel_opt.serve.metrics import Metrics
 from bagel_opt.serve.patience import STALL
 from bagel_opt.serve.service import Service
+from bagel_opt.serve.videos import Videos
 from bagel_opt.serve.warm import warm_up
 
 __all__ = [
@@ -49,11 +50,11 @@ def make_app(
     max_queue: int = 64,
     timeout: float = 600,
     remote: bool = False,
-    links: bool = True,
+    keeps: bool = True,
     warm: Sequence[tuple[int, int]] = (),
 ) -> FastAPI:
     """The application of a model, with its engine. Logs JSON lines to stderr. names: what clients may call the model. keys,
-    hosts, origins: of Access. links: whether answers may have addresses of pictures, which this process keeps. warm: sizes
+    hosts, origins: of Access. keeps: whether this process keeps pictures and videos that are fetched later. warm: sizes
     (width, height) to run first."""
     access = Access(tuple(keys), hosts, tuple(map(str.lower, origins)))
     log_as_json()
@@ -61,7 +62,8 @@ def make_app(
     engine = EngineThread(model, Metrics(), max_queue, timeout)
     told = "; ".join(f"{name.replace('_', ' ')} {what}" for name, what in engine.facts.items())
     logging.getLogger("bagel_opt.serve").info("active: %s", told, extra={"fields": {"active": engine.facts}})
-    return create_app(Service(tuple(names), engine, limits, remote, Links() if links else None), access)
+    kept = (Links(), Videos()) if keeps else (None, None)
+    return create_app(Service(tuple(names), engine, limits, remote, *kept), access)
 
 
 def log_as_json() -> None:

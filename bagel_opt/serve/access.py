@@ -41,10 +41,14 @@ class Access:
     def refuses(self, path: str, headers: Headers) -> ApiError | None:
         return self._host(headers) or (self._key(headers) if self.keys and path.startswith("/v1/") else None)
 
-    def _key(self, headers: Headers) -> ApiError | None:
+    def key(self, headers: Headers) -> str | None:
+        """The key that a request has, if it is one."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         known = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.keys]  # as long for any key
-        if scheme.lower() == "bearer" and any(known):
+        return self.keys[known.index(True)] if scheme.lower() == "bearer" and any(known) else None
+
+    def _key(self, headers: Headers) -> ApiError | None:
+        if self.key(headers):
             return None
         return ApiError(401, "give a valid API key as bearer token", code="invalid_api_key")
 

@@ -82,6 +82,46 @@ class ResponsesAnswer(BaseModel):
     usage: dict
 
 
+class VideoError(BaseModel):
+    code: str
+    message: str
+
+
+class VideoAnswer(BaseModel):
+    """A video and how far it is. seconds: from the first frame to the last. expires_at: when it is forgotten, at the latest."""
+
+    id: str
+    object: Literal["video"]
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(description="Per cent: of flow steps and of the parts that are decoded.")
+    error: VideoError | None
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    model: str
+    prompt: str
+    size: str
+    seconds: str
+    num_frames: int
+    fps: float
+    seed: int
+    remixed_from_video_id: None
+
+
+class VideoList(BaseModel):
+    object: Literal["list"]
+    data: list[VideoAnswer]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"]
+    deleted: bool
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -90,6 +130,8 @@ class ModelCard(BaseModel):
     default_size: int = Field(description="Side in pixels of a picture whose size is not asked for.")
     size_multiple: int = Field(description="Sides are multiples of it.")
     adapters: list[str] = Field(description="Adapters that a request may ask for.")
+    draws: list[Literal["image", "video", "interleaved"]] = Field(description="What it draws.")
+    thinks: bool = Field(description="Whether it can think first.")
 
 
 class ModelList(BaseModel):

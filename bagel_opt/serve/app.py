@@ -20,13 +20,14 @@ from bagel_opt.serve.image_bodies import ImageBody, JsonEditBody
 from bagel_opt.serve.middleware import Gate
 from bagel_opt.serve.page_options import page_options
 from bagel_opt.serve.response_bodies import ResponsesBody
-from bagel_opt.serve.routes import chat, images, responses
+from bagel_opt.serve.routes import chat, images, responses, videos
 from bagel_opt.serve.service import Injected, Service
+from bagel_opt.serve.video_bodies import VideoBody
 
 PAGE = Path(__file__).parent / "page"
 # The page needs nothing from elsewhere, and nobody may frame it.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE_HEADERS = {
@@ -43,6 +44,8 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        if service.videos:
+            service.videos.close(service.engine)
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="bagel_opt", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
@@ -51,11 +54,12 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
     app.add_middleware(Gate, service=service, access=access)
     if access.origins:
         headers = {"allow_headers": ["*"], "expose_headers": ["x-request-id", "retry-after"]}
-        settings = {"allow_methods": ["GET", "POST"], "allow_private_network": True, **headers}
+        settings = {"allow_methods": ["GET", "POST", "DELETE"], "allow_private_network": True, **headers}
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, **settings)
     app.include_router(images.router)
     app.include_router(chat.router)
     app.include_router(responses.router)
+    app.include_router(videos.router)
 
     @app.get("/v1/models", responses=ERRORS)
     async def models(service: Injected) -> ModelList:
@@ -87,7 +91,8 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 
     @app.get("/options.json", include_in_schema=False)
     async def options(service: Injected) -> JSONResponse:
-        return JSONResponse(page_options(service.limits, service.engine.model.defaults), headers=PAGE_HEADERS)
+        model = service.engine.model
+        return JSONResponse(page_options(service.limits, model.defaults, model.config.without), headers=PAGE_HEADERS)
 
     @app.head("/pictures/{name}", include_in_schema=False)
     @app.get("/pictures/{name}", include_in_schema=False)
@@ -113,7 +118,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
             raise errors.ApiError(404, "this model has no example picture")
         return Response(picture, media_type="image/png", headers=PAGE_HEADERS)
 
-    add_schemas(app, ImageBody, JsonEditBody, ChatBody, ResponsesBody)
+    add_schemas(app, ImageBody, JsonEditBody, ChatBody, ResponsesBody, VideoBody)
     for file in sorted(PAGE.glob("*")):
         _serve_file(app, f"/{'' if file.name == 'index.html' else file.name}", file)
     return app
@@ -122,7 +127,8 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 def _card(service: Service, name: str) -> ModelCard:
     config = service.engine.model.config
     adapters = [*(service.engine.model.runtime.adapters or ())]
-    return ModelCard(id=name, default_size=config.default_size, size_multiple=config.token_pixels, adapters=adapters)
+    about = {"adapters": adapters, "draws": list(config.draws), "thinks": "think" not in config.without}
+    return ModelCard(id=name, default_size=config.default_size, size_multiple=config.token_pixels, **about)
 
 
 def _serve_file(app: FastAPI, path: str, file: Path) -> None:

@@ -43,6 +43,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """A part of a video was decoded."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Part:
     """A text or a picture of an interleaved answer is whole."""
 
@@ -51,14 +59,15 @@ class Part:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine, as the event loop sees it: an async iterator of Steps, token ids and Parts, then `outputs`."""
+    """A request in the engine, as the event loop sees it: an async iterator of Steps, of what is Decoded, of token ids and Parts,
+    then `outputs`."""
 
     plan: AnyPlan
     engine: Engine
     kind: str
     arrival: Arrival
     loop: asyncio.AbstractEventLoop
-    progress: bool  # whether flow steps are reported
+    progress: bool  # whether flow steps are reported, and parts of a video
     previews: frozenset[int]  # the steps after which a partial picture is made
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
@@ -71,11 +80,16 @@ class Ticket:
         """(height, width) of the picture to answer with, in pixels."""
         return self.plan.resized or self.plan.canvas.size
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has rows, or had them."""
+        return self.job is not None and bool(self.job.contexts)
+
     def post(self, event: Any) -> None:
         """From the engine's thread. What a slow reader leaves lying is bounded by the steps of its request."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    async def __aiter__(self) -> AsyncIterator[Step | Part | int]:
+    async def __aiter__(self) -> AsyncIterator[Step | Decoded | Part | int]:
         while (event := await self.events.get()) is not None:
             yield event
         if isinstance(self.outputs, Exception):
@@ -242,8 +256,12 @@ class EngineThread:
             ticket.parted.append(len(ticket.tokens))
             ticket.post(Part(output))
 
+        def on_decoded(index: int, total: int) -> None:
+            ticket.post(Decoded(index, total))
+
         parts = on_output if ticket.plan.options.output == "interleaved" else None
-        observer = Observer(on_step if ticket.progress else None, on_token, parts)
+        steps, decoded = (on_step, on_decoded) if ticket.progress else (None, None)
+        observer = Observer(steps, on_token, parts, on_decoded=decoded)
         ticket.job = ticket.engine.submit(ticket.plan, observer)
         self.running[ticket.job] = ticket
 

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, m
 from pydantic_core import core_schema
 
 from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Scales, Text, Texts
-from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, Option, described
+from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, READING, SIZE, VIDEO, Option, described
 
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
@@ -121,6 +121,13 @@ class Interleaving(_model("InterleavedOptions", INTERLEAVING)):
 
     def interleaving_options(self) -> dict:
         return {name: value for name in Interleaving.model_fields if (value := getattr(self, name)) is not None}
+
+
+class Filming(_model("VideoOptions", VIDEO)):
+    """The options of a video."""
+
+    def video_options(self) -> dict:
+        return {name: value for name in Filming.model_fields if (value := getattr(self, name)) is not None}
 
 
 def read_size(size: str | None) -> tuple[int, int] | None:

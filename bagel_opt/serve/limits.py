@@ -11,6 +11,7 @@ BODY_PICTURES = 256  # data URLs
 BODY_VALUES = 4096
 BODY_ITEMS = 256  # of one list or object
 BODY_DEPTH = 16
+VIDEO_PIXELS = 2**30  # of an input video, all its frames together, as they are decoded
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Metrics:
         self.step_seconds = Histogram("bagel_step_seconds", "One round of the engine", buckets=STEP, registry=registry)
         self.tokens = Counter("bagel_tokens", "Tokens written", registry=registry)
         self.pictures = Counter("bagel_pictures", "Pictures drawn", registry=registry)
+        self.videos = Counter("bagel_videos", "Videos drawn", registry=registry)
         self.latency = Histogram(
             "bagel_request_seconds",
             "From acceptance to the end, by kind of request",
@@ -47,4 +48,5 @@ class Metrics:
             self.failures.labels(type(outputs).__name__).inc()
             return
         self.latency.labels(kind).observe(seconds)
-        self.pictures.inc(sum(not isinstance(output, str) for output in outputs))
+        self.videos.inc(sum(isinstance(output, list) for output in outputs))
+        self.pictures.inc(sum(not isinstance(output, str | list) for output in outputs))

@@ -33,6 +33,7 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         arrival = scope.setdefault("state", {})["arrival"] = Arrival(self.service.engine.timeout)
+        scope["state"]["key"] = self.access.key(headers)
 
         async def answer(message: Message) -> None:
             nonlocal status

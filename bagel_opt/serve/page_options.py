@@ -1,27 +1,33 @@
 """The options as the page shows them: options.json."""
 
+from collections.abc import Collection
 from typing import Any
 
 from bagel_opt.option_kinds import Choice, Flag, Interval, Number, Text, Texts
-from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, Option, Options, described
+from bagel_opt.options import EVERY, INPUTS, INTERLEAVING, PICTURE, READING, VIDEO, Option, Options, described
 from bagel_opt.serve.fields import TEXT_LIMIT, WHOLE_LIMIT
 from bagel_opt.serve.limits import Limits
 
 MODES = {
-    PICTURE: ["draw", "edit", "interleave"],
+    PICTURE: ["draw", "edit", "video", "interleave"],
     INPUTS: ["edit", "interleave"],
+    VIDEO: ["video"],
     READING: ["edit", "ask", "interleave"],
     INTERLEAVING: ["interleave"],
-    EVERY: ["draw", "edit", "ask", "interleave"],
+    EVERY: ["draw", "edit", "video", "ask", "interleave"],
 }
 OWN = ("seed", "think")  # beside the prompt, as the size is, whose choices depend on the model
 
 
-def page_options(limits: Limits, defaults: Options) -> list[dict[str, Any]]:
+def page_options(limits: Limits, defaults: Options, without: Collection[str]) -> list[dict[str, Any]]:
     """Of each option its name, help and modes; type, and what of that type is allowed; default, what counts where none is
-    sent; value, what the page begins with, which a server's limit may keep below the default. defaults: the model's."""
-    found = described(INTERLEAVING) | described(PICTURE, INPUTS) | described(EVERY) | described(READING)
-    return [_entry(option, limits, getattr(defaults, name)) for name, option in found.items() if name not in OWN]
+    sent; value, what the page begins with, which a server's limit may keep below the default. defaults: the model's; without: the options
+    that it has not."""
+    found = (
+        described(INTERLEAVING) | described(VIDEO) | described(PICTURE, INPUTS) | described(EVERY) | described(READING)
+    )
+    shown = [option for name, option in found.items() if name not in OWN and name not in without]
+    return [_entry(option, limits, getattr(defaults, option.name)) for option in shown]
 
 
 def _entry(option: Option, limits: Limits, default: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures from clients, checked before they are decoded."""
+"""Pictures and videos from clients, checked before they are decoded."""
 
 import base64
 import binascii
@@ -8,7 +8,8 @@ import re
 from PIL import Image, ImageOps
 
 from bagel_opt.serve.errors import ApiError
-from bagel_opt.serve.limits import Limits
+from bagel_opt.serve.limits import VIDEO_PIXELS, Limits
+from bagel_opt.videos import Video, read_video
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 HEAD = re.compile(rb"data:[^,]{,120};base64,", re.IGNORECASE)  # of whatever kind: the picture itself says which it is
@@ -51,3 +52,17 @@ def decode_picture(data: bytes, limits: Limits, param: str) -> Image.Image:
         raise
     except Exception:  # Pillow raises many kinds for damaged files
         raise ApiError(400, f"{param}: not a readable {', '.join(FORMATS)} picture", param) from None
+
+
+def decode_video(data: bytes, param: str) -> Video | None:
+    """Bytes from a client as a video; None where they are a picture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS):
+            return None
+    except Exception:  # whatever Pillow raises: it is no picture then
+        pass
+    try:
+        return read_video(data, None, VIDEO_PIXELS)
+    except ValueError as error:
+        why = str(error).removeprefix("video: ")
+        raise ApiError(400, f"{param}: no {', '.join(FORMATS)} picture, and as a video: {why}", param) from None

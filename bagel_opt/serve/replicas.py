@@ -35,7 +35,7 @@ class Replica:
     """One engine. load: makes its model, where it runs; settings: of make_app."""
 
     def __init__(self, load: Callable[[], Model], names: Sequence[str], settings: dict[str, Any]):
-        self.served = make_app(load(), names, links=False, **settings)
+        self.served = make_app(load(), names, keeps=False, **settings)
         self.gauges: dict[str, Gauge] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -23,7 +23,9 @@ from bagel_opt.serve.engine_thread import EngineThread, Ticket
 from bagel_opt.serve.fetch import fetch
 from bagel_opt.serve.limits import Limits
 from bagel_opt.serve.links import Links
-from bagel_opt.serve.pictures import decode_data_url, decode_picture
+from bagel_opt.serve.pictures import decode_data_url, decode_picture, decode_video
+from bagel_opt.serve.videos import Videos
+from bagel_opt.videos import Video
 
 FETCHES = 8  # requests that have pictures fetched at a time
 PLANNERS = 2  # threads that plan requests; each has one picture decoded at a time
@@ -44,10 +46,11 @@ class Source:
 class Work:
     """What a body asks of the engine. make: from its pictures to `count` requests; kind: for the metrics; reading: options
     with which pictures are read; longest: tokens that a text may have, or fewer where there is no room for so many;
-    spelled: the body's fields of options that have another name; progress, partial_images: of a stream."""
+    spelled: the body's fields of options that have another name; progress, partial_images: of a stream; videos: whether
+    sources may be some; admit: raises ApiError or QueueFullError for a plan that is not to run."""
 
     sources: list[Source]
-    make: Callable[[list[InputImage]], list[Request]]
+    make: Callable[[list[InputImage | Video]], list[Request]]
     kind: str
     reading: dict
     count: int = 1
@@ -55,18 +58,22 @@ class Work:
     spelled: dict[str, str] = field(default_factory=dict)
     progress: bool = False
     partial_images: int = 0
+    videos: bool = False
+    admit: Callable[[AnyPlan], None] = lambda plan: None
 
 
 @dataclass(frozen=True)
 class Service:
     """names: the model's, as /v1/models lists them. remote: whether pictures may be fetched from public addresses. links:
-    for pictures that an answer has an address of; None where another process might be asked for them."""
+    for pictures that an answer has an address of, and videos: those that are made; None where another process might be asked for
+    them."""
 
     names: tuple[str, ...]
     engine: EngineThread
     limits: Limits
     remote: bool = False
     links: Links | None = field(default_factory=Links)
+    videos: Videos | None = field(default_factory=Videos)
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES))
     planners: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "planner"))
     planning: dict[object, float] = field(default_factory=dict)  # since when each thread has had its request
@@ -107,6 +114,8 @@ class Service:
         with self.engine.room(work.count):
             planned = await arrival.while_wanted(http.receive, self._plan(work))
             arrival.release()
+            for plan, _ in planned:
+                work.admit(plan)
             return self.engine.submit(planned, work.kind, arrival, work.progress, work.partial_images)
 
     async def _plan(self, work: Work) -> list:
@@ -131,18 +140,20 @@ class Service:
         self.planning[key] = time.monotonic()
         try:
             while work.sources:
-                pictures.append(self._read(work.sources.pop(0), work.reading))
+                pictures.append(self._read(work.sources.pop(0), work))
             return [self.engine.plan(request, work.longest) for request in work.make(pictures)]
         except ValueError as error:
             raise errors.refused(error, work.spelled) from None
         finally:
             del self.planning[key]
 
-    def _read(self, source: Source, reading: dict) -> InputImage:
+    def _read(self, source: Source, work: Work) -> InputImage | Video:
         data = decode_data_url(source.data, source.param) if source.data_url else source.data
         source.data = None
+        if work.videos and (video := decode_video(data, source.param)):
+            return video
         try:
-            return self.engine.read(decode_picture(data, self.limits, source.param), source.param, reading)
+            return self.engine.read(decode_picture(data, self.limits, source.param), source.param, work.reading)
         except ValueError as error:
             raise errors.ApiError(400, str(error), source.param) from None
 

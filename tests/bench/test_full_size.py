@@ -93,6 +93,7 @@ def gpu(cuda, monkeypatch):
 
 
 @pytest.mark.second
+@pytest.mark.usefixtures("quick_ranks")
 def test_several_gpus(model, monkeypatch):
     """Processes on the CPU: each way is a model that answers, with the same weights, and its gathers are timed."""
     monkeypatch.setattr(full_size_gpus, "DEVICE", CPU)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from bundles import cached_export, few_programs
+from bundles import cached_export, few_programs, needs_compiler
 from lance_cases import CHECKPOINT, cases, loaded
 
 import bagel_opt
@@ -55,7 +55,7 @@ def test_a_bundle_of_few_programs_loads(tmp_path):
 
 def image_of(case, config):
     picture = next(item for item in case.inputs if not isinstance(item, str))
-    return read_input([picture], config, (112, 112), "a picture")
+    return read_input([picture], picture.size, 1, config, (112, 112), "a picture")
 
 
 def embeddings(model, patches, places):
@@ -66,17 +66,32 @@ def embeddings(model, patches, places):
 
 
 @pytest.mark.second
-@pytest.mark.parametrize("form", ["onnx", "export", "aoti"])
+@pytest.mark.parametrize("form", ["onnx", "export"])
 def test_every_case_from_a_bundle(form):
-    folder = cached_export(CHECKPOINT, PROFILE, name="lance", format=form)
-    model = bagel_opt.load(folder)
-    for case in cases():
+    check(bagel_opt.load(cached_export(CHECKPOINT, PROFILE, name="lance", format=form)), cases())
+
+
+@pytest.mark.second
+def test_every_case_that_draws_from_compiled_code():
+    """Of the other programs text's layers are compiled here, and the rest is as in test_golden.py."""
+    needs_compiler("aoti")
+    drawn = ("text", "vit", "vit_context", "generate", "generate_row", "step")
+    drawn += ("vae_encode", "vae_encode_next", "vae_decode", "vae_decode_next")
+    folder = cached_export(CHECKPOINT, PROFILE, name="lance-drawn", format="aoti", programs=drawn)
+    with few_programs(*drawn):
+        check(bagel_opt.load(folder), [case for case in cases() if case.options["output"] != "text"])
+
+
+def check(model, some):
+    """The official answers, one after another and together."""
+    assert len(some) > 4
+    for case in some:
         events = []
         outputs = model.run(case.inputs, on_step=events.append, **case.options)
         assert case.velocity_error(events) < 1e-4, case.name
         case.check_outputs(outputs)
-    together = model.run_many([case.request() for case in cases()])
-    for case, outputs in zip(cases(), together, strict=True):
+    together = model.run_many([case.request() for case in some])
+    for case, outputs in zip(some, together, strict=True):
         case.check_outputs(outputs)
 
 

@@ -1,18 +1,21 @@
 """What lies where on a card of so much memory, from sizes alone."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lance_cases import loaded
 from support import examples
 
 from bagel_opt import Profile, ProfileError
 from bagel_opt.config import PUBLISHED
+from bagel_opt.lance.config import WanConfig
 from bagel_opt.model.bagel import Bagel
 from bagel_opt.profile import load_profile
-from bagel_opt.runtime.memory_plan import EXPERTS, RESERVE, bytes_of_parts, make_plan, parse_memory
+from bagel_opt.runtime.memory_plan import EXPERTS, RESERVE, _workspaces, bytes_of_parts, make_plan, parse_memory
 
 FP8, INT4 = ({"und": kind, "gen": kind} for kind in ("fp8", "int4"))
 DRAW, EDIT = map(load_profile, ("bagel-1024", "bagel-edit-1024"))
@@ -93,6 +96,25 @@ def test_a_profile_without_room():
     with pytest.raises(ProfileError, match=r"use a smaller height and width.*or load with memory='") as told:
         plan.check(EDIT)
     planned(str(told.value).rsplit("memory='")[-1].rstrip("'"), FP8).check(Profile("a", 2, 6144, 256, 64, 4096))
+
+
+def test_what_a_video_keeps_from_part_to_part_counts_beside_all_programs():
+    model = loaded()
+    latent = torch.zeros(1, model.config.latent_dim, 1, 2, 3)
+    with torch.no_grad():
+        _, _, *kept = model.runtime.run("vae_decode", [latent])
+    pixels = 6 * model.config.token_pixels**2
+    assert sum(one.numel() for one in kept) == model.config.vae.held(pixels)
+    profile = Profile("six", rows=200, slots=16, text=4, patches=4, latents=6)  # so the layers' values are the most
+    found = _workspaces(model.config, profile, 2, {})
+    apart = dataclasses.replace(model.config, vae=WithoutVideos(**vars(model.config.vae)))
+    assert found["layers"] == _workspaces(apart, profile, 2, {})["layers"] + 2 * model.config.vae.held(pixels)
+    assert found["vit"] == _workspaces(apart, profile, 2, {})["vit"] + 2 * model.config.vae.held(pixels)
+
+
+class WithoutVideos(WanConfig):
+    def held(self, pixels):
+        return 0
 
 
 def test_programs_that_stream():

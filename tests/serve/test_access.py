@@ -151,6 +151,7 @@ def test_pages_of_other_origins(model):
         assert call(server, "OPTIONS", page, **asked) == (403, None)
     with serving(model, hosts=allowed_hosts("127.0.0.1"), keys=["key"], origins=[page]) as server:
         assert call(server, "OPTIONS", page, **asked) == (200, page)
+        assert call(server, "OPTIONS", page, **asked | {"Access-Control-Request-Method": "DELETE"}) == (200, page)
         assert call(server, "OPTIONS", other, **asked) == (400, None)
         assert call(server, "GET", page, Authorization="Bearer key") == (200, page)
         assert call(server, "GET", page) == (401, page)  # so that the page sees why

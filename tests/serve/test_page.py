@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -12,18 +11,10 @@ from serving import serving
 import bagel_opt
 
 pytest.importorskip("selenium")
-from selenium import webdriver
-from selenium.webdriver.common.by import By
+from browsing import choose, chromium, few_steps, find, one, run, text, wait, watched, write
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if not (BROWSER and DRIVER):
-    pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)", allow_module_level=True)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1000"
-)
 RED, BLUE, YELLOW = (215, 38, 38), (38, 90, 225), (250, 220, 40)
 
 
@@ -35,62 +26,14 @@ def server():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def page(browser, server):
-    """The page, freshly loaded; nothing of it may be refused by its own policy or fail in a script."""
-    browser.get(server.url)
-    wait(browser, lambda: find(browser, "#size option"))
-    yield browser
-    wrong = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert [message for message in wrong if "/v1/" not in message] == []  # a failed request is logged too
-
-
-def find(browser, selector):
-    return browser.find_elements(By.CSS_SELECTOR, selector)
-
-
-def one(browser, selector):
-    return browser.find_element(By.CSS_SELECTOR, selector)
-
-
-def wait(browser, good):
-    return WebDriverWait(browser, 60, 0.05).until(lambda _: good())
-
-
-def text(browser, selector):
-    return one(browser, selector).text
-
-
-def write(browser, selector, value):
-    field = one(browser, selector)
-    field.clear()
-    field.send_keys(value)
-
-
-def few_steps(browser):
-    one(browser, "#more summary").click()
-    write(browser, "#num_timesteps", "9")
-
-
-def run(browser, prompt):
-    before = len(find(browser, "#history button"))
-    write(browser, "#prompt", prompt)
-    one(browser, "#go").click()
-    wait(browser, lambda: len(find(browser, "#history button")) > before)
-
-
-def choose(browser, mode):
-    one(browser, f"input[value={mode}]").find_element(By.XPATH, "..").click()
+    with watched(browser, server.url):
+        yield browser
 
 
 def picture(browser):

@@ -90,6 +90,8 @@ def test_errors_and_streams_pass_through(server):
         client.images.generate(prompt="a ring", extra_body={"cfg_interval": [2, 1]})
     with pytest.raises(openai.BadRequestError, match="replicas give no addresses"):  # another would be asked for it
         client.images.generate(prompt="a ring", response_format="url")
+    with pytest.raises(openai.BadRequestError, match="replicas keep no videos"):  # whatever the model
+        client.get("/videos", cast_to=object)
     events = client.images.generate(prompt="a ring", stream=True, partial_images=1, extra_body={"num_timesteps": 4})
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds.count("progress") == 3

@@ -62,14 +62,39 @@ export async function draw(prompt, options, signal) {
   return events(await send("/v1/images/generations", json({ prompt, ...options, stream: true, partial_images: 3 }, signal)));
 }
 
-export async function edit(prompt, pictures, options, signal) {
+function asForm(fields) {
   const form = new FormData();
-  for (const [name, value] of Object.entries({ prompt, ...options, stream: true, partial_images: 3 })) {
+  for (const [name, value] of Object.entries(fields)) {
     if (Array.isArray(value)) value.forEach((one) => form.append(`${name}[]`, one));
     else form.append(name, value);
   }
+  return form;
+}
+
+export async function edit(prompt, pictures, options, signal) {
+  const form = asForm({ prompt, ...options, stream: true, partial_images: 3 });
   pictures.forEach((picture) => form.append("image[]", picture, "picture"));
   return events(await send("/v1/images/edits", { method: "POST", body: form, signal }));
+}
+
+/** A video: what the server says of it, and its file. told: called with the first of these as long as it is made. */
+export async function film(prompt, input, options, signal, told) {
+  const form = asForm({ prompt, ...options });
+  if (input) form.append("input_reference", input, "input");
+  let video = await (await send("/v1/videos", { method: "POST", body: form, signal })).json();
+  const path = `/v1/videos/${video.id}`;
+  try {
+    while (["queued", "in_progress"].includes(video.status)) {
+      told(video);
+      await new Promise((resolve) => setTimeout(resolve, 300));
+      video = await (await send(path, { signal })).json();
+    }
+    if (video.error) throw new ApiError(500, video.error.message);
+    return { video, blob: await (await send(`${path}/content`, { signal })).blob() };
+  } catch (error) {
+    if (error.name === "AbortError") send(path, { method: "DELETE" }).catch(() => {});
+    throw error;
+  }
 }
 
 export async function ask(prompt, pictures, options, signal) {

@@ -1,16 +1,20 @@
 import * as api from "./api.js";
 import { loadExamples, showExamples } from "./examples.js";
 import { readOptions, renderOptions, writeOptions } from "./options.js";
+import { isVideo, showAnswer, showNothing, showParts, showPicture, showVideo, thumbnail } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const WORDS = {
   draw: { go: "Draw", label: "What to draw", busy: "Drawing" },
   edit: { go: "Edit", label: "What to change", busy: "Editing" },
+  video: { go: "Film", label: "What happens, or what to change", busy: "Filming" },
   ask: { go: "Ask", label: "Your question", busy: "Answering" },
   interleave: { go: "Start", label: "What to think about, in texts and pictures", busy: "Thinking" },
 };
 const past = []; // what was made: {mode, prompt, inputs, options, size, seed, think, url, blob, answer, parts, thought, seconds}
-let inputs = []; // pictures to edit or ask about, as blobs
+const PICTURES = "image/png,image/jpeg,image/webp";
+let sizes = []; // [name, value] of those to choose from
+let inputs = []; // pictures to edit or ask about, or a video to change, as blobs
 let running = null; // an AbortController
 let shown = null;
 
@@ -27,6 +31,13 @@ function showMode() {
   $("promptLabel").textContent = words.label;
   $("inputs").hidden = mode() === "draw";
   for (const element of document.querySelectorAll("[data-modes]")) element.hidden = !element.dataset.modes.split(" ").includes(mode());
+  const films = mode() === "video";
+  Object.assign($("files"), { multiple: !films, accept: films ? `${PICTURES},video/*` : PICTURES });
+  $("choose").textContent = films ? "Choose a picture to begin with, or a video to change" : "Choose pictures";
+  const size = $("size").value;
+  $("size").replaceChildren(...(films ? [["The model's own", "auto"], ...sizes] : sizes).map(([name, value]) => new Option(name, value)));
+  if ([...$("size").options].some(({ value }) => value === size)) $("size").value = size;
+  if (films) $("sizeField").hidden = inputs.length > 0; // whose size it then has
   showExamples($("examples"), mode(), inputs, useExample);
 }
 
@@ -40,46 +51,31 @@ function useExample(prompt, picture) {
 // ---- pictures that go in
 
 function showInputs() {
-  for (const image of $("pictures").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  for (const image of $("pictures").querySelectorAll("img, video")) URL.revokeObjectURL(image.src);
   $("pictures").replaceChildren(...inputs.map((picture, index) => {
     const item = document.createElement("li");
-    const image = Object.assign(document.createElement("img"), { src: URL.createObjectURL(picture), alt: `Input picture ${index + 1}` });
+    const image = thumbnail(picture, URL.createObjectURL(picture), `Input ${isVideo(picture) ? "video" : "picture"} ${index + 1}`);
     const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "×" });
     remove.setAttribute("aria-label", `Remove input picture ${index + 1}`);
     remove.onclick = () => { inputs = inputs.filter((one) => one !== picture); showInputs(); $("files").focus(); };
     item.append(image, remove);
     return item;
   }));
-  showExamples($("examples"), mode(), inputs, useExample);
+  showMode();
 }
 
 function addInputs(files) {
-  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
-  if (!pictures.length) return;
-  inputs = [...inputs, ...pictures];
-  if (mode() === "draw") setMode("edit");
+  const films = !document.querySelector("input[value=video]").parentElement.hidden;
+  const found = [...files].filter((file) => file.type.startsWith("image/") || (films && isVideo(file)));
+  if (!found.length) return;
+  const one = found.some(isVideo) || mode() === "video"; // takes the place of what was there
+  inputs = one ? found.slice(-1) : [...inputs, ...found];
+  if (found.some(isVideo)) setMode("video");
+  else if (mode() === "draw") setMode("edit");
   showInputs();
 }
 
 // ---- what comes out
-
-function showPicture(url, alt) {
-  for (const id of ["empty", "answer"]) $(id).hidden = true;
-  Object.assign($("picture"), { src: url, alt, hidden: false });
-}
-
-function showAnswer(text) {
-  for (const id of ["empty", "picture"]) $(id).hidden = true;
-  Object.assign($("answer"), { textContent: text, hidden: false });
-}
-
-/** Texts and the addresses of pictures, in order. */
-function showParts(parts) {
-  showAnswer("");
-  $("answer").append(...parts.map(({ text, url }, index) => url
-    ? Object.assign(document.createElement("img"), { src: url, alt: `Picture ${index + 1}` })
-    : Object.assign(document.createElement("p"), { textContent: text.trim() })));
-}
 
 function showThought(text) {
   $("thoughtText").textContent = text.replace(/<\/?think>/g, "").trim();
@@ -89,14 +85,14 @@ function showThought(text) {
 function show(entry) {
   shown = entry;
   if (entry.parts) showParts(entry.parts);
-  else if (entry.url) showPicture(entry.url, entry.prompt);
+  else if (entry.url) (isVideo(entry.blob) ? showVideo : showPicture)(entry.url, entry.prompt);
   else showAnswer(entry.answer);
   showThought(entry.thought);
   $("status").textContent = [entry.prompt, entry.seed !== undefined && `seed ${entry.seed}`, `${entry.seconds.toFixed(1)} s`].filter(Boolean).join(" · ");
   $("error").textContent = "";
   $("tools").hidden = false;
   for (const id of ["download", "reuse"]) $(id).hidden = !entry.url;
-  if (entry.url) $("download").href = entry.url;
+  if (entry.url) Object.assign($("download"), { href: entry.url, download: isVideo(entry.blob) ? "bagel.mp4" : "bagel.png" });
   for (const button of $("history").querySelectorAll("button")) button.setAttribute("aria-current", button.entry === entry);
 }
 
@@ -105,7 +101,7 @@ function remember(entry) {
   const item = document.createElement("li");
   const button = Object.assign(document.createElement("button"), { type: "button", entry, title: entry.prompt });
   button.append(entry.url
-    ? Object.assign(document.createElement("img"), { src: entry.url, alt: entry.prompt })
+    ? thumbnail(entry.blob, entry.url, entry.prompt)
     : Object.assign(document.createElement("span"), { textContent: entry.answer }));
   button.onclick = () => show(entry);
   item.append(button);
@@ -147,6 +143,16 @@ async function makePicture(entry, signal) {
   if (!entry.url) throw new api.ApiError(0, "The server broke off.");
 }
 
+async function makeVideo(entry, signal) {
+  const options = { ...entry.options, ...(entry.seed !== undefined && { seed: entry.seed }) };
+  if (!entry.inputs.length) options.size = entry.size;
+  const { video, blob } = await api.film(entry.prompt, entry.inputs[0], options, signal, ({ status, progress }) => {
+    if (status !== "queued") Object.assign($("progress"), { max: 100, value: progress });
+    $("status").textContent = status === "queued" ? "Waiting in line …" : `${WORDS[entry.mode].busy}: ${progress}%`;
+  });
+  Object.assign(entry, { blob, url: URL.createObjectURL(blob), seed: video.seed });
+}
+
 async function makeAnswer(entry, signal) {
   const options = { ...entry.options, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
   let text = "";
@@ -180,7 +186,7 @@ async function makeParts(entry, signal) {
   entry.answer = entry.parts.map(({ text }) => text ?? "").join(" ");
 }
 
-const MAKE = { draw: makePicture, edit: makePicture, ask: makeAnswer, interleave: makeParts };
+const MAKE = { draw: makePicture, edit: makePicture, video: makeVideo, ask: makeAnswer, interleave: makeParts };
 
 async function run(entry) {
   running?.abort();
@@ -197,7 +203,7 @@ async function run(entry) {
   } catch (error) {
     if (running !== controller) return;
     if (shown) show(shown);
-    else for (const id of ["picture", "answer"]) { $(id).hidden = true; $("empty").hidden = false; }
+    else showNothing();
     $("status").textContent = error.name === "AbortError" ? "Cancelled." : "";
     if (error.status === 401) askForKey(() => run(entry));
     else if (error.name !== "AbortError") $("error").textContent = error.message;
@@ -218,10 +224,15 @@ $("seed").oninput = ({ target }) => target.setCustomValidity(
 function submit() {
   if (running || !$("form").reportValidity()) return;
   if (mode() === "edit" && !inputs.length) { $("error").textContent = "Add a picture to edit."; $("files").focus(); return; }
+  const films = mode() === "video";
+  if (films ? inputs.length > 1 : mode() !== "draw" && inputs.some(isVideo)) {
+    $("error").textContent = films ? "A video takes one picture or one video." : "This takes pictures, no videos.";
+    return;
+  }
   const seed = $("seed").value.trim();
   run({
     mode: mode(), prompt: $("prompt").value.trim(), inputs: mode() === "draw" ? [] : [...inputs], options: readOptions(mode()),
-    size: $("size").value, think: $("think").checked, thought: "", ...(seed && { seed: Number(seed) }),
+    size: $("size").value, think: !$("thinkField").hidden && $("think").checked, thought: "", ...(seed && { seed: Number(seed) }),
   });
 }
 
@@ -242,14 +253,18 @@ function repeat(entry) {
 
 async function showModel() {
   try {
-    const { id, default_size: side, size_multiple: multiple } = await api.model();
+    const { id, default_size: side, size_multiple: multiple, draws, thinks } = await api.model();
     $("model").textContent = id;
     const snapped = (share) => Math.max(multiple, Math.round(side * share / multiple) * multiple);
-    const sizes = [["Square", 1, 1], ["Landscape 4:3", 1, 3 / 4], ["Portrait 3:4", 3 / 4, 1], ["Wide 16:9", 1, 9 / 16], ["Tall 9:16", 9 / 16, 1]];
-    $("size").replaceChildren(...sizes.map(([name, width, height]) => {
+    const shapes = [["Square", 1, 1], ["Landscape 4:3", 1, 3 / 4], ["Portrait 3:4", 3 / 4, 1], ["Wide 16:9", 1, 9 / 16], ["Tall 9:16", 9 / 16, 1]];
+    sizes = shapes.map(([name, width, height]) => {
       const size = `${snapped(width)}x${snapped(height)}`;
-      return new Option(`${name}, ${size.replace("x", "×")}`, size);
-    }));
+      return [`${name}, ${size.replace("x", "×")}`, size];
+    });
+    $("thinkField").hidden = !thinks;
+    for (const label of document.querySelectorAll("[data-draws]")) label.hidden = !draws.includes(label.dataset.draws);
+    if (document.querySelector("input[name=mode]:checked").parentElement.hidden) setMode(draws.includes("video") ? "video" : "ask");
+    else showMode();
   } catch (error) {
     if (error.status === 401) askForKey(showModel);
     else $("error").textContent = error.message;
@@ -274,7 +289,12 @@ $("form").addEventListener("change", (event) => { if (event.target.name === "mod
 $("files").addEventListener("change", () => { addInputs($("files").files); $("files").value = ""; });
 $("cancel").addEventListener("click", () => running?.abort());
 $("defaults").addEventListener("click", () => writeOptions({}));
-$("reuse").addEventListener("click", () => { inputs = [shown.blob]; setMode("edit"); showInputs(); $("prompt").focus(); });
+$("reuse").addEventListener("click", () => {
+  inputs = [shown.blob];
+  setMode(isVideo(shown.blob) ? "video" : "edit");
+  showInputs();
+  $("prompt").focus();
+});
 $("repeat").addEventListener("click", () => repeat(shown));
 document.addEventListener("paste", (event) => addInputs(event.clipboardData.files));
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {

@@ -11,17 +11,18 @@ export async function loadExamples() {
 /** Buttons for a mode and its input pictures. use(prompt, picture): what one does; picture is null where none is to be added. */
 export function showExamples(container, mode, inputs, use) {
   if (!told) return;
+  const draws = mode === "draw" || mode === "video"; // from a text alone
   const bare = told.picture && !inputs.length; // the example picture is still to be added
-  const texts = mode === "draw" ? told.prompts : [mode === "edit" ? told.edit : told.question];
+  const texts = draws ? told.prompts : [mode === "edit" ? told.edit : told.question];
   // what is said of the example picture fits no other
-  const fitting = mode === "draw" || !told.picture || inputs.every((input) => input === picture);
+  const fitting = draws ? mode === "draw" || !inputs.length : !told.picture || inputs.every((input) => input === picture);
   container.hidden = !fitting;
   container.replaceChildren(...(fitting ? texts : []).map((text) => {
     const button = Object.assign(document.createElement("button"), { type: "button", className: "example" });
-    if (mode !== "draw" && bare) button.append(Object.assign(document.createElement("img"), { src: "/example.png", alt: "An example picture:" }));
+    if (!draws && bare) button.append(Object.assign(document.createElement("img"), { src: "/example.png", alt: "An example picture:" }));
     button.append(Object.assign(document.createElement("span"), { textContent: text }));
     button.onclick = async () => {
-      if (mode === "draw" || !bare) return use(text, null);
+      if (draws || !bare) return use(text, null);
       picture ??= await api.examplePicture();
       use(text, picture);
     };
