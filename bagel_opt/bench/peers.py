@@ -27,6 +27,7 @@ from bagel_opt.bench.peers_servers import free_port, gpu_memory, started
 from bagel_opt.bench.peers_tables import tables
 from bagel_opt.config import PUBLISHED, BagelConfig, LLMConfig, ResizeConfig, SpecialTokens, VAEConfig, ViTConfig
 from bagel_opt.files.replacing import replacing
+from bagel_opt.json_files import read_json
 
 # For a processor. The side of the latent table is the published one, which M* does not read from the files.
 TINY = BagelConfig(
@@ -73,7 +74,7 @@ def main(words: list[str] | None = None) -> int:
     work = replace(work, timesteps=a.num_timesteps or work.timesteps, tokens=a.tokens or work.tokens)
     a.folder.mkdir(parents=True, exist_ok=True)
     a.json = a.json or a.folder / "peers.json"
-    results = json.loads(a.json.read_text(encoding="utf-8")) if a.json.exists() else {"servers": {}}
+    results = _before(a.json) if a.json.exists() else {"servers": {}}
     if results.setdefault("work", asdict(work)) != asdict(work):
         raise SystemExit(f"peers: {a.json} has figures of other work, {results['work']}; give another file as --json")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -113,6 +114,18 @@ def main(words: list[str] | None = None) -> int:
     for table in tables(results, a.vllm_omni and work == Work()):
         console.print(table)
     return int(failed)
+
+
+def _before(place: Path) -> dict:
+    """The figures of calls before."""
+    try:
+        found = read_json(place, ValueError)
+        if isinstance(found, dict) and isinstance(found.get("servers"), dict):
+            return found
+        why = f"{place} has none of its figures"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    raise SystemExit(f"peers: {why}; give another file as --json")
 
 
 def _written(folder: Path, config: BagelConfig, dtype: torch.dtype) -> dict | None:
@@ -229,9 +242,7 @@ def _arguments() -> argparse.ArgumentParser:
     top.add_argument("--mstar", metavar="PYTHON", help="its environment's python, or a command with {port} and {hub}")
     top.add_argument("--vllm-omni", action="store_true", help="show its published figures, of another card")
     top.add_argument("--rows", type=_rows, default=list(ROWS), help=f"of {','.join(ROWS)} (all)")
-    top.add_argument(
-        "--clients", type=lambda text: [int(n) for n in text.split(",")], help="of each row's, as 1,16 (all)"
-    )
+    top.add_argument("--clients", type=_numbers, help="of each row's, as 1,16 (all)")
     top.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare answers")
     top.add_argument("--seconds-per-row", type=float, default=15, help="after which nothing new is sent (%(default)s)")
     top.add_argument("--longest-row", type=float, default=100, help="leave out rows of more seconds (%(default)s)")
@@ -247,6 +258,13 @@ def _named(text: str) -> tuple[str, str]:
     if not sign or not name or "{port}" not in command:
         raise argparse.ArgumentTypeError(f"{text!r}: give NAME=COMMAND with {{port}} in it")
     return name, command
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; give numbers, as 1,16")
+    return [int(part) for part in parts]
 
 
 def _rows(text: str) -> list[str]:

@@ -21,10 +21,10 @@ from bagel_opt.sampling.job import Job, Token
 @dataclass(frozen=True)
 class Asked:
     """What is asked for the rows of a batch, or for one of them: arrays of a number a row, share of adapters a row. texts:
-    of each row, which text goes on there; None where none does. ids: None where only the device knows them yet."""
+    of each row, which text goes on there; None where none does. ids: on the device, where the host does not know them yet."""
 
     texts: tuple[object, ...]
-    ids: np.ndarray | None
+    ids: np.ndarray | Tensor
     position: np.ndarray
     kv_len: np.ndarray
     temperature: np.ndarray
@@ -34,23 +34,18 @@ class Asked:
     def part(self, rows: slice) -> "Asked":
         return Asked(*(value[rows] for value in vars(self).values()))
 
-    def covers(self, other: "Asked") -> bool:
-        """Whether what other asks for is in the answer to this, too."""
-        if self.ids is None:
-            return False
-        rows = [row for row, text in enumerate(other.texts) if text]
-        same = all(self.texts[row] is other.texts[row] for row in rows)
-        mine, others = ([*vars(asked).values()][1:] for asked in (self, other))
-        return same and all(np.array_equal(a[rows], b[rows]) for a, b in zip(mine, others, strict=True))
-
 
 @dataclass(frozen=True)
 class Launched:
-    """A decoding on its way."""
+    """A decoding on its way, of the rows in which these texts go on."""
 
-    asked: Asked
+    texts: tuple[object, ...]
     logits: Tensor
     chosen: Tensor
+
+    def serves(self, texts: tuple[object, ...]) -> bool:
+        """Whether these go on there. Each text takes part in each decoding, so what it then asks for is what was launched."""
+        return all(mine is text for mine, text in zip(self.texts, texts, strict=True) if text is not None)
 
 
 class Decoder:
@@ -70,14 +65,12 @@ class Decoder:
             rows = slice(None) if row is None else slice(row, row + 1)
             wanted = Asked(*(self.batches.of(value, batch) for value in vars(asked).values())).part(rows)
             launched = ahead.get((batch, row))
-            if not launched or not launched.asked.covers(wanted):
-                launched = self._launch(batch, row, wanted, wanted.ids)
+            if not launched or not launched.serves(wanted.texts):
+                launched = self._launch(batch, row, wanted)
             wait, ids = self.runtime.chosen(launched.chosen)
             if ids is not None and all(job.want.following is not None for job in mine):
                 self._go_on(batch, row, wanted, mine, ids)
             chosen = wait()
-            if further := self.ahead.get((batch, row)):
-                self.ahead[batch, row] = replace(further, asked=replace(further.asked, ids=chosen))
             for job in mine:
                 at = job.main.row - (row or 0)
                 found[id(job)] = self._in_nucleus(launched.logits, at, job.want, int(chosen[at]))
@@ -93,13 +86,12 @@ class Decoder:
             share[at] = job.share
         return Asked(tuple(texts), ids, position, kv_len, temperature, uniform, share)
 
-    def _launch(self, batch: int, row: int | None, asked: Asked, ids: np.ndarray | Tensor) -> Launched:
+    def _launch(self, batch: int, row: int | None, asked: Asked) -> Launched:
         ending = "" if row is None else ROW
-        inputs = [ids, asked.position, asked.kv_len, *as_inputs(asked.share)]
+        inputs = [asked.ids, asked.position, asked.kv_len, *as_inputs(asked.share)]
         logits = self.runtime.run("decode" + ending, inputs, self.batches[batch].caches, row)[0]
-        return Launched(
-            asked, logits, self.runtime.run("choose" + ending, [logits, asked.temperature, asked.uniform])[0]
-        )
+        chosen = self.runtime.run("choose" + ending, [logits, asked.temperature, asked.uniform])[0]
+        return Launched(asked.texts, logits, chosen)
 
     def _go_on(self, batch: int, row: int | None, asked: Asked, jobs: Sequence[Job], ids: Tensor) -> None:
         """Launches what the requests will ask for next, unless their texts end."""
@@ -108,10 +100,10 @@ class Decoder:
         for job in jobs:
             uniform[job.main.row - (row or 0)] = job.want.following
         later = replace(
-            asked, ids=None, position=asked.position + writing, kv_len=asked.kv_len + writing, uniform=uniform
+            asked, ids=ids, position=asked.position + writing, kv_len=asked.kv_len + writing, uniform=uniform
         )
         with contextlib.suppress(MemoryError):  # then they have to ask
-            self.ahead[batch, row] = self._launch(batch, row, later, ids)
+            self.ahead[batch, row] = self._launch(batch, row, later)
 
     def _in_nucleus(self, logits: Tensor, row: int, want: Token, token: int) -> int:
         """Chooses again where a request samples from a part of the vocabulary."""

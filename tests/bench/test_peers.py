@@ -241,3 +241,22 @@ def test_bad_arguments(words, capsys):
     with pytest.raises(SystemExit):
         peers.main(words)
     assert words[1].split(",")[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{bad", "other.json"), ("[]", "none of its figures"), ('{"servers": 3}', "none of its figures")]
+)
+def test_a_file_that_holds_other_things_is_refused(tmp_path, text, said):
+    place = tmp_path / "other.json"
+    place.write_text(text)
+    with pytest.raises(SystemExit, match=said) as refused:
+        peers.main(["--sizes", "tiny", "--folder", str(tmp_path), "--json", str(place), "--no-ours"])
+    assert "give another file as --json" in str(refused.value)
+    assert place.read_text() == text
+
+
+@pytest.mark.parametrize("clients", ["x", "0", "1,", "-1"])
+def test_clients_are_numbers(clients, capsys):
+    with pytest.raises(SystemExit):
+        peers.main([f"--clients={clients}"])
+    assert f"{clients!r}; give numbers, as 1,16" in capsys.readouterr().err

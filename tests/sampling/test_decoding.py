@@ -84,6 +84,22 @@ def test_requests_that_come_and_go(model, ran, options, monkeypatch):
                 assert np.abs(np.asarray(got).astype(int) - np.asarray(want)).max() <= 1
 
 
+def test_a_text_that_is_alone_again(model, ran):
+    """What was launched for it alone, before another came, is of no use any more."""
+    requests = [Request([text], **{**WRITE, "max_think_tokens": n}) for text, n in (("why?", 30), ("a b", 6))]
+    plans = [make_plan(request, model.config, model.tokenizer) for request in requests]
+    want = [model.run_many([request])[0] for request in requests]
+    engine = Engine(model.runtime.for_profile(model.profile), model.config, model.tokenizer, model.profile)
+    jobs = [engine.submit(plans[0])]
+    for _ in range(8):
+        engine.step()
+    jobs.append(engine.submit(plans[1]))
+    while engine.waiting or engine.active:
+        engine.step()
+    assert [job.result for job in jobs] == want
+    assert {1, 2} == set(ran)
+
+
 def test_nothing_goes_ahead_past_the_last_token(model, ran):
     tokens = []
     model.run(["why?"], **WRITE, on_token=tokens.append)

@@ -18,17 +18,6 @@ def model(load):
     return load(CHECKPOINT, "onnx")
 
 
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return server.client()
-
-
 def equal(a, b):
     return np.array_equal(np.asarray(a), np.asarray(b))
 

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 from PIL import Image
-from serving import FEW, data_url, picture, png, serving
+from serving import FEW, data_url, picture, png
 from support import CHECKPOINT
 
 SIZE = "32x32"
@@ -17,17 +17,6 @@ BODY = {"seed": 3, **FEW}
 @pytest.fixture(scope="module")
 def model(load):
     return load(CHECKPOINT, "onnx")
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return server.client()
 
 
 def see(*parts):

@@ -39,17 +39,6 @@ def model():
     )
 
 
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return server.client()
-
-
 @pytest.fixture
 def held(server):
     """The server's programs wait until they are let go."""
