@@ -25,7 +25,7 @@ def planned(memory, kinds=None, profile=DRAW):
     return make_plan(PUBLISHED, memory, profile, "bfloat16", kinds or {})
 
 
-@pytest.mark.parametrize("kinds", [{}, FP8, INT4 | {"head": "int8", "vit": "fp8"}], ids=len)
+@pytest.mark.parametrize("kinds", [{}, FP8, INT4 | {"head": "int8", "vit": "fp8"}, {"embeddings": "int8"}], ids=len)
 def test_parts_are_the_models(kinds):
     with torch.device("meta"):
         model = Bagel(PUBLISHED).to(torch.bfloat16)
@@ -54,6 +54,11 @@ def test_what_goes_first(memory, kinds, profile, gen, und, away):
             assert plan.on_host(f"llm.layers.{layer}.{expert}.") == (layer in plan.streamed[expert])
     assert plan.on_host("vae.decoder.conv_in.weight") == ("vae_decode" in away)
     assert not plan.on_host("llm.norm_und.weight")
+
+
+def test_a_table_takes_no_room_beside_it():
+    """Its rows are few: nothing is unpacked, and nothing is rounded."""
+    assert planned("40GB", {"embeddings": "int4"}).room > planned("40GB").room + 7 * 10**8
 
 
 @examples(40)
