@@ -18,7 +18,9 @@ DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
 LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
-AT_ONCE = 2**17  # numbers that are quantised to 4 bits at a time: they and what is made of them stay in a core's cache
+# Numbers that are quantised to 4 bits at a time: on a CPU they and what is made of them stay in a core's cache, on a GPU each
+# piece costs some hundred launches.
+AT_ONCE, AT_ONCE_ON_GPU = 2**17, 2**24
 
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def _largest(dtype: torch.dtype) -> float:
 def to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
     """(codes_NB in uint8, scale_NG in bfloat16): 16 levels, of which the largest number of a group has the outermost. A
     byte has the codes of two channels, plus 8, the first in its low bits."""
-    rows = max(1, AT_ONCE // weight_NC.shape[1])
+    rows = max(1, (AT_ONCE if weight_NC.device.type == "cpu" else AT_ONCE_ON_GPU) // weight_NC.shape[1])
     codes, scales = zip(*map(_to_groups, weight_NC.split(rows)), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
