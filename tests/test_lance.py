@@ -167,11 +167,12 @@ def test_weights_that_come_and_go(model):
         small.run(named["t2v"].inputs, **long)
 
 
-def test_quantised_weights_draw_nearly_the_same(model):
-    coarse, events = bagel_opt.load(CHECKPOINT, device="cpu", quantization={"gen": "int8", "vit": "int8"}), []
+@pytest.mark.parametrize(("kinds", "most"), [({"gen": "int8", "vit": "int8"}, 0.2), ({"embeddings": "int8"}, 0.01)])
+def test_quantised_weights_draw_nearly_the_same(kinds, most):
+    coarse, events = bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds), []
     case = named["image_edit"]
     coarse.run(case.inputs, on_step=events.append, **case.options)
-    assert 1e-4 < case.velocity_error(events) < 0.2
+    assert 1e-4 < case.velocity_error(events) < most
 
 
 def test_methods(model):

@@ -228,6 +228,16 @@ def test_adapters(two, eager, tmp_path):
     check_alike(two, eager, ["why?"], **question)
 
 
+def test_a_table_in_8_bits_beside_weights_that_are_taken_apart():
+    kinds = {"embeddings": "int8"}
+    model, alone = start(2, "tensor", quantization=kinds), bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds)
+    try:
+        check_alike(model, alone, **ODD_SIZE)
+        check_alike(model, alone, ["why?"], output="text", max_think_tokens=30)
+    finally:
+        model.close()
+
+
 def test_models_and_threads_at_once(several, two):
     jobs = [(model, seed) for seed in (1, 2) for model in (several, two)]
 
