@@ -21,8 +21,8 @@ LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
 # Numbers of a weight that are quantised at a time, to 8 bits and to 4: what is made of them on the way is several times as large,
-# and for 4 bits stays in a core's cache.
-AT_ONCE, AT_ONCE_IN_GROUPS = 2**20, 2**17
+# and for 4 bits stays in a core's cache. On a GPU each piece costs a hundred launches.
+AT_ONCE, AT_ONCE_IN_GROUPS, AT_ONCE_ON_GPU = 2**20, 2**17, 2**24
 
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,6 +83,7 @@ def to_kind(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def _in_turn(make: Callable[[Tensor], tuple[Tensor, Tensor]], weight_NC: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
     """(codes, scale) of some rows, of so many numbers, after others."""
+    numbers = numbers if weight_NC.device.type == "cpu" else AT_ONCE_ON_GPU
     codes, scales = zip(*map(make, weight_NC.split(max(1, numbers // weight_NC.shape[1]))), strict=True)
     return torch.cat(codes), torch.cat(scales)
 

@@ -25,7 +25,7 @@ import torch
 from bagel_opt.errors import reason
 from bagel_opt.files.adapters import Named, named
 from bagel_opt.profile import Profile
-from bagel_opt.programs.signatures import NEXT, OUTPUTS, ROW
+from bagel_opt.programs.signatures import NEXT, OUTPUTS
 from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
@@ -37,7 +37,7 @@ from bagel_opt.runtime.parallel import Parallel
 
 LOADING = 3600  # seconds that another rank may load for longer than the first
 # Programs whose results go to the host, and what they keep to the next one of them.
-ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS), "choose", "choose" + ROW}
+ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS)}
 
 
 class MirroredRuntime:
@@ -59,6 +59,10 @@ class MirroredRuntime:
     @property
     def free_rows(self) -> bool:
         return self.inner.free_rows
+
+    @property
+    def free_texts(self) -> bool:
+        return self.inner.free_texts
 
     @property
     def free_sizes(self) -> bool:
@@ -144,14 +148,22 @@ class MirroredRuntime:
                 raise failures[0]
             self.rehearsed[program] = size
 
-    def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:
-        """This rank alone has them."""
-        return functools.partial(self.host, ids_B), None
+    def chosen(self, ids_B: Handle) -> tuple[Callable[[], np.ndarray], Handle | None]:
+        """All go on with this rank's."""
+        mine, ids = self.inner.chosen(self._here(ids_B))
+        if ids is None:
+            return functools.partial(self.host, ids_B), None
+        there = self._mark()
+        (agreed,) = self._call("first_ranks", ids_B)
+        return functools.partial(self._found, there, mine), agreed
 
     def host(self, tensor: Any, row: int | None = None) -> np.ndarray:
-        value = self._here(tensor)
-        self._await_device()
-        found = self.inner.host(value, row)
+        return self._found(self._mark(), functools.partial(self.inner.host, self._here(tensor), row))
+
+    def _found(self, there: torch.cuda.Event | None, look: Callable[[], np.ndarray]) -> np.ndarray:
+        """What this rank has computed, at an event."""
+        self._await_device(there)
+        found = look()
         self.members.settle()
         return found
 
@@ -172,14 +184,18 @@ class MirroredRuntime:
                 self._call("look", given)
             return self.rank.look(given.ref)
 
-    def _await_device(self) -> None:
-        """Until all that was launched is done: looking now and then, so that a rank that is gone is noticed."""
-        device = self.inner.device
-        if device.type != "cuda":
-            return
-        event, begun = torch.cuda.Event(), time.monotonic()
-        event.record(torch.cuda.current_stream(device))
-        while not event.query():
+    def _mark(self) -> torch.cuda.Event | None:
+        """The end of all that was launched on this rank's GPU so far."""
+        if self.inner.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.inner.device))
+        return event
+
+    def _await_device(self, event: torch.cuda.Event | None) -> None:
+        """Looks now and then whether it is reached, so that a rank that is gone is noticed."""
+        begun = time.monotonic()
+        while event and not event.query():
             self.members.check()
             seconds = time.monotonic() - begun
             if seconds > groups.PATIENCE:

@@ -53,6 +53,7 @@ class PackagedRuntime(TorchRuntime):
         # compiled code expects caches in plain memory order; the mask is cut instead
         self.fixed_slots, self.spare_slots = True, 0
         self.free_rows = self.free_sizes = manifest.free_sizes
+        self.free_texts = False
         self._replay(device.type == "cuda")
         self.programs: Any = self
         self.profile = manifest.profiles[0].name

@@ -246,3 +246,12 @@ def test_some_rows_after_others_are_all(kind, monkeypatch):
     monkeypatch.setattr(torch, "cat", lambda parts: made.append(len(parts)) or cat(parts))
     assert all(map(torch.equal, to_kind(weight, kind), want))
     assert made[:2] == [17, 17]
+
+
+def test_a_large_weight_on_a_gpu_is_quantised_in_few_pieces():
+    """Of a hundred launches each; "meta" is another device than the CPU, too."""
+    pieces = []
+    module._in_turn(
+        lambda rows: (pieces.append(len(rows)) or rows, rows), torch.empty(4096, 3584, device="meta"), 2**17
+    )
+    assert len(pieces) == 1

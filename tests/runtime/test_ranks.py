@@ -25,7 +25,8 @@ import bagel_opt
 from bagel_opt import BundleError, Request
 from bagel_opt.runtime import groups, members
 from bagel_opt.runtime.calls import Call
-from bagel_opt.runtime.parallel import BY_WEIGHTS, Shares
+from bagel_opt.runtime.parallel import BY_WEIGHTS, RankRuntime, Shares
+from bagel_opt.runtime.torch import TorchRuntime
 
 pytestmark = pytest.mark.usefixtures("quick_ranks")  # those of scripts here are new processes
 BOTH = {"guidance": 2, "sequence": 2}
@@ -128,6 +129,37 @@ def test_decoding_by_weights(two, eager, sampling):
     assert two.run_many(requests) == seen
     layers = two.config.llm.num_hidden_layers
     assert two.runtime.rank.runtime.groups.count - before > 20 * (2 * layers + 1)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}])
+def test_going_on_with_a_token_before_the_host_has_it(two, eager, sampling, monkeypatch):
+    """As GPUs do."""
+    before, tell, told = TorchRuntime.chosen, RankRuntime.first_ranks, []
+    monkeypatch.setattr(TorchRuntime, "chosen", lambda self, ids: (before(self, ids)[0], ids.clamp(min=0)))
+    monkeypatch.setattr(RankRuntime, "first_ranks", lambda self, ids: told.append(ids) or tell(self, ids))
+    requests = [Request([t], output="text", max_think_tokens=20, **sampling) for t in ("why?", "a b", "who", "a b c")]
+    got = two.run_many(requests)
+    monkeypatch.undo()
+    assert got == eager.run_many(requests)
+    assert len(told) > 10
+
+
+def test_all_ranks_go_on_with_what_the_first_chose(two, eager, monkeypatch):
+    """Also where another rank's own numbers would have another one first."""
+    monkeypatch.setattr(TorchRuntime, "chosen", lambda self, ids: (lambda: ids.numpy(), ids))
+    found, numbers = [], np.zeros(1, np.float32)
+    for runtime in (two.runtime, eager.runtime):
+        logits = np.eye(1, eager.config.llm.vocab_size, 7, dtype=np.float32)
+        (ids,) = runtime.run("choose", [logits, numbers, numbers])
+        if runtime is two.runtime:
+            runtime._here(ids).fill_(9)
+            (wait, ids) = runtime.chosen(ids)
+            assert wait() == [9]
+        else:
+            ids = np.array([9])
+        caches = runtime.caches(1, 64)
+        found.append(runtime.host(runtime.run("decode", [ids, np.array([0]), np.array([0])], caches)[0]))
+    assert relative(*map(torch.from_numpy, found)) < 1e-5
 
 
 def test_interleaved(two, eager):
