@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bagel_opt.errors import reason
-from bagel_opt.files.adapters import Named
+from bagel_opt.files.adapters import Named, named
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import NEXT, OUTPUTS
 from bagel_opt.runtime import groups
@@ -88,11 +88,20 @@ class MirroredRuntime:
         return other
 
     def set_adapters(self, adapters: Named) -> None:
-        _, failures = self._ask("set_adapters", dict(adapters) if isinstance(adapters, Mapping) else adapters)
-        if failures:
-            if len(failures) < self.rank.runtime.groups.ranks:  # they are to have the same
-                self._ask("set_adapters", {})
+        here = {  # others may be in another folder
+            name: (os.path.abspath(place) if os.path.exists(place) else place, factor)
+            for name, (place, factor) in named(adapters).items()
+        }
+        _, failures = self._ask("set_adapters", here)
+        if not failures:
+            return
+        if len(failures) == self.rank.runtime.groups.ranks:
             raise failures[0]
+        self._ask("set_adapters", {})  # they are to have the same
+        kind = MemoryError if isinstance(failures[0], MemoryError) else RuntimeError
+        raise kind(
+            f"{reason(failures[0])}; other ranks took these adapters, so none keeps any now: set them again"
+        ) from failures[0]
 
     def caches(self, rows: int, slots: int) -> Handle:
         (caches, *_), failures = self._ask("caches", rows, slots)

@@ -228,6 +228,39 @@ def test_adapters(two, eager, tmp_path):
     check_alike(two, eager, ["why?"], **question)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_adapters_that_one_rank_alone_cannot_take(two, eager, tmp_path, monkeypatch, rank):
+    """No rank waits for it, and none has any then; the next ones are taken."""
+    pytest.importorskip("peft")
+    from adapters import adapted
+
+    adapted().save_pretrained(tmp_path / "one")
+    two.set_adapters({"before": tmp_path / "one"})
+    real = two.runtime.inner.set_adapters
+
+    def lacks_memory(adapters):
+        if adapters:
+            raise MemoryError("too little memory")
+        real(adapters)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            if rank == 0:
+                patch.setattr(two.runtime.inner, "set_adapters", lacks_memory)
+            place = tmp_path / "one" if rank == 0 else "/proc/self/cwd/one"  # of each process another folder
+            kind, told = (RuntimeError, "rank 1: .*/proc/self/cwd/one") if rank else (MemoryError, "too little memory")
+            with pytest.raises(kind, match=f"{told}.*; other ranks took these .* set them again"):
+                two.set_adapters({"one": place})
+        assert two.runtime.adapters == {}
+        check_alike(two, eager, **ODD_SIZE)
+        monkeypatch.chdir(tmp_path)
+        two.set_adapters({"one": "one"})
+        check_alike(two, bagel_opt.load(CHECKPOINT, device="cpu", lora=tmp_path / "one"), **ODD_SIZE)
+    finally:
+        two.set_adapters({})
+
+
 def test_a_table_in_8_bits_beside_weights_that_are_taken_apart():
     kinds = {"embeddings": "int8"}
     model, alone = start(2, "tensor", quantization=kinds), bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds)
