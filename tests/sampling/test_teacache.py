@@ -103,7 +103,7 @@ def test_together_as_alone(load, eager, monkeypatch, rows, call):
     """Beside requests that are evaluated in each step, that TaylorSeer predicts, and of other lengths; in one batch, or in
     several of few rows; where rows are computed one by one, and where a call costs so much that all are."""
     monkeypatch.setattr(calls, "CALL", call)
-    monkeypatch.setattr(engine, "READ", 0)
+    monkeypatch.setattr(calls, "READ", 0)
     together = eager
     if rows == "export":
         together = load(CHECKPOINT, "export")
