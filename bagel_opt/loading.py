@@ -172,8 +172,8 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
         import torch
     except (ImportError, OSError) as error:
         raise missing(f"gpus={gpus}", "torch", error, "torch") from None
-    from bagel_opt.runtime.mirrored import load_on_ranks
     from bagel_opt.runtime.parallel import Shares
+    from bagel_opt.runtime.starting import load_on_ranks
 
     where, there = torch_device(device), torch.cuda.device_count()
     if where.type == "cuda" and (where.index or 0) + gpus > there:

@@ -20,6 +20,7 @@ from bagel_opt.programs.interface import Runtime, Tensor
 from bagel_opt.programs.signatures import one_row
 from bagel_opt.sampling.adapters import as_inputs
 from bagel_opt.sampling.batches import Batches, padded
+from bagel_opt.sampling.calls import neighbours, parts
 from bagel_opt.sampling.decoding import Decoder
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
@@ -29,9 +30,6 @@ from bagel_opt.sampling.reading import Reading
 from bagel_opt.sampling.step_caches import STEP_CACHES, StepCache
 from bagel_opt.tokenizer import Tokenizer
 
-# What a call of a program costs besides computing: as operations that two cores of a CPU could have done meanwhile, and
-# for reading the weights as tokens, of which a CPU computes 20 in that time and a GPU some hundreds.
-CALL, READ = 1.5e9, 100
 PAUSE = 0.25  # seconds for which pictures are read while others wait for a text of theirs or to write
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
 log = logging.getLogger("bagel_opt")
@@ -192,7 +190,7 @@ class Engine:
         most = max(p.text, p.patches, p.latents) // p.text if self.runtime.free_texts else 1
         for batch in range(p.batches):
             rows = [at - batch * p.rows for at in sorted(found) if at // p.rows == batch]
-            for run in _runs(rows):
+            for run in neighbours(rows):
                 for start in range(run.start, run.stop, most):
                     part = slice(start, min(start + most, run.stop))
                     self._read_rows(batch, part, [found[batch * p.rows + row] for row in range(part.start, part.stop)])
@@ -240,27 +238,23 @@ class Engine:
     def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents
         themselves where none does); and the last layer's output where it is to be remembered. Of the latents as many as
-        the largest picture has, where that can be chosen."""
-        b, inputs = self.batches[number], [x, *flow.evaluation(number)]
+        the largest picture of a call has, where that can be chosen."""
+        b, p, inputs = self.batches[number], self.profile, [x, *flow.evaluation(number)]
         rows = np.flatnonzero(inputs[4]).tolist()
         if not rows:
             return x, None
-        parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
-        token, every = self.config.llm.expert_work, self.profile.rows
-        size = self.batches.size("latents", int(inputs[4].max()))
-        row, call = token * (size + 2), CALL + READ * token
-        if len(rows) == every or (not self.runtime.free_rows and every * row + call < len(rows) * (row + call)):
-            if size == self.profile.latents:
-                return self.runtime.run("generate", inputs, b.caches)
-            parts = [slice(0, every)]
+        sizes = [self.batches.size("latents", int(inputs[4][row])) for row in rows]
+        calls = parts(rows, sizes, p.rows, self.runtime.free_rows, self.config.llm.expert_work)
+        if calls == [(slice(0, p.rows), p.latents)]:
+            return self.runtime.run("generate", inputs, b.caches)
         if b.v is None:
             b.v = self.batches.zeros()
         if remembers and b.last is None:
             b.last = self.batches.hidden()
-        for part in parts:
-            name = "generate" if part.stop - part.start > 1 else one_row("generate", self.profile)
+        for part, size in calls:
+            name = "generate" if part.stop - part.start > 1 else one_row("generate", p)
             x_t, *given = (array[part] for array in (x, *flow.evaluation(number, size)))
-            if size < self.profile.latents:
+            if size < p.latents:
                 x_t = x_t[:, :size]
             v, hidden = self.runtime.run(name, [x_t, *given], b.caches, part)
             for place, row in enumerate(range(part.start, part.stop)):
@@ -274,10 +268,3 @@ class Engine:
             return None
         c, n = job.main, len(job.phase.noise)
         return tuple(self.runtime.host(tensor[c.batch], c.row)[:n] for tensor in (x, v))
-
-
-def _runs(rows: list[int]) -> list[slice]:
-    """Ascending rows as slices of neighbours."""
-    starts = [row for row in rows if row - 1 not in rows]
-    ends = [row + 1 for row in rows if row + 1 not in rows]
-    return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]
