@@ -147,7 +147,11 @@ class Quantized(nn.Module):
 
     def rows(self, take: Callable[[Tensor], Tensor]) -> Tensor:
         """What some rows stand for, in float32: [..., C]. take: those rows of the codes, and of the scales."""
-        codes, scale = take(self.codes), take(self.scale)
+        dtype = self.codes.dtype
+        if dtype.is_floating_point:  # which not every torch takes rows of, on a GPU
+            codes, scale = take(self.codes.view(torch.uint8)).view(dtype), take(self.scale)
+        else:
+            codes, scale = take(self.codes), take(self.scale)
         if KINDS[self.kind].group:
             return from_groups(codes, scale, self.channels, torch.float32)
         return codes.float() * scale[..., None]
