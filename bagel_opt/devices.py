@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.installed import compiler
-from bagel_opt.quantization import NEEDS
+from bagel_opt.quantization import NEEDS, kinds_of_products
 
 if TYPE_CHECKING:
     import torch
@@ -43,12 +43,13 @@ def torch_dtype(dtype: "str | torch.dtype | None", default: "torch.dtype") -> "t
 
 def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
     """Raises ValueError where a GPU has no products of these kinds (quantization.KINDS)."""
-    if not kinds or device.type != "cuda":
+    needed = kinds_of_products(kinds)
+    if not needed or device.type != "cuda":
         return
     import torch
 
     have = torch.cuda.get_device_capability(device)
-    for kind in kinds.values():
+    for kind in sorted(needed):
         if have < NEEDS[kind]:
             can = [repr(other) for other, need in NEEDS.items() if have >= need]
             raise ValueError(

@@ -60,7 +60,7 @@ def load(
     weights: a fine-tune's file, folder or repo id over a checkpoint; what it lacks comes from the checkpoint. lora: adapters
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
     apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both
-    experts, or an object from parts ("und", "gen", "vit", "head") to these; weights are quantised as they are read,
+    experts, or an object from parts ("und", "gen", "vit", "head", "embeddings") to these; weights are quantised as they are read,
     and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
     no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
     gpus: how many compute each request together, from `device` on, in a process each, which `Model.close` ends; with device="cpu"
@@ -172,8 +172,8 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
         import torch
     except (ImportError, OSError) as error:
         raise missing(f"gpus={gpus}", "torch", error, "torch") from None
-    from bagel_opt.runtime.mirrored import load_on_ranks
     from bagel_opt.runtime.parallel import Shares
+    from bagel_opt.runtime.starting import load_on_ranks
 
     where, there = torch_device(device), torch.cuda.device_count()
     if where.type == "cuda" and (where.index or 0) + gpus > there:

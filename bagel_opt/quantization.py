@@ -31,9 +31,9 @@ KINDS = {
     "int8": Kind("int8", "float32"),
     "int4": Kind("uint8", "bfloat16", group=32),
 }
-# Parts: the products in the layers of an expert, or of the ViT; the head, which makes the logits of a token. What is in none
-# stays as it is: embeddings, norms, the connector, and the VAE.
-PARTS = ("und", "gen", "vit", "head")
+# Parts: the products in the layers of an expert, or of the ViT; the head, which makes the logits of a token; the table of the
+# tokens' embeddings, of which rows are read. What is in none stays as it is: norms, the connector, and the VAE.
+PARTS = ("und", "gen", "vit", "head", "embeddings")
 BY_DEFAULT = ("und", "gen")  # where one kind is named for all
 
 NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability, of a GPU
@@ -55,6 +55,11 @@ def kinds_of_parts(quantization: Quantization | None) -> dict[str, str]:
             f"{', '.join(map(repr, PARTS))} to these"
         )
     return dict(found)
+
+
+def kinds_of_products(kinds: Mapping[str, str]) -> set[str]:
+    """Those of the parts that are multiplied with, which all are but a table."""
+    return {kind for part, kind in kinds.items() if part != "embeddings"}
 
 
 def fits_onnx(kinds: Mapping[str, str], device: str, dtype: str) -> bool:

@@ -1,13 +1,10 @@
 """The official code's answers, from every runtime."""
 
 import pytest
-import torch
 from bundles import BACKENDS
-from support import CHECKPOINT, ODD, cases, check_together, relative
+from support import CHECKPOINT, ODD, cases, check_together, prefill, relative
 
-from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.contexts import Block
-from bagel_opt.sampling.job import Job
 from bagel_opt.sampling.plan import fit_profile
 from bagel_opt.sampling.planning import THINK_IMAGE, THINK_TEXT, make_plan
 
@@ -58,7 +55,7 @@ def test_keys_and_values_of_every_prefill(load, backend, case):
     stored = {name.rpartition(".")[0] for name in case.tensors if "prefill" in name}
     assert stored or "taylorseer" in case.name
     for name in stored:
-        keys, values = prefill(model, plan, contexts[name])
+        keys, values = prefill(model, plan, contexts[name], model.profile or fit_profile([plan], round_up=False))
         for got, kind in ((keys, "k"), (values, "v")):
             want = case.tensors[f"{name}.{kind}"]
             assert got.shape == want.shape
@@ -111,22 +108,3 @@ def official_contexts(case, model, plan):
     if draws and plan.options.think:
         fill(main, text(case.outputs[0]))
     return found
-
-
-def prefill(model, plan, blocks):
-    """Keys and values [layers, tokens, heads, channels] of a context, in the official order of tokens."""
-    profile = model.profile or fit_profile([plan], round_up=False)
-    batches, context = Batches(model.runtime, model.config, profile), Context(0, profile.rows - 1)
-    batches.open(context)
-    for _ in Job(plan, batches, model.tokenizer)._prefill(context, blocks):
-        pass
-    order, start = [], 0
-    for block in blocks:
-        slots = list(range(start, start + block.length))
-        if block.kind != "text":  # stored with both markers first
-            slots = [slots[0], *slots[2:], slots[1]]
-        order += slots
-        start += block.length
-    layers = model.config.llm.num_hidden_layers
-    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches[0].caches])
-    return stacked[:layers, order], stacked[layers:, order]

@@ -9,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lance_cases import CHECKPOINT, cases, loaded
 from safetensors.torch import save_file
-from support import Poisoned, examples, relative
+from support import Poisoned, examples, prefill, relative
 
 import bagel_opt
 from bagel_opt import Profile, ProfileError
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
-from bagel_opt.sampling.batches import Batches, Context
-from bagel_opt.sampling.job import Job
 from bagel_opt.sampling.plan import fit_profile
 from bagel_opt.sampling.planning import make_plan
 
@@ -63,7 +61,7 @@ def test_keys_and_values_of_the_contexts(model, case):
         if blocks is None:
             continue
         stored = {kind: case.tensors[f"prefill.{name}.{kind}"] for kind in "kv"}
-        keys, values = prefill(model, plan, blocks)
+        keys, values = prefill(model, plan, blocks, fit_profile([plan], round_up=False))
         for got, kind in ((keys, "k"), (values, "v")):
             assert got.shape == stored[kind].shape
             assert relative(got, stored[kind]) < 1e-4
@@ -91,23 +89,6 @@ def positions(block):
         return np.tile(np.arange(block.start, block.start + block.length), (3, 1))
     placed = block.placed(0, block.tokens)
     return np.concatenate([placed[:, :1], placed[:, 2:], placed[:, 1:2]], axis=1)
-
-
-def prefill(model, plan, blocks):
-    """Keys and values [layers, tokens, heads, channels] of a context, in the official order of tokens."""
-    profile = fit_profile([plan], round_up=False)
-    batches, context = Batches(model.runtime, model.config, profile), Context(0, profile.rows - 1)
-    batches.open(context)
-    for _ in Job(plan, batches, model.tokenizer)._prefill(context, blocks):
-        pass
-    order, start = [], 0
-    for block in blocks:
-        slots = list(range(start, start + block.length))
-        order += slots if block.kind == "text" else [slots[0], *slots[2:], slots[1]]
-        start += block.length
-    layers = model.config.llm.num_hidden_layers
-    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches[0].caches])
-    return stacked[:layers, order], stacked[layers:, order]
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +167,12 @@ def test_weights_that_come_and_go(model):
         small.run(named["t2v"].inputs, **long)
 
 
-def test_quantised_weights_draw_nearly_the_same(model):
-    coarse, events = bagel_opt.load(CHECKPOINT, device="cpu", quantization={"gen": "int8", "vit": "int8"}), []
+@pytest.mark.parametrize(("kinds", "most"), [({"gen": "int8", "vit": "int8"}, 0.2), ({"embeddings": "int8"}, 0.01)])
+def test_quantised_weights_draw_nearly_the_same(kinds, most):
+    coarse, events = bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds), []
     case = named["image_edit"]
     coarse.run(case.inputs, on_step=events.append, **case.options)
-    assert 1e-4 < case.velocity_error(events) < 0.2
+    assert 1e-4 < case.velocity_error(events) < most
 
 
 def test_methods(model):

@@ -18,12 +18,14 @@ from torch import Tensor
 
 import bagel_opt
 from bagel_opt.cli.commands import main
+from bagel_opt.devices import check_kinds
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.model import quantized
-from bagel_opt.model.linear import Linear
+from bagel_opt.model.linear import Embedding, Linear
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.model.quantized import to_codes, to_groups
 from bagel_opt.quantization import KINDS, PARTS, kinds_of_parts
+from bagel_opt.runtime import torch_setup
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare
 from bagel_opt.sampling.plan import fit_profile
@@ -43,6 +45,9 @@ ERRORS = {
     ("gen", "int4"): (0.120, 0.190, 0.220),
     ("und", "int4"): (0.061, 0.150, 0.170),
     ("vit", "int4"): (0, 0, 0.200),
+    ("embeddings", "fp8"): (0.0096, 0.034, 0.0136),
+    ("embeddings", "int8"): (0.0016, 0.0046, 0.0029),
+    ("embeddings", "int4"): (0.020, 0.079, 0.038),
     **dict.fromkeys([("head", "fp8"), ("head", "int8"), ("head", "int4")], (0, 0, 0)),  # a picture has no use for it
 }
 CASES = ("text_to_image_no_cfg", "text_to_image", "image_editing")
@@ -90,7 +95,16 @@ INSIDE = {
     "gen": lambda model: [layer.gen for layer in model.llm.layers],
     "vit": lambda model: [*model.vit_encoder.layers],
     "head": lambda model: [model.llm.lm_head],
+    "embeddings": lambda model: [model.llm.embed],
 }
+
+
+def stood_for(weight: Tensor, kind: str) -> Tensor:
+    """The numbers that its codes stand for, in float64."""
+    if kind == "int4":
+        return torch.from_numpy(unpacked(*to_groups(weight), weight.shape[1]))
+    codes, scale = rounded(weight, kind)
+    return torch.from_numpy(codes * scale[:, None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,23 +113,25 @@ INSIDE = {
     "folder", [CHECKPOINT, pytest.param(ODD / "checkpoint", marks=pytest.mark.second)], ids=["golden", "odd"]
 )
 def test_as_a_plain_reference(exact_products, monkeypatch, folder, part, kind):
-    """The products of that part in that kind, all of them, and no others."""
+    """The products or the table of that part in that kind, all of them, and no others."""
     got, want = exact({part: kind}, folder=folder), exact(folder=folder)
-    chosen = {m for module in INSIDE[part](want.runtime.model) for m in module.modules() if isinstance(m, Linear)}
-    assert {m for m in got.runtime.model.modules() if isinstance(m, Linear) and m.quantized is not None} == {
-        m for module in INSIDE[part](got.runtime.model) for m in module.modules() if isinstance(m, Linear)
+    held = Linear | Embedding
+    chosen = {m for module in INSIDE[part](want.runtime.model) for m in module.modules() if isinstance(m, held)}
+    assert {m for m in got.runtime.model.modules() if isinstance(m, held) and m.quantized is not None} == {
+        m for module in INSIDE[part](got.runtime.model) for m in module.modules() if isinstance(m, held)
     }
+    if part == "embeddings":
+        with torch.no_grad():
+            table = want.runtime.model.llm.embed.weight
+            table.copy_(stood_for(table, kind))
     plain = Linear.forward
 
     def forward(self, x, share_BK=None):
         if self not in chosen:
             return plain(self, x, share_BK)
         lone = x.ndim == 2 or x.shape[1] == 1  # a token that is being decoded
-        if kind != "int4" and lone:
-            codes, scale = rounded(self.weight, kind)
-            out = x @ torch.from_numpy(codes * scale[:, None]).T
-        elif kind == "int4":
-            out = x @ torch.from_numpy(unpacked(*to_groups(self.weight), self.in_features)).T
+        if kind == "int4" or lone:
+            out = x @ stood_for(self.weight, kind).T
         else:
             (x_codes, x_scale), (codes, scale) = (rounded(tensor, kind) for tensor in (x, self.weight))
             out = torch.from_numpy((x_codes @ codes.T) * x_scale[..., None] * scale)
@@ -143,7 +159,9 @@ def test_errors_of_guided_velocities(part, kind):
 
 
 @pytest.fixture(
-    scope="module", params=["fp8", "int8", {"gen": "fp8", "und": "int4", "vit": "int8", "head": "int8"}], ids=str
+    scope="module",
+    params=["fp8", "int8", {"gen": "fp8", "und": "int4", "vit": "int8", "head": "int8", "embeddings": "int8"}],
+    ids=str,
 )
 def alone(request, exact_products):
     """A model, and what it gives each case by itself in exactly fitting shapes."""
@@ -291,3 +309,19 @@ def test_a_part_named_twice(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["chat", "a", "--quantization", "gen=fp8,gen=int8"])
     assert "names a part twice" in capsys.readouterr().err
+
+
+def test_what_a_gpu_needs(monkeypatch):
+    """Products have kernels of their own there; rows of a table are read by any GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    registered = []
+    monkeypatch.setattr(torch_setup, "register_kernels", registered.append)
+    check_kinds(torch.device("cuda"), {"embeddings": "fp8"})
+    with pytest.raises(
+        ValueError, match=r"quantization='fp8' needs a GPU of compute capability 8\.9, and Some GPU has"
+    ):
+        check_kinds(torch.device("cuda"), {"embeddings": "int8", "gen": "fp8"})
+    for part, count in ("embeddings", 0), ("head", 1):
+        bagel_opt.load(CHECKPOINT, device="cpu", quantization={part: "int8"})
+        assert len(registered) == count

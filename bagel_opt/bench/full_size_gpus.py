@@ -11,7 +11,7 @@ from bagel_opt.bench.contenders import Ours, in_process, random_model
 from bagel_opt.bench.measure import SIZES
 from bagel_opt.config import BagelConfig
 from bagel_opt.loading import shipped_model
-from bagel_opt.runtime.mirrored import load_on_ranks
+from bagel_opt.runtime.starting import load_on_ranks
 from bagel_opt.tokenizer import Tokenizer
 
 WAYS = "auto", "guidance", "sequence"

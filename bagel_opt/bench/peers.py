@@ -248,7 +248,7 @@ def _arguments() -> argparse.ArgumentParser:
     top.add_argument("--longest-row", type=float, default=100, help="leave out rows of more seconds (%(default)s)")
     top.add_argument("--num-timesteps", type=int, help="of each picture (50)")
     top.add_argument("--tokens", type=int, help="of each answer (128)")
-    top.add_argument("--patience", type=float, default=540, help="seconds for a server to start (%(default)s)")
+    top.add_argument("--patience", type=float, default=1800, help="seconds for a server to start (%(default)s)")
     top.add_argument("--timeout", type=float, default=600, help="seconds for an answer (%(default)s)")
     return top
 

@@ -60,7 +60,8 @@ def quantization_option(group: argparse._ActionsContainer, required: bool = Fals
         metavar="KIND",
         type=quantization,
         required=required,
-        help="fp8, int8 or int4: weights of both experts in 8 or 4 bits; or by part, as gen=fp8,und=int4,vit=int8,head=int8",
+        help="fp8, int8 or int4: weights of both experts in 8 or 4 bits; or by part, as gen=fp8,und=int4,vit=int8,head=int8,"
+        "embeddings=int8",
     )
 
 

@@ -3,7 +3,6 @@
 Graphs are made from shapes alone: no weight is read for them.
 """
 
-import copy
 import dataclasses
 import logging
 import warnings
@@ -12,11 +11,9 @@ from contextlib import closing, contextmanager
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
-from onnxscript.onnx_opset import opset24 as op
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -28,6 +25,7 @@ from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
 from bagel_opt.export.onnx_ops import OnnxOps
 from bagel_opt.export.onnx_quantized import Product, as_read, as_stored
+from bagel_opt.export.onnx_translations import OPSET, TRANSLATIONS, translations_made_once
 from bagel_opt.export.processes import in_processes
 from bagel_opt.files.parameters import kind_of, part_of, stored_dtypes, stored_shapes
 from bagel_opt.files.torch_weights import write_weights
@@ -41,7 +39,6 @@ from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import ONE_ROW, Signature, cache_names
 from bagel_opt.quantization import KINDS
 
-OPSET = 24
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each missing torchvision operator
 
 
@@ -110,6 +107,8 @@ class Shapes:
             if all(pair):
                 product = self.model.get_submodule(name)
                 product.quantized, product.weight = Product(self.kinds[part_of(f"{name}.")], pair, product), None
+        if "embeddings" in self.kinds:
+            self.model.llm.embed.quantize(self.kinds["embeddings"])
         self.fixed = stored_dtypes(self.stored, self.kinds, onnx=True)
         layout = [(prod(shape), self._dtype(name)) for name, shape in self.stored.items()]
         self.small = sum(count * stored.itemsize for count, stored in layout) <= onnx_graph.ALL_PACKED_BELOW
@@ -123,11 +122,12 @@ class Shapes:
 
     def as_stored(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A parameter of `Bagel` under the names and in the order of channels in which graphs want it."""
+        table = part_of(name) == "embeddings"
         for part, tensor in self._split(name, weight):
             if ".quantized." in part:
-                yield part, as_read(tensor, self.kinds[part_of(part)])
+                yield part, as_read(tensor, self.kinds[part_of(part)], table)
             elif kind := kind_of(part, tensor.shape, self.kinds):
-                yield from zip(_coded(part), as_stored(tensor, kind), strict=True)
+                yield from zip(_coded(part), as_stored(tensor, kind, table), strict=True)
             else:
                 yield part, tensor.t() if part in self.transposed else tensor
 
@@ -166,47 +166,6 @@ def _coded(weight: str) -> tuple[str, str]:
     """What takes its place where it is quantised."""
     stem = weight.removesuffix("weight") + "quantized."
     return f"{stem}codes", f"{stem}scale"
-
-
-def linear(x, weight, bias=None):  # noqa: ANN001, ANN201  onnxscript values
-    """Linear layers as Gemm, whose weight can lie in either order. The exporter's own translation transposes it, and
-    the transposed copy would be a second one on disk."""
-    *rows, channels = x.shape
-    product = op.Gemm(x if len(rows) == 1 else op.Reshape(x, [-1, channels]), weight, bias, transB=1)
-    return product if len(rows) == 1 else op.Reshape(product, [*rows, weight.shape[0]])
-
-
-def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
-    """Each pixel four times, by nodes that run in any precision."""
-    batch, channels, _, _ = x.shape
-    wide = op.Expand(op.Unsqueeze(x, [3, 5]), [1, 1, 1, 2, 1, 2])
-    sides = op.Mul(op.Shape(x, start=2), [2, 2])
-    return op.Reshape(wide, op.Concat(op.Constant(value_ints=[batch, channels]), sides, axis=0))
-
-
-TRANSLATIONS = {torch.ops.aten.linear.default: linear, torch.ops.aten.upsample_nearest2d.vec: upsample}
-
-
-@contextmanager
-def translations_made_once() -> Iterator[None]:
-    """torch.onnx.export makes its table of all translations anew for each program, which takes longer than a small
-    program does. In this block it gets copies of one table, where this torch still has its own so."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # no public part of torch
-        yield
-        return
-    made = ONNXRegistry.from_torchlib(opset_version=OPSET)
-
-    def copied(opset_version: int = OPSET) -> ONNXRegistry:
-        if opset_version != OPSET:
-            raise ValueError(f"translations to opset {opset_version}; these are to {OPSET}")
-        table = copy.copy(made)
-        table.functions = {target: list(found) for target, found in made.functions.items()}
-        return table
-
-    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
-        yield
 
 
 @contextmanager

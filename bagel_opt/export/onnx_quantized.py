@@ -21,14 +21,16 @@ LARGEST, ZERO = 63, 64
 COMPUTE_IN_8_BITS = 4  # MatMulNBits' accuracy_level
 
 
-def as_stored(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def as_stored(weight_NC: Tensor, kind: str, table: bool = False) -> tuple[Tensor, Tensor]:
     """(codes, scale) as the nodes take them."""
     codes, scale = to_kind(weight_NC, kind)
-    return as_read(codes, kind), as_read(scale, kind)
+    return as_read(codes, kind, table), as_read(scale, kind, table)
 
 
-def as_read(quantized: Tensor, kind: str) -> Tensor:
-    """The codes or the scales of model/quantized.py as the nodes take them."""
+def as_read(quantized: Tensor, kind: str, table: bool = False) -> Tensor:
+    """The codes or the scales of model/quantized.py as the nodes take them. table: Gather takes their rows, as they lie."""
+    if table:
+        return quantized
     if kind == "int8":
         return quantized.t()
     if quantized.dtype == torch.uint8:

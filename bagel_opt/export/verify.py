@@ -13,6 +13,7 @@ from bagel_opt.files.manifest import MANIFEST, UNFINISHED, read_manifest
 from bagel_opt.images import resized
 from bagel_opt.loading import load, load_bundle
 from bagel_opt.programs.exercise import run_programs
+from bagel_opt.quantization import kinds_of_products
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}  # relative
 ROUNDED = 0.2  # where what comes into products is rounded too, by which sums of another order differ
@@ -36,8 +37,9 @@ def verify(
     ours = load_bundle(Path(bundle), name=name)
     given = {"weights": weights, "lora": lora, "quantization": manifest.quantization}
     eager = load(checkpoint, device="cpu", dtype="float32", **given)
-    rounded = manifest.kind == "onnx" or {"fp8", "int8"} & set(manifest.quantization.values())
-    allowed, errors = max(TOLERANCE[manifest.dtype], ROUNDED if manifest.quantization and rounded else 0.0), {}
+    products = kinds_of_products(manifest.quantization)
+    rounded = products if manifest.kind == "onnx" else products & {"fp8", "int8"}
+    allowed, errors = max(TOLERANCE[manifest.dtype], ROUNDED if rounded else 0.0), {}
     for profile in ours.profiles:
         runs = [run_programs(model.runtime.for_profile(profile), model.config, profile) for model in (eager, ours)]
         for done, ((name, want), (_, got)) in enumerate(zip(*runs, strict=True)):

@@ -88,8 +88,8 @@ def published_names(name: str) -> tuple[str, ...]:
         layer, part, kind = match.groups()
         kind = QUANTIZED.get(kind, kind)
         return tuple(f"{VIT}encoder.layers.{layer}.{source}.{kind}" for source in VIT_PARTS[part])
-    if name.startswith("llm.lm_head.quantized."):
-        return (f"language_model.lm_head.{QUANTIZED[name.removeprefix('llm.lm_head.')]}",)
+    if match := re.fullmatch(r"(llm\.(?:lm_head|embed)\.)(quantized\.\w+)", name):
+        return (OTHERS[f"{match[1]}weight"].removesuffix("weight") + QUANTIZED[match[2]],)
     if re.match(r"vit_encoder\.(patch_embed|blocks|merger)\.", name):  # Qwen2.5-VL's
         kind = next((kind for kind in QUANTIZED if name.endswith(kind)), "")
         return ("vit_model." + name.removeprefix("vit_encoder.").removesuffix(kind) + QUANTIZED.get(kind, ""),)

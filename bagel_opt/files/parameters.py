@@ -19,6 +19,7 @@ PARTS = {
     "gen": r"llm\.layers\.\d+\.gen\.",
     "vit": r"vit_encoder\.(layers|blocks)\.",
     "head": r"llm\.lm_head\.",
+    "embeddings": r"llm\.embed\.",
 }
 
 
@@ -39,7 +40,7 @@ def parameter_shapes(c: Config) -> Shapes:
 
 
 def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
-    """The parameters after `Bagel.quantize`: codes and scales in place of the weights of those parts' products."""
+    """The parameters after `Bagel.quantize`: codes and scales in place of the weights of those parts."""
     found: Shapes = {}
     for name, shape in parameters.items():
         kind = kind_of(name, shape, kinds)
@@ -85,21 +86,21 @@ def stored_shapes(c: Config, kind: str, device: str, kinds: Mapping[str, str]) -
             parts = {f"{stem}.gate.{last}": rows // 2, f"{stem}.up.{last}": rows // 2}
         elif device == "cuda" and stem.startswith("llm.") and stem.endswith(".qkv"):
             parts = {f"{stem}.q.{last}": queries, f"{stem}.kv.{last}": rows - queries}
+        product = len(rest) == 1 and not name.endswith(("embed.weight", "position.weight"))
         for part, count in parts.items():
             if coded := kind_of(name, (rows, *rest), kinds):
                 found |= zip(
                     (f"{part.removesuffix('weight')}quantized.{of}" for of in ("codes", "scale")),
-                    _in_onnx(coded, count, *rest),
+                    _in_onnx(coded, count, *rest) if product else KINDS[coded].shapes((count, *rest)),
                     strict=True,
                 )
                 continue
-            product = len(rest) == 1 and not name.endswith(("embed.weight", "position.weight"))
             found[part] = (*rest, count) if product and device == "cpu" else (count, *rest)
     return found
 
 
 def _in_onnx(kind: str, rows: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of codes and scales (export/onnx_quantized.py)."""
+    """The shapes of a product's codes and scales (export/onnx_quantized.py)."""
     if not KINDS[kind].group:
         return (channels, rows), (rows,)
     groups = -(-channels // KINDS[kind].group)

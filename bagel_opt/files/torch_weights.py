@@ -24,7 +24,7 @@ Layout = list[tuple[str, tuple[int, ...], torch.dtype]]
 class Reader:
     """Reads tensors from files, each mapped by itself: pages that were read count as this process's memory only as long as
     their tensor is there, and safetensors' own reader maps a whole file so that it may be written to, which Linux refuses
-    for a file larger than the machine's memory. Raises `error` where a file is no whole one."""
+    for a file larger than the machine's memory. Raises `error` where a file is no whole one, or holds numbers that are none."""
 
     def __init__(self, error: type[ValueError]):
         self.error = error
@@ -38,7 +38,19 @@ class Reader:
         dtype = getattr(torch, at.dtype.name)
         if not at.length:  # which cannot be mapped
             return torch.empty(at.shape, dtype=dtype)
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", at.offset, (at.length,))).view(dtype).view(at.shape)
+        found = torch.from_numpy(np.memmap(path, np.uint8, "c", at.offset, (at.length,))).view(dtype).view(at.shape)
+        if not _is_finite(found):
+            raise self.error(
+                f"{path}: {name:.200} holds NaN or infinities, with which no answer is right; take another file"
+            )
+        return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum that is finite has nothing else in it, and takes as long as a copy; a look at each number takes ten times that."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return bool(((tensor.view(torch.uint8) & 127) != 127).all())
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:

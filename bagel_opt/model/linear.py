@@ -91,8 +91,31 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table. One without memory has nothing to initialise; torch would import its compiler for that, two seconds."""
+    """A table, whose rows may be quantised, see `quantize`."""
+
+    quantized: Quantized | None
+
+    def __init__(self, rows: int, channels: int):
+        super().__init__(rows, channels)
+        self.register_module("quantized", None)
 
     def reset_parameters(self) -> None:
+        """One without memory has nothing to initialise; torch would import its compiler for that, two seconds."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def quantize(self, kind: str) -> None:
+        """Makes room for the table in that kind, in its place."""
+        self.quantized = Quantized(kind, self.num_embeddings, self.embedding_dim, self.weight.device)
+        self.weight = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[*ids, C], in float32 if it is quantised."""
+        if self.quantized is None:
+            return super().forward(ids)
+        rows = self.quantized.rows(lambda table: table.index_select(0, ids.flatten()))
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def row(self, number: int) -> Tensor:
+        """[C], as `forward`, and without a copy from the host for the number."""
+        return self.weight[number] if self.quantized is None else self.quantized.rows(lambda table: table[number])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_opt.config import BagelConfig
-from bagel_opt.model.linear import Linear
+from bagel_opt.model.linear import Embedding, Linear
 from bagel_opt.model.ops import Ops, TorchOps
 from bagel_opt.model.transformer import LayerRunner, Started, Transformer, run_layer
 
@@ -75,13 +75,14 @@ class Mixture(nn.Module):
         return self.llm.norm_und.weight.device
 
     def quantize(self, kinds: Mapping[str, str]) -> None:
-        """Makes room for the products of some parts in other kinds (quantization.py), in place of their weights."""
+        """Makes room for some parts in other kinds (quantization.py), in place of their weights."""
         experts = {part: [getattr(layer, part) for layer in self.llm.layers] for part in ("und", "gen")}
-        parts = experts | {"vit": [*self.vit_encoder.layers], "head": [self.llm.lm_head]}
+        others = {"vit": [*self.vit_encoder.layers], "head": [self.llm.lm_head], "embeddings": [self.llm.embed]}
+        parts = experts | others
         self.kinds = dict(kinds)
         for part, kind in kinds.items():
-            for product in [m for module in parts[part] for m in module.modules() if isinstance(m, Linear)]:
-                product.quantize(kind)
+            for held in [m for module in parts[part] for m in module.modules() if isinstance(m, Linear | Embedding)]:
+                held.quantize(kind)
 
     def places(self, index_BN: Tensor) -> Tensor:
         """What latent tokens have of their places: [B, N, C]."""
@@ -171,6 +172,7 @@ class Mixture(nn.Module):
         """Embeddings [B, 2, C] of the image block's start and end. Stored first, so that padding comes last:
         an image block attends both ways, so its order does not matter to attention."""
         special = self.config.special
-        table_VC = self.llm.embed.weight
-        markers_2C = torch.stack((table_VC[special.start_of_image], table_VC[special.end_of_image]))
+        markers_2C = torch.stack(
+            [self.llm.embed.row(token) for token in (special.start_of_image, special.end_of_image)]
+        )
         return markers_2C.to(self.dtype).expand(kv_len_B.shape[0], -1, -1)

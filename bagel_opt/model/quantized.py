@@ -1,4 +1,4 @@
-"""Products with weights in 8 or 4 bits.
+"""Products with weights in 8 or 4 bits, and tables.
 
 In 8 bits: codes with a scale for each output channel, and what comes in rounded alike for each token, unless it is a row's
 only one: a token that is being decoded, where reading the weights takes all the time. In 4: codes with a scale for each
@@ -7,6 +7,8 @@ neighbours nor padding can reach it.
 
 M tokens, C channels in, N channels out, G groups, B bytes of a row.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,9 @@ DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
 LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
-AT_ONCE = 2**17  # numbers that are quantised to 4 bits at a time: they and what is made of them stay in a core's cache
+# Numbers of a weight that are quantised at a time, to 8 bits and to 4: what is made of them on the way is several times as large,
+# and for 4 bits stays in a core's cache. On a GPU each piece costs a hundred launches.
+AT_ONCE, AT_ONCE_IN_GROUPS, AT_ONCE_ON_GPU = 2**20, 2**17, 2**24
 
 
 def to_codes(x_MC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,9 +41,7 @@ def _largest(dtype: torch.dtype) -> float:
 def to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
     """(codes_NB in uint8, scale_NG in bfloat16): 16 levels, of which the largest number of a group has the outermost. A
     byte has the codes of two channels, plus 8, the first in its low bits."""
-    rows = max(1, AT_ONCE // weight_NC.shape[1])
-    codes, scales = zip(*map(_to_groups, weight_NC.split(rows)), strict=True)
-    return torch.cat(codes), torch.cat(scales)
+    return _in_turn(_to_groups, weight_NC, AT_ONCE_IN_GROUPS)
 
 
 def _to_groups(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,14 +69,23 @@ def _rounded(x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
 
 
 def from_groups(codes_NB: Tensor, scale_NG: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """The weight that codes stand for: [N, channels]."""
+    """What the codes of rows stand for: [..., channels]."""
     codes = torch.stack((codes_NB & 15, codes_NB >> 4), dim=-1).float().view(*scale_NG.shape, GROUP) - 8
-    return (codes * scale_NG.float()[..., None]).to(dtype).flatten(1)[:, :channels]
+    return (codes * scale_NG.float()[..., None]).to(dtype).flatten(-2)[..., :channels]
 
 
 def to_kind(weight_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """(codes, scale) of a weight, as that kind stores it."""
-    return to_groups(weight_NC) if KINDS[kind].group else to_codes(weight_NC, DTYPES[kind])
+    if KINDS[kind].group:
+        return to_groups(weight_NC)
+    return _in_turn(lambda rows: to_codes(rows, DTYPES[kind]), weight_NC, AT_ONCE)
+
+
+def _in_turn(make: Callable[[Tensor], tuple[Tensor, Tensor]], weight_NC: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of some rows, of so many numbers, after others."""
+    numbers = numbers if weight_NC.device.type == "cpu" else AT_ONCE_ON_GPU
+    codes, scales = zip(*map(make, weight_NC.split(max(1, numbers // weight_NC.shape[1]))), strict=True)
+    return torch.cat(codes), torch.cat(scales)
 
 
 # Custom ops, of which runtime/quantized_products.py registers the kernels for GPUs; here is what they mean.
@@ -118,7 +129,7 @@ def _(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -
 
 
 class Quantized(nn.Module):
-    """The weight of a product in a kind of quantization.KINDS."""
+    """The weight of a product, or a table, in a kind of quantization.KINDS."""
 
     def __init__(self, kind: str, rows: int, channels: int, device: torch.device | str | None = None):
         super().__init__()
@@ -133,6 +144,13 @@ class Quantized(nn.Module):
         codes, scale = to_kind(weight_NC, self.kind)
         self.codes.data.copy_(codes)
         self.scale.data.copy_(scale)
+
+    def rows(self, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """What some rows stand for, in float32: [..., C]. take: those rows of the codes, and of the scales."""
+        codes, scale = take(self.codes), take(self.scale)
+        if KINDS[self.kind].group:
+            return from_groups(codes, scale, self.channels, torch.float32)
+        return codes.float() * scale[..., None]
 
     def forward(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
         """x: [B, T, C], or [B, C] for a single token of each row."""

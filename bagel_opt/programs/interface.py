@@ -38,6 +38,7 @@ class Runtime(Protocol):
 
     adapters: Mapping[str, float] | None
     free_rows: bool  # whether "generate" takes any number of rows, and not only those that it was made for
+    free_texts: bool  # whether "text" takes several rows
     free_sizes: bool  # whether programs take fewer tokens, patches and latents than the profile has, too
 
     def active(self) -> dict[str, str]:

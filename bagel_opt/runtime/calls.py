@@ -133,7 +133,7 @@ class Rank:
     def exchanges(self, call: Call) -> bool:
         """Whether ranks wait for each other in it."""
         runs = call.method == "run" and self.runtime.exchanging(call.given[0])
-        return runs or call.method == "gather_seconds" or self._any_in_parts(call.given)
+        return runs or call.method in ("first_ranks", "gather_seconds") or self._any_in_parts(call.given)
 
     def _any_in_parts(self, given: Any) -> bool:
         if isinstance(given, tuple | list):

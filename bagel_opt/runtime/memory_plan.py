@@ -18,6 +18,7 @@ from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, store
 from bagel_opt.lance.config import Config
 from bagel_opt.profile import Profile
 from bagel_opt.programs.signatures import LAYERED, ROW
+from bagel_opt.quantization import kinds_of_products
 
 ALIGNED = 256  # bytes; where a tensor of streamed weights begins
 RESERVE = 10**9  # bytes of a GPU that CUDA, its libraries and captured graphs take, besides tensors
@@ -63,9 +64,10 @@ def _workspaces(config: Config, p: Profile, size: int, kinds: Mapping[str, str])
     c = config.llm
     tokens = max(p.rows * (p.latents + 2), p.patches + 2, p.text)
     layer = tokens * (3 * c.intermediate_size + 5 * c.hidden_size) * size
-    if "int4" in kinds.values():  # the widest weight, unpacked for many tokens
+    products = kinds_of_products(kinds)
+    if "int4" in products:  # the widest weight, unpacked for many tokens
         layer += 2 * c.intermediate_size * c.hidden_size * size
-    elif kinds:  # what comes in, as codes
+    elif products:  # what comes in, as codes
         layer += tokens * c.intermediate_size
     decode = p.rows * c.vocab_size * 4 * 3
     pixels = min(p.latents * config.token_pixels**2, config.largest_size**2)  # of a frame, if it is a video

@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import threading
 import time
 import weakref
@@ -23,21 +22,19 @@ import numpy as np
 import torch
 
 from bagel_opt.errors import reason
-from bagel_opt.files.adapters import Named
+from bagel_opt.files.adapters import Named, named
 from bagel_opt.profile import Profile
-from bagel_opt.programs.signatures import NEXT, OUTPUTS, ROW
+from bagel_opt.programs.signatures import NEXT, OUTPUTS
 from bagel_opt.runtime import groups
 from bagel_opt.runtime.calls import Call, Handle, Kept, Name, Rank, named_in
 from bagel_opt.runtime.cuda_graphs import Graphs
 from bagel_opt.runtime.groups import Groups
 from bagel_opt.runtime.interrupts import uninterrupted
-from bagel_opt.runtime.member import FIRST, JOINED, LOADED, Place, join, serve
-from bagel_opt.runtime.members import AGAIN, Members, failure, found_by_torchrun, start
-from bagel_opt.runtime.parallel import Parallel
+from bagel_opt.runtime.member import FIRST
+from bagel_opt.runtime.members import AGAIN, Members, failure
 
-LOADING = 3600  # seconds that another rank may load for longer than the first
 # Programs whose results go to the host, and what they keep to the next one of them.
-ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS), "choose", "choose" + ROW}
+ALONE = {*OUTPUTS, *(name + NEXT for name in OUTPUTS)}
 
 
 class MirroredRuntime:
@@ -59,6 +56,10 @@ class MirroredRuntime:
     @property
     def free_rows(self) -> bool:
         return self.inner.free_rows
+
+    @property
+    def free_texts(self) -> bool:
+        return self.inner.free_texts
 
     @property
     def free_sizes(self) -> bool:
@@ -84,11 +85,20 @@ class MirroredRuntime:
         return other
 
     def set_adapters(self, adapters: Named) -> None:
-        _, failures = self._ask("set_adapters", dict(adapters) if isinstance(adapters, Mapping) else adapters)
-        if failures:
-            if len(failures) < self.rank.runtime.groups.ranks:  # they are to have the same
-                self._ask("set_adapters", {})
+        here = {  # others may be in another folder
+            name: (os.path.abspath(place) if os.path.exists(place) else place, factor)
+            for name, (place, factor) in named(adapters).items()
+        }
+        _, failures = self._ask("set_adapters", here)
+        if not failures:
+            return
+        if len(failures) == self.rank.runtime.groups.ranks:
             raise failures[0]
+        self._ask("set_adapters", {})  # they are to have the same
+        kind = MemoryError if isinstance(failures[0], MemoryError) else RuntimeError
+        raise kind(
+            f"{reason(failures[0])}; other ranks took these adapters, so none keeps any now: set them again"
+        ) from failures[0]
 
     def caches(self, rows: int, slots: int) -> Handle:
         (caches, *_), failures = self._ask("caches", rows, slots)
@@ -135,14 +145,22 @@ class MirroredRuntime:
                 raise failures[0]
             self.rehearsed[program] = size
 
-    def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:
-        """This rank alone has them."""
-        return functools.partial(self.host, ids_B), None
+    def chosen(self, ids_B: Handle) -> tuple[Callable[[], np.ndarray], Handle | None]:
+        """All go on with this rank's."""
+        mine, ids = self.inner.chosen(self._here(ids_B))
+        if ids is None:
+            return functools.partial(self.host, ids_B), None
+        there = self._mark()
+        (agreed,) = self._call("first_ranks", ids_B)
+        return functools.partial(self._found, there, mine), agreed
 
     def host(self, tensor: Any, row: int | None = None) -> np.ndarray:
-        value = self._here(tensor)
-        self._await_device()
-        found = self.inner.host(value, row)
+        return self._found(self._mark(), functools.partial(self.inner.host, self._here(tensor), row))
+
+    def _found(self, there: torch.cuda.Event | None, look: Callable[[], np.ndarray]) -> np.ndarray:
+        """What this rank has computed, at an event."""
+        self._await_device(there)
+        found = look()
         self.members.settle()
         return found
 
@@ -163,14 +181,18 @@ class MirroredRuntime:
                 self._call("look", given)
             return self.rank.look(given.ref)
 
-    def _await_device(self) -> None:
-        """Until all that was launched is done: looking now and then, so that a rank that is gone is noticed."""
-        device = self.inner.device
-        if device.type != "cuda":
-            return
-        event, begun = torch.cuda.Event(), time.monotonic()
-        event.record(torch.cuda.current_stream(device))
-        while not event.query():
+    def _mark(self) -> torch.cuda.Event | None:
+        """The end of all that was launched on this rank's GPU so far."""
+        if self.inner.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.inner.device))
+        return event
+
+    def _await_device(self, event: torch.cuda.Event | None) -> None:
+        """Looks now and then whether it is reached, so that a rank that is gone is noticed."""
+        begun = time.monotonic()
+        while event and not event.query():
             self.members.check()
             seconds = time.monotonic() - begun
             if seconds > groups.PATIENCE:
@@ -240,52 +262,3 @@ def _abort(groups: Groups, graphs: Graphs | None) -> None:
     if graphs:
         graphs.clear()
     aborting.join()
-
-
-def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel: Parallel, device: torch.device) -> Any:
-    """What load(**given) loads, on so many ranks. device: the first one's; the others have the GPUs after it. Other ranks that
-    torchrun started perform calls until the first closes, and exit. Raises what `load` does on any of them."""
-    cuda, torchrun = device.type == "cuda", "WORLD_SIZE" in os.environ and "RANK" in os.environ
-
-    def place(rank: int, folder: str) -> Place:
-        where = ("cuda:" + os.environ["LOCAL_RANK"] if torchrun else "cuda") if cuda else "cpu"
-        own = {name: value for name, value in given.items() if name != "progress"}
-        own["adapters"] = dict(own["adapters"]) if isinstance(own["adapters"], Mapping) else own["adapters"]
-        name = f"{load.__module__}:{load.__qualname__}"
-        return Place(rank, gpus, folder, name, {**own, "device": where, "check": False}, parallel)
-
-    def environment(rank: int) -> dict[str, str]:
-        if not cuda:
-            return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // gpus))}
-        number, visible = (device.index or 0) + rank, os.environ.get("CUDA_VISIBLE_DEVICES")
-        # a process sees its own GPU alone, so nothing it does lands on another
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)}
-
-    if not torchrun:
-        members = start(place, gpus, environment)
-    elif int(os.environ["WORLD_SIZE"]) != gpus:
-        raise ValueError(
-            f"gpus={gpus}, but torchrun started {os.environ['WORLD_SIZE']} processes; give it the same number"
-        )
-    elif not isinstance(members := found_by_torchrun(place, gpus), Members):
-        connection, mine = members
-        if cuda:
-            torch.cuda.set_device(torch.device(mine.given["device"]))
-        serve(connection, mine)
-        sys.exit(0)
-    try:
-        model = load(**given)
-        for number, message in ((LOADED, "join"), (JOINED, None)):
-            if message is None:
-                rank = members.beside(lambda: join(place(0, members.folder.name), model.runtime))
-            for other, answer in enumerate(members.wait_for(number, LOADING), 1):
-                if answer.error:
-                    raise failure(other, answer)
-            if message:
-                members.send(message)
-        model.runtime = MirroredRuntime(rank, members, parallel)
-        return model
-    except BaseException:
-        members.fail("loading failed")
-        members.close()
-        raise

@@ -72,7 +72,7 @@ class OnnxRuntime:
     ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx.py, PACKED)."""
 
     adapters = None
-    free_rows, free_sizes = True, False
+    free_rows, free_texts, free_sizes = True, False, False
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._prepare(folder, manifest)

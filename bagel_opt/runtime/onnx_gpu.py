@@ -46,7 +46,7 @@ class Bound(NamedTuple):
 class OnnxGpuRuntime(OnnxRuntime):
     """Runs a bundle's programs. One runs at a time; a program is loaded when it is first needed."""
 
-    free_rows, free_sizes = False, False
+    free_rows, free_texts, free_sizes = False, False, False
 
     def __init__(self, folder: Path, manifest: Manifest, memory: GpuMemory):
         self._prepare(folder, manifest)

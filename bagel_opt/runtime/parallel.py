@@ -141,6 +141,10 @@ class RankRuntime:
     def copy_row(self, source: list[Tensor], row: int, target: list[Tensor], to: int, length: int) -> None:
         self.inner.copy_row(source, row, target, to, length)
 
+    def first_ranks(self, ids_B: Tensor) -> Tensor:
+        """What the first rank chose, for "decode" on all: 16 bits may have put another one first elsewhere."""
+        return self.groups.world.gather(ids_B)[0].clamp(min=0)  # where there is none, any
+
     def gather_seconds(self, size: int, times: int = 100) -> float:
         """How long it takes to gather so many bytes of every rank, one time after another, as within a program."""
         x = torch.zeros(size, dtype=torch.uint8, device=self.inner.device)

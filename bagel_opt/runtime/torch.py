@@ -26,6 +26,7 @@ _FLAGS = threading.Lock()
 NO_ADAPTERS = (
     "adapters kept apart go beside weights that stay on the device, and with memory= some do not; merge them: lora="
 )
+STAGED = 2**16  # bytes, up to which CUDA stages a copy by itself
 # Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
 GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 
@@ -51,6 +52,7 @@ class TorchRuntime:
         model = self.model = prepared.model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.programs, self.free_rows, self.free_sizes = prepared.programs, prepared.free_rows, prepared.free_sizes
+        self.free_texts = prepared.free_rows
         self.fixed_slots, self.spare_slots = prepared.fixed_slots, prepared.spare_slots
         self.widen, self.backend = prepared.widen, "compile" if prepared.compiled else "eager"
         self.plan = prepared.plan
@@ -160,7 +162,12 @@ class TorchRuntime:
 
     def _tensor(self, values: np.ndarray | Tensor) -> Tensor:
         """On the device. The copy is staged, so the host need not wait for what the device still has to do."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True) if isinstance(values, np.ndarray) else values
+        if not isinstance(values, np.ndarray):
+            return values
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda" and tensor.nbytes > STAGED:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def chosen(self, ids_B: Tensor) -> tuple[Callable[[], np.ndarray], Tensor | None]:
         if self.device.type != "cuda":

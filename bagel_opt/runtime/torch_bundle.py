@@ -18,6 +18,7 @@ from bagel_opt.model.families import build
 from bagel_opt.model.ops import TorchOps
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import slots_in_use
+from bagel_opt.quantization import kinds_of_products
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.torch import TorchRuntime
 from bagel_opt.runtime.torch_setup import prepare, register_kernels
@@ -46,12 +47,13 @@ class PackagedRuntime(TorchRuntime):
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.weights = read_weights(folder / WEIGHTS, device)
         _join_cache(folder)
-        if manifest.quantization:
+        if kinds_of_products(manifest.quantization):
             register_kernels(device)
         self.lock, self.opened, self.made = threading.Lock(), {}, {}
         # compiled code expects caches in plain memory order; the mask is cut instead
         self.fixed_slots, self.spare_slots = True, 0
         self.free_rows = self.free_sizes = manifest.free_sizes
+        self.free_texts = False
         self._replay(device.type == "cuda")
         self.programs: Any = self
         self.profile = manifest.profiles[0].name

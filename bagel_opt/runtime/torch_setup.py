@@ -15,6 +15,7 @@ from bagel_opt.model.quantized import Quantized
 from bagel_opt.model.transformer import Layer, LayerRunner, run_layer
 from bagel_opt.model.vae import NormSilu
 from bagel_opt.programs.callables import programs
+from bagel_opt.quantization import kinds_of_products
 from bagel_opt.runtime.memory_plan import MemoryPlan
 from bagel_opt.runtime.streaming import place_layers, place_visitors
 
@@ -44,7 +45,7 @@ class Prepared:
 def prepare(model: Mixture, compiled: bool = False, plan: MemoryPlan | None = None) -> Prepared:
     """The model with its programs, eager or compiled, which changes it. What is compiled serves all sizes, but for FlexAttention.
     plan: moves weights to where that has them."""
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if kinds_of_products(model.kinds):
         register_kernels(model.device)
     flex = model.ops.backend == "flex"
     if compiled or flex:

@@ -21,6 +21,10 @@ class Context:
     blocks: list[Block] = field(default_factory=list)
     marks: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
 
+    def read(self, slots: int, positions: int) -> None:
+        """Counts what a program has just written."""
+        self.kv_len, self.position = self.kv_len + slots, self.position + positions
+
     def keep(self, count: int, source: "Context | None" = None) -> None:
         """Takes the first blocks, its own or another's, for all that it has read."""
         source = source or self

@@ -4,6 +4,7 @@ Those of a video take long. So what runs them is a generator: it yields None bet
 """
 
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,18 @@ class Encoders:
         self.batches, self.runtime, self.joins = batches, batches.runtime, batches.config.vit_joins
         self.seen: dict[int, Tensor | np.ndarray] = {}
         self.moments: dict[int, list[np.ndarray]] = {}
+        self.begun: dict[int, Future] = {}
+
+    def begin(self, number: int, image: InputImage | LanceInput) -> None:
+        """Cuts an image into patches in a thread of its own, meanwhile: the host takes 30 ms for a large one, in which a device
+        would have nothing to do."""
+        if number not in self.seen and number not in self.begun:
+            pool = ThreadPoolExecutor(1, "patches")
+            self.begun[number] = pool.submit(image.patches)
+            pool.shutdown(wait=False)
 
     def clear(self) -> None:
+        self.begun.clear()
         self.seen.clear()
         self.moments.clear()
 
@@ -31,7 +42,8 @@ class Encoders:
         """ViT embeddings [1, size, channels]."""
         if number not in self.seen:
             parts = []
-            for part in image.patches():
+            begun = self.begun.pop(number, None)
+            for part in begun.result() if begun else image.patches():
                 if parts:
                     yield None
                 parts.append(self._see(*part))

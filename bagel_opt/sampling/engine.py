@@ -18,18 +18,19 @@ from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
 from bagel_opt.programs.signatures import one_row
-from bagel_opt.sampling.batches import Batches
+from bagel_opt.sampling.adapters import as_inputs
+from bagel_opt.sampling.batches import Batches, padded
+from bagel_opt.sampling.calls import neighbours, parts
 from bagel_opt.sampling.decoding import Decoder
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
 from bagel_opt.sampling.job import Job, Observer, Token
 from bagel_opt.sampling.plan import AnyPlan, slots_together
+from bagel_opt.sampling.reading import Reading
 from bagel_opt.sampling.step_caches import STEP_CACHES, StepCache
 from bagel_opt.tokenizer import Tokenizer
 
-# What a call of a program costs besides computing: as operations that two cores of a CPU could have done meanwhile, and
-# for reading the weights as tokens, of which a CPU computes 20 in that time and a GPU some hundreds.
-CALL, READ = 1.5e9, 100
+PAUSE = 0.25  # seconds for which pictures are read while others wait for a text of theirs or to write
 PATIENCE = 8  # how many may pass a request that waits for more rows than are free
 log = logging.getLogger("bagel_opt")
 
@@ -93,11 +94,17 @@ class Engine:
             self._leave(job)
 
     def step(self) -> list[Job]:
-        """One round: one program for each request that still reads, tokens for all that write, and one flow step for
-        all that draw. While some write and some draw, each side gets half of the time. -> the requests that ended"""
+        """One round: one program for each request that still reads, texts of all together, tokens for all that write, and
+        one flow step for all that draw. Pictures are read in the order of requests, and while others could write, no longer
+        than PAUSE. While some write and some draw, each side gets half of the time. -> the requests that ended"""
         self._admit()
+        began = time.perf_counter()
         for job in [job for job in self.active if job.want is None]:
             self._advance(job)
+            if time.perf_counter() - began > PAUSE and (self._waiting_for(Reading) or self._waiting_for(Token)):
+                break
+        if jobs := self._waiting_for(Reading):
+            self._serve(jobs, self._read)
         began = time.perf_counter()
         while jobs := self._waiting_for(Token):
             self._serve(jobs, self._decode)
@@ -176,6 +183,31 @@ class Engine:
                 kv_len[self.batches.at(c)], position[self.batches.at(c)] = c.kv_len, c.position
         return kv_len, position
 
+    def _read(self, jobs: list[Job]) -> list[None]:
+        """A text of each of these requests: of neighbouring rows together where the program takes them, but of no more tokens
+        than another program has room for."""
+        found, p = {self.batches.at(job.want.context): job for job in jobs}, self.profile
+        most = max(p.text, p.patches, p.latents) // p.text if self.runtime.free_texts else 1
+        for batch in range(p.batches):
+            rows = [at - batch * p.rows for at in sorted(found) if at // p.rows == batch]
+            for run in neighbours(rows):
+                for start in range(run.start, run.stop, most):
+                    part = slice(start, min(start + most, run.stop))
+                    self._read_rows(batch, part, [found[batch * p.rows + row] for row in range(part.start, part.stop)])
+        return [None] * len(jobs)
+
+    def _read_rows(self, batch: int, rows: slice, jobs: list[Job]) -> None:
+        texts, contexts = [job.want.ids for job in jobs], [job.want.context for job in jobs]
+        size = self.batches.size("text", max(map(len, texts)))
+        ids = np.stack([padded(np.array(text, np.int64), size) for text in texts])
+        numbers = [
+            np.array(values, np.int64) for values in zip(*((c.position, c.kv_len) for c in contexts), strict=True)
+        ]
+        inputs = [ids, *numbers, *as_inputs(np.stack([job.share for job in jobs]))]
+        self.runtime.run("text", inputs, self.batches[batch].caches, rows)
+        for context, text in zip(contexts, texts, strict=True):
+            context.read(len(text), len(text))
+
     def _decode(self, jobs: list[Job]) -> list[int]:
         """The next token of each of these requests."""
         return self.decoder(jobs, *self._lengths())
@@ -206,27 +238,23 @@ class Engine:
     def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents
         themselves where none does); and the last layer's output where it is to be remembered. Of the latents as many as
-        the largest picture has, where that can be chosen."""
-        b, inputs = self.batches[number], [x, *flow.evaluation(number)]
+        the largest picture of a call has, where that can be chosen."""
+        b, p, inputs = self.batches[number], self.profile, [x, *flow.evaluation(number)]
         rows = np.flatnonzero(inputs[4]).tolist()
         if not rows:
             return x, None
-        parts = _runs(rows) if self.runtime.free_rows else [slice(row, row + 1) for row in rows]
-        token, every = self.config.llm.expert_work, self.profile.rows
-        size = self.batches.size("latents", int(inputs[4].max()))
-        row, call = token * (size + 2), CALL + READ * token
-        if len(rows) == every or (not self.runtime.free_rows and every * row + call < len(rows) * (row + call)):
-            if size == self.profile.latents:
-                return self.runtime.run("generate", inputs, b.caches)
-            parts = [slice(0, every)]
+        sizes = [self.batches.size("latents", int(inputs[4][row])) for row in rows]
+        calls = parts(rows, sizes, p.rows, self.runtime.free_rows, self.config.llm.expert_work)
+        if calls == [(slice(0, p.rows), p.latents)]:
+            return self.runtime.run("generate", inputs, b.caches)
         if b.v is None:
             b.v = self.batches.zeros()
         if remembers and b.last is None:
             b.last = self.batches.hidden()
-        for part in parts:
-            name = "generate" if part.stop - part.start > 1 else one_row("generate", self.profile)
+        for part, size in calls:
+            name = "generate" if part.stop - part.start > 1 else one_row("generate", p)
             x_t, *given = (array[part] for array in (x, *flow.evaluation(number, size)))
-            if size < self.profile.latents:
+            if size < p.latents:
                 x_t = x_t[:, :size]
             v, hidden = self.runtime.run(name, [x_t, *given], b.caches, part)
             for place, row in enumerate(range(part.start, part.stop)):
@@ -240,10 +268,3 @@ class Engine:
             return None
         c, n = job.main, len(job.phase.noise)
         return tuple(self.runtime.host(tensor[c.batch], c.row)[:n] for tensor in (x, v))
-
-
-def _runs(rows: list[int]) -> list[slice]:
-    """Ascending rows as slices of neighbours."""
-    starts = [row for row in rows if row - 1 not in rows]
-    ends = [row + 1 for row in rows if row + 1 not in rows]
-    return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]

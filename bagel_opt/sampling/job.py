@@ -11,15 +11,15 @@ from PIL import Image
 from bagel_opt import images
 from bagel_opt.errors import ProfileError
 from bagel_opt.options import StepEvent
-from bagel_opt.programs.signatures import one_row
-from bagel_opt.sampling.adapters import adapter_share, as_inputs
-from bagel_opt.sampling.batches import Batches, Context, padded
+from bagel_opt.sampling.adapters import adapter_share
+from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.contexts import DRAWN, Block
 from bagel_opt.sampling.encoders import Encoders
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.interleaved import Course, Interleaved
 from bagel_opt.sampling.pictures import read_image
 from bagel_opt.sampling.plan import Plan
+from bagel_opt.sampling.reading import Reader, Reading
 from bagel_opt.sampling.stops import before_stops, ends
 from bagel_opt.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ class Observer:
 
 
 class Job:
-    """A request on its way. `work` yields what it wants, a Token or a FlowStep, or None to let others go on.
+    """A request on its way. `work` yields what it wants, a Reading, a Token or a FlowStep, or None to let others go on.
 
     contexts: all rows that it has. phase: the plan of the text or picture in progress, which is the request's own where
     that is not interleaved. drawn_from: the rows that take part in it; cfg_text and cfg_img may be main itself, or each
@@ -70,9 +70,10 @@ class Job:
         self.share = adapter_share(self.runtime, plan.options)
         self.passed = 0  # how many requests that came later went first
         self.result: list | Exception | None = None
-        self.want: Token | FlowStep | None = None
+        self.want: Reading | Token | FlowStep | None = None
         self.remembered: Any = None  # by its step cache
         self.encoded = Encoders(batches)
+        self.reader = Reader(batches, self.encoded, self.share)
         self.phase, self.round = plan, 0
         self.work = self._work()
 
@@ -120,7 +121,7 @@ class Job:
         if plan.thinks:
             ids = self.tokenizer.block(outputs[0])
             self._check_thought(len(ids))
-            yield from self._prefill(self.main, [Block("text", len(ids), ids)])
+            yield from self.reader.read(self.main, [Block("text", len(ids), ids)], plan)
         for role, blocks in zip(plan.roles(), (plan.main, plan.cfg_text, plan.cfg_img), strict=True):
             if role:
                 yield from self._fill(self.contexts[role], blocks)
@@ -133,6 +134,7 @@ class Job:
     def _enter(self, plan: Plan) -> None:
         """Begins a plan, in rows of which some may hold what they read for the one before."""
         self.phase, self.remembered = plan, None
+        self.reader.begin(plan)
         self.drawn_from = self.contexts[: plan.contexts()]
         self.main, self.cfg_text, self.cfg_img = (self.contexts[role] for role in plan.roles())
         # where the latent tokens of the picture to draw are
@@ -154,7 +156,7 @@ class Job:
             self.batches.copy_start(self.main, context)
         else:
             context.keep(own)
-        yield from self._prefill(context, blocks[len(context.blocks) :])
+        yield from self.reader.read(context, blocks[len(context.blocks) :], self.phase)
 
     def _check_room(self, plan: Plan) -> None:
         """Written texts may be longer when they are read again than the request was planned for."""
@@ -176,49 +178,6 @@ class Job:
                 f"the thought of {length} tokens needs slots of at least {need}, but profile {p.name!r} has "
                 f"slots = {p.slots}; use a larger profile or fewer max_think_tokens"
             )
-
-    def _prefill(self, context: Context, blocks: list[Block]) -> Generator:
-        """Extends one row's context block by block. What was written is counted before others get to run, since a
-        program that this row takes no part in writes after what it holds."""
-        caches, p = self.batches[context.batch].caches, self.profile
-
-        def run(
-            program: str, inputs: list, position: np.ndarray, lengths: list[int], slots: int, positions: int
-        ) -> None:
-            numbers = [np.array([value], np.int64) for value in (*lengths, context.kv_len)]
-            given = [*inputs, position[None], *numbers, *as_inputs(self.share[None])]
-            self.runtime.run(program, given, caches, context.row)
-            context.kv_len += slots
-            context.position += positions
-
-        for block in blocks:
-            if block.start is not None:
-                context.position = block.start
-            if block.kind == "text":
-                for start in range(0, block.length, p.text):
-                    chunk = np.array(block.ids[start : start + p.text], np.int64)
-                    ids = padded(chunk, self.batches.size("text", len(chunk)))
-                    run("text", [ids[None]], np.array(context.position), [], len(chunk), len(chunk))
-                    yield None
-            elif block.kind == "vit":
-                size, n = self.batches.size("patches", block.tokens), block.tokens
-                position = block.placed(context.position, size)
-                seen = yield from self.encoded.embeddings(block.image, self.phase.images[block.image], size)
-                run("vit_context", [seen], position, [n], block.length, block.positions)
-                yield None
-            else:  # clean latents, at time 0
-                size, n = self.batches.size("latents", block.tokens), block.tokens
-                index = padded(self.phase.images[block.image].canvas.places, size)
-                latents = padded((yield from self._latents(block.image)), size)
-                time = np.zeros((1, *self.config.time_shape(size)), np.float32)
-                inputs, position = [latents[None], time, index[None]], block.placed(context.position, size)
-                run(one_row("generate", p), inputs, position, [n], block.length, block.positions)
-                yield None
-            context.blocks.append(block)
-            context.marks.append((context.kv_len, context.position))
-
-    def _latents(self, image: int) -> Generator:
-        return self.encoded.latents(image, self.phase.images[image], self.phase.vae_noise[image])
 
     def _write(self) -> Generator:
         """Generates text after the main context and takes its slots back: a thought is encoded anew."""
@@ -253,7 +212,7 @@ class Job:
         """Denoises the picture's latent tokens [tokens, channels]."""
         noise, steps, observer = self.phase.noise, self.phase.steps, self.observer
         if self.clean:
-            first = yield from self._latents(self.phase.first_image)
+            first = yield from self.reader.latents(self.phase.first_image, self.phase)
             noise = np.concatenate([first, noise[self.clean :]])
         if observer.on_denoising:
             observer.on_denoising(True)

@@ -115,6 +115,19 @@ def documented_body(kind: type[BaseModel]) -> dict:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def documented_form(
+    kind: type[BaseModel], name: str, file: dict[str, Any], as_json: type[BaseModel], required: bool = False
+) -> dict:
+    """The same of a form with files, or JSON in its place. name: of the files' field; file: its schema."""
+    schema = kind.model_json_schema(ref_template=SCHEMAS + "{model}")
+    schema.pop("$defs", None)
+    schema["properties"][name] = file
+    schema["required"] = [*schema["required"], *([name] if required else [])]
+    found = documented_body(as_json)
+    found["requestBody"]["content"] = {"multipart/form-data": {"schema": schema}, **found["requestBody"]["content"]}
+    return found
+
+
 def add_schemas(app: FastAPI, *kinds: type[BaseModel]) -> None:
     """Puts the schemas of bodies into the OpenAPI document; FastAPI knows only those that it parses itself."""
 

@@ -26,13 +26,14 @@ class ApiError(HTTPException):
 
 
 def refused(error: ValueError, spelled: Mapping[str, str] = MappingProxyType({})) -> ApiError:
-    """What the model says of a bad request. Its messages begin with the option's name where one is to blame. spelled: the
-    client's fields of options that have another name."""
+    """What the model says of a bad request. Its messages begin with the option's name where one is to blame, or with that of
+    the inputs. spelled: the client's fields of what has another name there."""
     name, sign = re.match(r"(\w*)(=?)", str(error)).groups()
-    if not sign and name not in described():
+    if not sign and name not in described() and name not in spelled:
         return ApiError(400, str(error))
     field = spelled.get(name, name)
-    return ApiError(400, f"{field}: {error}" if field != name else str(error), field)
+    message = str(error) if field == name else f"{field}: {str(error).removeprefix(f'{name}: ')}"
+    return ApiError(400, message, field)
 
 
 def body(error: ApiError) -> dict:

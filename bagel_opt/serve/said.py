@@ -48,4 +48,4 @@ def as_work(
         items = [next(coming) if text is None else text for text in texts]
         return [Request(items, output=output, **options)]
 
-    return Work(sources, make, f"chat_{output}", reading)
+    return Work(sources, make, f"chat_{output}", reading, field)

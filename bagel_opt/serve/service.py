@@ -45,14 +45,16 @@ class Source:
 @dataclass
 class Work:
     """What a body asks of the engine. make: from its pictures to `count` requests; kind: for the metrics; reading: options
-    with which pictures are read; longest: tokens that a text may have, or fewer where there is no room for so many;
-    spelled: the body's fields of options that have another name; progress, partial_images: of a stream; videos: whether
-    sources may be some; admit: raises ApiError or QueueFullError for a plan that is not to run."""
+    with which pictures are read; inputs: the body's field of what goes in; longest: tokens that a text may have, or fewer
+    where there is no room for so many; spelled: the body's fields of options that have another name; progress,
+    partial_images: of a stream; videos: whether sources may be some; admit: raises ApiError or QueueFullError for a plan that
+    is not to run."""
 
     sources: list[Source]
     make: Callable[[list[InputImage | Video]], list[Request]]
     kind: str
     reading: dict
+    inputs: str
     count: int = 1
     longest: int | None = None
     spelled: dict[str, str] = field(default_factory=dict)
@@ -143,7 +145,8 @@ class Service:
                 pictures.append(self._read(work.sources.pop(0), work))
             return [self.engine.plan(request, work.longest) for request in work.make(pictures)]
         except ValueError as error:
-            raise errors.refused(error, work.spelled) from None
+            spelled = {**dict.fromkeys(("inputs", "video"), work.inputs), **work.spelled}
+            raise errors.refused(error, spelled) from None
         finally:
             del self.planning[key]
 

@@ -23,7 +23,7 @@ from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.model.quantized import to_groups
 
 KINDS = ["int8", "int4"]
-TABLE = {"gen": "int8", "und": "int4", "vit": "int8", "head": "int8"}
+TABLE = {"gen": "int8", "und": "int4", "vit": "int8", "head": "int8", "embeddings": "int8"}
 PROGRAMS = ("text", "decode", "decode_row", "choose", "choose_row")
 ROWS, CHANNELS = 48, 168  # of which the last group has 8
 
@@ -127,6 +127,30 @@ def test_it_loads_and_reads(bundle):
     assert relative(got, want) < 0.03 < relative(got, plain)
 
 
+def read_image(model, profile):
+    """Hidden states of a ViT's embeddings and of the markers before them, which are rows of the table."""
+    runtime, rng = model.runtime.for_profile(profile), np.random.default_rng(0)
+    channels, zero = model.config.llm.hidden_size, np.zeros(1, int)
+    seen = rng.standard_normal((1, profile.patches, channels), np.float32)
+    hidden = runtime.run("vit_context", [seen, zero, zero + 9, zero], runtime.caches(1, profile.slots))[0]
+    return torch.tensor(runtime.host(hidden))[:, :11]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_alone_gives_what_the_models_gives(tmp_path, kind):
+    """Nothing that is multiplied with is rounded, so to the last bits."""
+    with few_programs("text", "vit_context"), traced_here():
+        folder = export(CHECKPOINT, tmp_path / "bundle", ONE, quantization={"embeddings": kind})
+        bundle = bagel_opt.load(folder)
+        got = [read(bundle, ONE) for read in (read_text, read_image)]
+    for quantization, near in ({"embeddings": kind}, True), (None, False):
+        model = bagel_opt.load(CHECKPOINT, device="cpu", quantization=quantization)
+        want = [read(model, ONE) for read in (read_text, read_image)]
+        assert all((relative(a, b) < 1e-5) == near for a, b in zip(got, want, strict=True))
+    stored = load_file(folder / WEIGHTS)["llm.embed.quantized.codes"]
+    assert stored.nbytes == model.runtime.model.llm.embed.weight.nbytes // (4 if kind == "int8" else 8)
+
+
 def test_of_a_folder_that_was_quantised_before(bundle, tmp_path):
     """The same weights, to the bit."""
     folder = quantize(CHECKPOINT, tmp_path / "quantized", TABLE)
@@ -153,11 +177,14 @@ def test_what_it_says_of_others(bundle, tmp_path):
 
 
 @pytest.mark.second
-def test_all_its_programs_are_near_the_models(tmp_path):
+@pytest.mark.parametrize(
+    ("quantization", "least", "most"), [(TABLE, 1e-3, 0.2), ({"embeddings": "int8"}, 0, 1e-4)], ids=["all", "table"]
+)
+def test_all_its_programs_are_near_the_models(tmp_path, quantization, least, most):
     with traced_here():
-        folder = export(CHECKPOINT, tmp_path / "bundle", ONE, quantization=TABLE)
+        folder = export(CHECKPOINT, tmp_path / "bundle", ONE, quantization=quantization)
     errors = verify(folder, CHECKPOINT)
-    assert 1e-3 < max(errors.values()) < 0.2
+    assert least < max(errors.values()) < most
     assert np.isfinite(list(errors.values())).all()
 
 

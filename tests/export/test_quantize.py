@@ -25,7 +25,7 @@ from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.quantized import Quantized
 
-TABLE = {"gen": "fp8", "vit": "int8", "head": "int4"}
+TABLE = {"gen": "fp8", "vit": "int8", "head": "int4", "embeddings": "int8"}
 Q = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
 FILES = {
     "ae.safetensors",
@@ -346,12 +346,13 @@ def test_one_that_is_killed_leaves_nothing_that_loads(tmp_path):
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # so that no long path wraps
     out = tmp_path / "out"
-    assert main(["quantize", str(CHECKPOINT), "--quantization", "gen=fp8,vit=int8,head=int4", "--out", str(out)]) == 0
+    kinds = ",".join(f"{part}={kind}" for part, kind in TABLE.items())
+    assert main(["quantize", str(CHECKPOINT), "--quantization", kinds, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert Checkpoint(out).kinds == TABLE
     assert main(["inspect", str(out), "--profile", "tiny"]) == 0
     shown = capsys.readouterr().out
-    assert "BAGEL as `bagel-opt quantize` writes it, gen in fp8, vit in int8, head in int4" in shown
+    assert "BAGEL as `bagel-opt quantize` writes it, gen in fp8, vit in int8, head in int4, embeddings in int8" in shown
     assert f"--checkpoint {out}" in shown
     assert main(["quantize", str(CHECKPOINT), "--quantization", "fp4", "--out", str(out / "b")]) == 1
     assert capsys.readouterr().err.startswith("bagel-opt: quantization='fp4'; allowed")

@@ -15,7 +15,7 @@ from bagel_opt.errors import CheckpointError
 from bagel_opt.export.quantize import quantize
 from bagel_opt.files.checkpoint import Checkpoint
 
-TABLE = {"gen": "fp8", "und": "int8", "vit": "int4", "head": "int8"}
+TABLE = {"gen": "fp8", "und": "int8", "vit": "int4", "head": "int8", "embeddings": "int4"}
 
 
 @pytest.fixture

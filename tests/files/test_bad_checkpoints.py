@@ -8,6 +8,8 @@ from random_checkpoint import make
 
 import bagel_opt
 from bagel_opt import CheckpointError
+from bagel_opt.cli.commands import main
+from bagel_opt.export.quantize import quantize
 
 
 def fails(folder, kind, *words):
@@ -47,6 +49,20 @@ def test_rows_on_the_wrong_side_of_a_stack(folder):
     gate, up = f"{LAYER}mlp.gate_proj.weight", f"{LAYER}mlp.up_proj.weight"
     edit_weights(folder, **{gate: torch.zeros(40, 32), up: torch.zeros(56, 32)})
     fails(folder, CheckpointError, f"{gate} is [40, 32], not [48, 32]", f"{up} is [56, 32], not [48, 32]")
+
+
+def test_numbers_that_are_none(folder, capsys):
+    """One in all is enough; else each answer would fail, of a server that says it is ready."""
+    bias = torch.zeros(64)
+    bias[3] = float("nan")
+    edit_weights(folder, **{"llm2vae.bias": bias})
+    with pytest.raises(CheckpointError, match=r"safetensors: llm2vae\.bias holds NaN or infinities, .*another file$"):
+        bagel_opt.load(folder, device="cpu")
+    assert main(["serve", str(folder), "--profile", "tiny", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.count("holds NaN") == 1
+    with pytest.raises(CheckpointError, match=r"llm2vae\.bias holds NaN"):
+        quantize(folder, folder.parent / "out", "int8")
+    assert not (folder.parent / "out").exists()
 
 
 def test_without_the_generation_expert(folder):

@@ -34,7 +34,14 @@ def test_a_models_parameters(config):
 
 
 @pytest.mark.parametrize(
-    "kinds", [{"und": "fp8", "gen": "int8"}, {"vit": "int4"}, {"gen": "int4", "head": "int8"}, {}], ids=str
+    "kinds",
+    [
+        {"und": "fp8", "gen": "int8"},
+        {"vit": "int4", "embeddings": "int8"},
+        {"gen": "int4", "head": "int8", "embeddings": "int4"},
+        {},
+    ],
+    ids=str,
 )
 def test_a_quantised_models_parameters(config, kinds):
     with torch.device("meta"):

@@ -131,6 +131,37 @@ def test_what_is_read_has_memory_of_its_own(path):
     same(read_weights(path, CPU)["last"], torch.ones(7))
 
 
+WIDE = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        *((dtype, [np.nan]) for dtype in (*WIDE, torch.float8_e4m3fn)),  # which has no infinities
+        *((dtype, values) for dtype in WIDE for values in ([np.inf], [-np.inf], [np.inf, -np.inf])),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_is_refused(tmp_path, dtype, values):
+    given = {"a": torch.ones(70), "b": torch.ones(7, 10).to(dtype)}
+    write_weights(tmp_path / "f", layout(given), given.items())
+    assert read_weights(tmp_path / "f", CPU).keys() == given.keys()
+    for place, value in enumerate(values):
+        given["b"].view(-1)[33 + place] = value
+    write_weights(tmp_path / "f", layout(given), given.items())
+    with pytest.raises(BundleError, match=r"/f: b holds NaN or infinities, .* take another file$"):
+        read_weights(tmp_path / "f", CPU)
+    same(Reader(BundleError).read(tmp_path / "f", "a"), given["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_that_overflows_is_no_number_that_does(tmp_path, dtype):
+    given = {"a": torch.full((70,), torch.finfo(dtype).max / 2, dtype=dtype)}
+    assert not given["a"].sum().isfinite()
+    write_weights(tmp_path / "g", layout(given), given.items())
+    same(read_weights(tmp_path / "g", CPU)["a"], given["a"])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_of_a_file_larger_than_the_memory_one_tensor_is_mapped(tmp_path):
     """Linux refuses to map as much as it has not, where it may be written to."""

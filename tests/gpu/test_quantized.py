@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bagel_opt.config import LLMConfig
-from bagel_opt.model.linear import Linear
+from bagel_opt.model.linear import Embedding, Linear
 from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups
 from bagel_opt.model.transformer import Expert
 from bagel_opt.runtime import fused_products
@@ -113,3 +113,22 @@ def test_fused_products_are_the_expert():
     joined = torch.cat([part.flatten(2) for part in expert.qkv(expert.norm1(x))], dim=-1)
     assert error(fused.entered(expert, x), joined) < 1e-2
     assert error(fused.left(expert, x, attended), expert.finish(x, attended)) < 1e-2
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_a_table(kind, dtype):
+    """The same bits as on the CPU, and under torch.compile."""
+    tables = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        table = Embedding(300, 200).to(dtype).requires_grad_(False)
+        weight = table.weight
+        table.quantize(kind)
+        table.quantized.store(weight)
+        tables[device] = table.to(device)
+    ids = torch.randint(300, (2, 5))
+    want = tables["cpu"](ids)
+    for read in (tables["cuda"], torch.compile(tables["cuda"], dynamic=False, fullgraph=True)):
+        assert torch.equal(read(ids.cuda()).cpu(), want)
+    assert torch.equal(tables["cuda"].row(7).cpu(), tables["cpu"](torch.tensor([7]))[0])

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from rounding import CODES, nearest, rounded, unpacked
 from support import examples, relative
 
-from bagel_opt.model.linear import Linear
-from bagel_opt.model.quantized import DTYPES, from_groups, to_codes, to_groups
+from bagel_opt.model import quantized as module
+from bagel_opt.model.linear import Embedding, Linear
+from bagel_opt.model.quantized import DTYPES, from_groups, to_codes, to_groups, to_kind
 from bagel_opt.quantization import KINDS
 
 OF_TOKENS = ["fp8", "int8"]  # kinds to which what comes in is rounded, too
@@ -206,3 +207,51 @@ def test_compiled_as_eager(kind, dtype):
     x = torch.randn(3, 50, 512).to(dtype)
     compiled = torch.compile(layer, dynamic=False, fullgraph=True)
     assert relative(compiled(x), layer(x)) < (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_table(kind):
+    """In any shape of ids, with all that their codes stand for; a row that is not finite shows, alone."""
+    torch.manual_seed(0)
+    table = Embedding(40, 72).requires_grad_(False)
+    weight = table.weight
+    weight[3, 5], weight[4, 6] = torch.nan, torch.inf
+    table.quantize(kind)
+    table.quantized.store(weight)
+    assert table.weight is None
+    finite = torch.tensor([number for number in range(40) if number not in (3, 4)])
+    if kind == "int4":
+        want = unpacked(*to_groups(weight), 72)
+    else:
+        codes, scale = rounded(weight, kind)
+        want = codes * scale[:, None]
+    got = table(torch.arange(40).view(2, 4, 5))
+    assert got.shape == (2, 4, 5, 72)
+    assert np.array_equal(got.flatten(0, 2)[finite], want[finite].astype(np.float32))
+    assert not got.flatten(0, 2)[3:5].isfinite().all(-1).any()
+    assert all(torch.equal(table.row(number), table(torch.tensor(number))) for number in finite[:5].tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_rows_after_others_are_all(kind, monkeypatch):
+    weight = torch.randn(50, 40)
+    want = to_kind(weight, kind)
+    monkeypatch.setattr(module, "AT_ONCE", 130)
+    monkeypatch.setattr(module, "AT_ONCE_IN_GROUPS", 130)
+    made = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: made.append(len(parts)) or cat(parts))
+    assert all(map(torch.equal, to_kind(weight, kind), want))
+    assert made[:2] == [17, 17]
+
+
+def test_a_large_weight_on_a_gpu_is_quantised_in_few_pieces():
+    """Of a hundred launches each; "meta" is another device than the CPU, too."""
+    pieces = []
+    module._in_turn(
+        lambda rows: (pieces.append(len(rows)) or rows, rows), torch.empty(4096, 3584, device="meta"), 2**17
+    )
+    assert len(pieces) == 1

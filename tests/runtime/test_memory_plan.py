@@ -25,7 +25,7 @@ def planned(memory, kinds=None, profile=DRAW):
     return make_plan(PUBLISHED, memory, profile, "bfloat16", kinds or {})
 
 
-@pytest.mark.parametrize("kinds", [{}, FP8, INT4 | {"head": "int8", "vit": "fp8"}], ids=len)
+@pytest.mark.parametrize("kinds", [{}, FP8, INT4 | {"head": "int8", "vit": "fp8"}, {"embeddings": "int8"}], ids=len)
 def test_parts_are_the_models(kinds):
     with torch.device("meta"):
         model = Bagel(PUBLISHED).to(torch.bfloat16)
@@ -54,6 +54,15 @@ def test_what_goes_first(memory, kinds, profile, gen, und, away):
             assert plan.on_host(f"llm.layers.{layer}.{expert}.") == (layer in plan.streamed[expert])
     assert plan.on_host("vae.decoder.conv_in.weight") == ("vae_decode" in away)
     assert not plan.on_host("llm.norm_und.weight")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_table_takes_no_room_beside_it(kind):
+    """Nothing is unpacked but some rows, and nothing is rounded."""
+    table, plain, products = (
+        _workspaces(PUBLISHED, DRAW, 2, kinds) for kinds in ({"embeddings": kind}, {}, {"gen": kind})
+    )
+    assert table == plain != products
 
 
 @examples(40)

@@ -25,7 +25,8 @@ import bagel_opt
 from bagel_opt import BundleError, Request
 from bagel_opt.runtime import groups, members
 from bagel_opt.runtime.calls import Call
-from bagel_opt.runtime.parallel import BY_WEIGHTS, Shares
+from bagel_opt.runtime.parallel import BY_WEIGHTS, RankRuntime, Shares
+from bagel_opt.runtime.torch import TorchRuntime
 
 pytestmark = pytest.mark.usefixtures("quick_ranks")  # those of scripts here are new processes
 BOTH = {"guidance": 2, "sequence": 2}
@@ -130,6 +131,37 @@ def test_decoding_by_weights(two, eager, sampling):
     assert two.runtime.rank.runtime.groups.count - before > 20 * (2 * layers + 1)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "top_p": 0.9}])
+def test_going_on_with_a_token_before_the_host_has_it(two, eager, sampling, monkeypatch):
+    """As GPUs do."""
+    before, tell, told = TorchRuntime.chosen, RankRuntime.first_ranks, []
+    monkeypatch.setattr(TorchRuntime, "chosen", lambda self, ids: (before(self, ids)[0], ids.clamp(min=0)))
+    monkeypatch.setattr(RankRuntime, "first_ranks", lambda self, ids: told.append(ids) or tell(self, ids))
+    requests = [Request([t], output="text", max_think_tokens=20, **sampling) for t in ("why?", "a b", "who", "a b c")]
+    got = two.run_many(requests)
+    monkeypatch.undo()
+    assert got == eager.run_many(requests)
+    assert len(told) > 10
+
+
+def test_all_ranks_go_on_with_what_the_first_chose(two, eager, monkeypatch):
+    """Also where another rank's own numbers would have another one first."""
+    monkeypatch.setattr(TorchRuntime, "chosen", lambda self, ids: (lambda: ids.numpy(), ids))
+    found, numbers = [], np.zeros(1, np.float32)
+    for runtime in (two.runtime, eager.runtime):
+        logits = np.eye(1, eager.config.llm.vocab_size, 7, dtype=np.float32)
+        (ids,) = runtime.run("choose", [logits, numbers, numbers])
+        if runtime is two.runtime:
+            runtime._here(ids).fill_(9)
+            (wait, ids) = runtime.chosen(ids)
+            assert wait() == [9]
+        else:
+            ids = np.array([9])
+        caches = runtime.caches(1, 64)
+        found.append(runtime.host(runtime.run("decode", [ids, np.array([0]), np.array([0])], caches)[0]))
+    assert relative(*map(torch.from_numpy, found)) < 1e-5
+
+
 def test_interleaved(two, eager):
     options = {"output": "interleaved", "num_timesteps": 5, "max_rounds": 2, "max_think_tokens": 12, "seed": 5}
     check_alike(two, eager, [Image.new("RGB", (48, 64), "red"), "what comes next?"], **options)
@@ -194,6 +226,49 @@ def test_adapters(two, eager, tmp_path):
         two.set_adapters({})
     assert two.generate("a red circle", num_timesteps=4, seed=1) == plain
     check_alike(two, eager, ["why?"], **question)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_adapters_that_one_rank_alone_cannot_take(two, eager, tmp_path, monkeypatch, rank):
+    """No rank waits for it, and none has any then; the next ones are taken."""
+    pytest.importorskip("peft")
+    from adapters import adapted
+
+    adapted().save_pretrained(tmp_path / "one")
+    two.set_adapters({"before": tmp_path / "one"})
+    real = two.runtime.inner.set_adapters
+
+    def lacks_memory(adapters):
+        if adapters:
+            raise MemoryError("too little memory")
+        real(adapters)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            if rank == 0:
+                patch.setattr(two.runtime.inner, "set_adapters", lacks_memory)
+            place = tmp_path / "one" if rank == 0 else "/proc/self/cwd/one"  # of each process another folder
+            kind, told = (RuntimeError, "rank 1: .*/proc/self/cwd/one") if rank else (MemoryError, "too little memory")
+            with pytest.raises(kind, match=f"{told}.*; other ranks took these .* set them again"):
+                two.set_adapters({"one": place})
+        assert two.runtime.adapters == {}
+        check_alike(two, eager, **ODD_SIZE)
+        monkeypatch.chdir(tmp_path)
+        two.set_adapters({"one": "one"})
+        check_alike(two, bagel_opt.load(CHECKPOINT, device="cpu", lora=tmp_path / "one"), **ODD_SIZE)
+    finally:
+        two.set_adapters({})
+
+
+def test_a_table_in_8_bits_beside_weights_that_are_taken_apart():
+    kinds = {"embeddings": "int8"}
+    model, alone = start(2, "tensor", quantization=kinds), bagel_opt.load(CHECKPOINT, device="cpu", quantization=kinds)
+    try:
+        check_alike(model, alone, **ODD_SIZE)
+        check_alike(model, alone, ["why?"], output="text", max_think_tokens=30)
+    finally:
+        model.close()
 
 
 def test_models_and_threads_at_once(several, two):

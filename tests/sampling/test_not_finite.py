@@ -10,7 +10,7 @@ import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.cli.commands import main
 from bagel_opt.request import Request
-from bagel_opt.sampling import engine as engines
+from bagel_opt.sampling import calls
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.job import Token
 from bagel_opt.sampling.planning import make_plan
@@ -113,7 +113,7 @@ def test_a_poisoned_row_ends_its_own_request(load, backend):
 @pytest.mark.parametrize("backend", ["eager", "export"])
 def test_what_an_overflow_leaves_reaches_nobody(load, backend, monkeypatch):
     """A text takes the row of a picture that overflowed, and another picture is drawn in all rows at once."""
-    monkeypatch.setattr(engines, "CALL", 1e18)
+    monkeypatch.setattr(calls, "CALL", 1e18)
     model = load(CHECKPOINT, backend)
     engine = engine_of(model)
 

@@ -7,7 +7,7 @@ from support import CHECKPOINT, cases, relative
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.sampling import engine, step_caches
+from bagel_opt.sampling import calls, step_caches
 from bagel_opt.sampling.step_caches import Drift
 
 PICTURE = {"num_timesteps": 30, "height": 64, "width": 96, "seed": 3}
@@ -102,8 +102,8 @@ def test_runtimes_agree_and_keep_no_state(load):
 def test_together_as_alone(load, eager, monkeypatch, rows, call):
     """Beside requests that are evaluated in each step, that TaylorSeer predicts, and of other lengths; in one batch, or in
     several of few rows; where rows are computed one by one, and where a call costs so much that all are."""
-    monkeypatch.setattr(engine, "CALL", call)
-    monkeypatch.setattr(engine, "READ", 0)
+    monkeypatch.setattr(calls, "CALL", call)
+    monkeypatch.setattr(calls, "READ", 0)
     together = eager
     if rows == "export":
         together = load(CHECKPOINT, "export")

@@ -54,17 +54,28 @@ def test_a_question(running):
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip() == want
 
 
+TWO = [as_file(Image.new("RGB", (32, 32)))] * 2
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "param", "message"),
     [
-        (lambda c: c.images.generate(prompt="a", extra_body={"think": True}), "think=True: Lance has no such option"),
-        (lambda c: c.images.generate(prompt="a", size="1600x1600"), "at most 1024 a side"),
+        (lambda c: c.images.generate(prompt="a", extra_body={"think": True}), "think", "think=True: Lance has no such"),
+        (lambda c: c.images.generate(prompt="a", size="1600x1600"), "size", "size: .* at most 1024 a side"),
         (
             lambda c: c.chat.completions.create(model="test", messages=[{"role": "user", "content": "hello"}]),
-            "Lance answers questions about a picture or a video",
+            "messages",
+            "messages: Lance answers questions about a picture or a video",
+        ),
+        (lambda c: c.responses.create(model="test", input="hello"), "input", "input: Lance answers questions about a"),
+        (
+            lambda c: c.images.edit(image=TWO, prompt="a"),
+            "image",
+            "image: 1 texts and 2 pictures or videos; Lance takes",
         ),
     ],
 )
-def test_what_is_refused(running, call, message):
-    with pytest.raises(openai.BadRequestError, match=message):
+def test_what_is_refused(running, call, param, message):
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
         call(running.client())
+    assert refused.value.param == param

@@ -11,7 +11,7 @@ from serving import serving
 import bagel_opt
 
 pytest.importorskip("selenium")
-from browsing import choose, chromium, few_steps, find, one, run, text, wait, watched, write
+from browsing import choose, few_steps, find, one, run, text, wait, watched, write
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
@@ -22,12 +22,6 @@ RED, BLUE, YELLOW = (215, 38, 38), (38, 90, 225), (250, 220, 40)
 def server():
     with serving(bagel_opt.load(profile="demo", device="cpu")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture
@@ -76,6 +70,27 @@ def test_draw_edit_and_ask(page):
     one(page, "#repeat").click()
     wait(page, lambda: len(find(page, "#history button")) == 4)
     assert np.array_equal(picture(page), drawn)
+
+
+def test_an_edit_as_large_as_its_input_was(page, tmp_path):
+    Image.new("RGB", (100, 70), "white").save(tmp_path / "own.png")
+    choose(page, "edit")
+    few_steps(page)
+    one(page, "#files").send_keys(str(tmp_path / "own.png"))
+    wait(page, lambda: find(page, "#pictures img"))
+    run(page, "add a red circle")
+    read = picture(page).shape
+    assert read != (70, 100, 3)
+    Select(one(page, "#editSize")).select_by_value("input")
+    run(page, "add a red circle")
+    assert picture(page).shape == (70, 100, 3)
+    find(page, "#history button")[-1].click()
+    one(page, "#repeat").click()
+    wait(page, lambda: len(find(page, "#history button")) == 3)
+    assert picture(page).shape == read
+    choose(page, "draw")
+    assert not one(page, "#editSize").is_displayed()
+    assert one(page, "#size").is_displayed()
 
 
 def test_thinking_shows_the_thought_and_options_are_sent(page, server):

@@ -12,7 +12,7 @@ from bagel_opt.videos import read_video
 
 pytest.importorskip("selenium")
 pytest.importorskip("av")
-from browsing import choose, chromium, find, one, run, text, wait, watched, write
+from browsing import choose, find, one, run, text, wait, watched, write
 
 FRAMES, STEPS = 5, 2
 
@@ -22,12 +22,6 @@ def server():
     profile = Profile("lance", rows=2, slots=1200, text=64, patches=300, latents=600)
     with serving(bagel_opt.load(CHECKPOINT, device="cpu", profile=profile)) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture

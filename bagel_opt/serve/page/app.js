@@ -19,6 +19,7 @@ let running = null; // an AbortController
 let shown = null;
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
+const sizeOf = (mode) => $(mode === "edit" ? "editSize" : "size");
 
 function setMode(name) {
   document.querySelector(`input[name=mode][value=${name}]`).checked = true;
@@ -119,8 +120,7 @@ function busy(on) {
 }
 
 async function makePicture(entry, signal) {
-  const options = { ...entry.options, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
-  if (entry.mode === "draw") options.size = entry.size;
+  const options = { ...entry.options, size: entry.size, ...(entry.think && { think: true }), ...(entry.seed !== undefined && { seed: entry.seed }) };
   const stream = entry.mode === "draw" ? await api.draw(entry.prompt, options, signal) : await api.edit(entry.prompt, entry.inputs, options, signal);
   let preview = null;
   for await (const event of stream) {
@@ -232,7 +232,7 @@ function submit() {
   const seed = $("seed").value.trim();
   run({
     mode: mode(), prompt: $("prompt").value.trim(), inputs: mode() === "draw" ? [] : [...inputs], options: readOptions(mode()),
-    size: $("size").value, think: !$("thinkField").hidden && $("think").checked, thought: "", ...(seed && { seed: Number(seed) }),
+    size: sizeOf(mode()).value, think: !$("thinkField").hidden && $("think").checked, thought: "", ...(seed && { seed: Number(seed) }),
   });
 }
 
@@ -241,7 +241,7 @@ function repeat(entry) {
   inputs = [...entry.inputs];
   showInputs();
   $("prompt").value = entry.prompt;
-  $("size").value = entry.size;
+  sizeOf(entry.mode).value = entry.size;
   $("seed").value = entry.seed ?? "";
   $("seed").setCustomValidity("");
   $("think").checked = entry.think;

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from bagel_opt.images import InputImage
 from bagel_opt.request import Request
 from bagel_opt.serve.answers import ERRORS, ImagesResponse
-from bagel_opt.serve.bodies import documented_body, json_body, read_json
+from bagel_opt.serve.bodies import documented_body, documented_form, json_body, read_json
 from bagel_opt.serve.engine_thread import Step, Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.events import IMAGE_EVENTS, documented
@@ -39,29 +39,19 @@ async def generations(
     return await _draw(service, http, body, [], "image_generation")
 
 
-FORM = EditBody.model_json_schema()
-FORM["properties"]["image"] = {
+FILES = {
     "type": "array",
     "items": {"type": "string", "format": "binary"},
     "minItems": 1,
     "description": "One or several pictures, as fields `image` or `image[]`.",
 }
-FORM["required"].append("image")
 
 
 @router.post(
     "/edits",
     response_model=ImagesResponse,
     responses=documented(*IMAGE_EVENTS),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": FORM},
-                **documented_body(JsonEditBody)["requestBody"]["content"],
-            },
-        }
-    },
+    openapi_extra=documented_form(EditBody, "image", FILES, JsonEditBody, required=True),
 )
 async def edits(http: HttpRequest, service: Injected) -> Response:
     """Draws a changed picture: unless a size is given, of the last input picture's as it is read."""
@@ -95,7 +85,7 @@ async def _draw(service: Service, http: HttpRequest, body: ImageBody, sources: l
     def make(pictures: list[InputImage]) -> list[Request]:
         return [Request([*pictures, body.prompt], seed=(seed + i) % 2**63, **options) for i in range(body.n)]
 
-    work = Work(sources, make, kind, body.reading_options(), body.n, spelled=body.spelled())
+    work = Work(sources, make, kind, body.reading_options(), field, body.n, spelled=body.spelled())
     work.progress, work.partial_images = body.stream, body.partial_images
     tickets = await service.submit(http, work)
     if body.stream:

@@ -14,7 +14,7 @@ from bagel_opt.options import FPS
 from bagel_opt.request import Request
 from bagel_opt.sampling.plan import AnyPlan
 from bagel_opt.serve.answers import ERRORS, VideoAnswer, VideoDeleted, VideoList
-from bagel_opt.serve.bodies import documented_body, read_json
+from bagel_opt.serve.bodies import documented_form, read_json
 from bagel_opt.serve.engine_thread import Ticket
 from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.forms import read_form
@@ -26,9 +26,7 @@ from bagel_opt.videos import Video, check_writing
 
 router = APIRouter(prefix="/v1/videos", responses=ERRORS)
 INPUT = "input_reference"
-FORM = VideoBody.model_json_schema(ref_template="#/components/schemas/{model}")
-FORM["properties"][INPUT] = {"type": "string", "format": "binary", "description": "A picture or a video."}
-FORM.pop("$defs", None)
+FILE = {"type": "string", "format": "binary", "description": "A picture or a video."}
 
 
 def _asked(kind: type[BaseModel]) -> dict:
@@ -37,19 +35,7 @@ def _asked(kind: type[BaseModel]) -> dict:
     return {"parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in fields]}
 
 
-@router.post(
-    "",
-    response_model=VideoAnswer,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": FORM},
-                **documented_body(VideoBody)["requestBody"]["content"],
-            },
-        }
-    },
-)
+@router.post("", response_model=VideoAnswer, openapi_extra=documented_form(VideoBody, INPUT, FILE, VideoBody))
 async def create(http: HttpRequest, service: Injected) -> Response:
     """Begins a video: from a text, from a picture that it begins with, or from a video that is edited."""
     videos = _kept(service)
@@ -68,7 +54,7 @@ async def create(http: HttpRequest, service: Injected) -> Response:
         videos.check_room(plan)
 
     kind = "video_from_input" if sources else "video_generation"
-    work = Work(sources, make, kind, body.reading_options(), spelled=body.spelled(), progress=True)
+    work = Work(sources, make, kind, body.reading_options(), INPUT, spelled=body.spelled(), progress=True)
     work.videos, work.admit = True, admit
     [ticket] = await service.submit(http, work)
     fps = body.fps or FPS
