@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from compiling import compiled_here
 from support import CHECKPOINT, ODD, ROOT
 
 import bagel_opt
@@ -101,7 +102,8 @@ def make(checkpoint: Path, out: Path, profiles: list[Profile], settings: dict) -
     """Writes what is not in the cache yet; it is put in place whole."""
     programs = settings.pop("programs", ())
     archives = CACHE / key(checkpoint, (), **{**settings, "format": "archives"})
-    with few_programs(*programs) if programs else contextlib.nullcontext(), traced_here(), traced_once(archives):
+    few = few_programs(*programs) if programs else contextlib.nullcontext()
+    with few, traced_here(), traced_once(archives), compiled_here():
         export(checkpoint, out, profiles, **settings)
 
 

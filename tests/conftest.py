@@ -38,6 +38,10 @@ LONG = (
     "test_quantization.py",
     "test_onnx.py",
     "test_training.py",
+    "test_peers.py",
+    "test_interleaved.py",
+    "test_attention.py",
+    "test_full_size.py",
     "test_interrupted.py",
 )  # by the time they take
 

@@ -45,6 +45,14 @@ def free_axes(x: Tensor, sides: Set[int]) -> dict | None:
     return {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(x.shape) if side in sides} or None
 
 
+def _dimension(side: str, downsample: int) -> object:
+    """A free side for torch.export, as a multiple of the latents' side. What a VAE makes of sides that just any number may be are
+    long formulas, with which tracing and compiling take up to twice as long."""
+    name = side.removeprefix("latent_").partition("/")[0]
+    size, latents = sized((side, f"latent_{name}"), SIDES, downsample)
+    return size // latents * torch.export.Dim(name)
+
+
 def example_inputs(
     config: Config, signature: Signature, profile: Profile, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[dict | None]]:
@@ -58,7 +66,8 @@ def example_inputs(
         for shape, kind in signature.inputs.values()
     ]
     free = [
-        {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(shape) if isinstance(side, str)} or None
+        {axis: _dimension(side, config.vae.downsample) for axis, side in enumerate(shape) if isinstance(side, str)}
+        or None
         for shape, _ in signature.inputs.values()
     ]
     caches = []

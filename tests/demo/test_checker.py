@@ -54,7 +54,7 @@ def generated(image, rng):
 @pytest.fixture(scope="module")
 def count(thorough):
     """How many scenes."""
-    return 250 if thorough else 60
+    return 150 if thorough else 60
 
 
 def test_every_thing_at_every_place_on_every_background_is_read(thorough):

@@ -152,16 +152,16 @@ def test_a_row_that_is_too_long_is_refused(tokenizer):
         data.pack([row], data.SHAPES["draw"])
 
 
-@pytest.fixture(scope="module")
-def small(tokenizer):
+@pytest.fixture
+def small(monkeypatch):
     """Settings and sizes that train in seconds."""
+    corpus = texts.corpus
+    monkeypatch.setattr(texts, "corpus", lambda rng, count: corpus(rng, count // 10))
     few = {"vae_steps": 2, "vae_batch": 1, "steps": 2, "refine_steps": 2, "pairs": 1}
     return loop.Settings(**few, workers=0, save_every=1, log_every=1, sheets=0)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, monkeypatch):
-    corpus = texts.corpus
-    monkeypatch.setattr(texts, "corpus", lambda rng, count: corpus(rng, count // 10))
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small):
     whole = train.train(tmp_path / "whole", small, "cpu")
     with pytest.raises(loop.Stopped, match=r"vae: stopped after step 1 of 2"):
         train.train(tmp_path / "parts", small, "cpu", stop_after=0)
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, small, mon
 def test_training_lowers_the_losses_and_writes_a_checkpoint(tmp_path, small, monkeypatch):
     few = {"num_timesteps": 2}  # of the pictures on the sheets
     monkeypatch.setattr(samples, "Request", lambda *given, **more: bagel_opt.Request(*given, **{**more, **few}))
-    settings = replace(small, vae_steps=9, vae_batch=2, steps=9, pairs=2, rate=2e-3, sheets=1)
+    settings = replace(small, vae_steps=6, vae_batch=2, steps=6, pairs=2, rate=2e-3, sheets=1)
     folder = train.train(tmp_path, settings, "cpu")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     for stage, loss in (("vae", "error"), ("transformer", "think_text"), ("transformer", "draw_flow")):

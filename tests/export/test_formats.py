@@ -124,7 +124,7 @@ def test_a_compile_bundle_starts_warm(tmp_path):
     """A new process with an empty cache of its own: right, and nothing was compiled that the bundle did not bring. The bundle
     is in bfloat16, partly in 4 bits, and passes its verification. In float32, test_golden.py has what the compiler makes."""
     settings = {"dtype": "bfloat16", "quantization": {"und": "int4"}}
-    folder = export(CHECKPOINT, tmp_path / "bundle", SMALL, format="compile", verify=True, **settings)
+    folder = export(CHECKPOINT, tmp_path / "bundle", ONE, format="compile", verify=True, **settings)
     script = f"""
 import bagel_opt, numpy as np
 from PIL import Image

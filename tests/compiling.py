@@ -1,0 +1,70 @@
+"""AOTInductor packages for the tests' bundles, compiled for less: in this process, and the part of the C++ that is alike in all of
+them once. `export/test_packages.py` has packages that are compiled as users' are."""
+
+import contextlib
+import hashlib
+import logging
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bagel_opt.export import torch_packages
+
+END = '} // extern "C"\n'  # of what torch writes at the head of each package's C++: the functions by which it is called
+BASE = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>;\n"
+
+
+@contextlib.contextmanager
+def compiled_here() -> Iterator[None]:
+    """Packages are compiled so meanwhile."""
+    from torch._inductor import cpp_builder
+
+    compile_as_told = cpp_builder.run_compile_cmd
+
+    def here(_: str, common: object, paths: list[str], most: int) -> Iterator[str]:
+        return torch_packages.compile_files(common, paths)
+
+    def run(line: str, cwd: str) -> None:
+        words = shlex.split(line)
+        source = next((Path(word) for word in words if word.endswith(".wrapper.cpp")), None)
+        head, end, own = source.read_text().partition(END) if source and "-c" in words else ("", "", "")
+        if not end:
+            return compile_as_told(line, cwd)
+        compile_in_two(words, source, head + end, own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_packages, "in_processes", here)
+        patch.setattr(cpp_builder, "run_compile_cmd", run)
+        before = logging.root.manager.disable
+        try:
+            yield
+        finally:
+            logging.disable(before)  # as those processes' own it is never put back
+
+
+def compile_in_two(words: list[str], source: Path, head: str, own: str) -> None:
+    """What g++ does with a package's C++, of which the head takes three quarters of the time. words: the command's."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    target = Path(words[words.index("-o") + 1])
+
+    def compiled(text: str, to: Path) -> Path:
+        to.with_suffix(".cpp").write_text(text)
+        told = {str(source): str(to.with_suffix(".cpp")), str(target): str(to)}
+        subprocess.run([told.get(word, word) for word in words], check=True, capture_output=True)
+        return to
+
+    flags = [
+        word for word in words if word not in (str(source), str(target))
+    ]  # the compiler's version is in a header's name
+    name = hashlib.sha256(repr((flags, head, BASE)).encode()).hexdigest()[:24]
+    once = Path(cache_dir()) / f"{name}.head.o"
+    if not once.exists():
+        compiled(head + BASE, target.with_suffix(".head.o")).rename(once)
+    includes = [line for line in re.findall("^#include .*\n", head, re.M) if "model_container" not in line]
+    mine = compiled("".join(includes) + f"extern {BASE}" + own, target.with_suffix(".own.o"))
+    subprocess.run([words[0], "-r", "-nostdlib", "-o", target, mine, once], check=True, capture_output=True)
