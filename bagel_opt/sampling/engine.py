@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, runtime: Runtime, config: BagelConfig, tokenizer: Tokenizer, profile: Profile):
         self.runtime, self.config, self.tokenizer, self.profile = runtime, config, tokenizer, profile
         self.flow_seconds = 0.0  # what the last flow step took
+        self.turns = itertools.count(1)
         self._start()
 
     def _start(self) -> None:
@@ -95,11 +96,12 @@ class Engine:
 
     def step(self) -> list[Job]:
         """One round: one program for each request that still reads, texts of all together, tokens for all that write, and
-        one flow step for all that draw. Pictures are read in the order of requests, and while others could write, no longer
-        than PAUSE. While some write and some draw, each side gets half of the time. -> the requests that ended"""
+        one flow step for all that draw. Pictures are read in turn, in the order of requests, and while others could write, no
+        longer than PAUSE. While some write and some draw, each side gets half of the time. -> the requests that ended"""
         self._admit()
         began = time.perf_counter()
-        for job in [job for job in self.active if job.want is None]:
+        for job in sorted((job for job in self.active if job.want is None), key=lambda job: job.turn):
+            job.turn = next(self.turns)
             self._advance(job)
             if time.perf_counter() - began > PAUSE and (self._waiting_for(Reading) or self._waiting_for(Token)):
                 break

@@ -69,6 +69,7 @@ class Job:
         self.contexts: list[Context] = []
         self.share = adapter_share(self.runtime, plan.options)
         self.passed = 0  # how many requests that came later went first
+        self.turn = 0  # when it was last let go on, beside others that read
         self.result: list | Exception | None = None
         self.want: Reading | Token | FlowStep | None = None
         self.remembered: Any = None  # by its step cache

@@ -119,6 +119,24 @@ def test_a_request_may_write_before_the_others_pictures_are_read(model, ran, mon
     assert order[:4] == ["vit_context"] * 3 + ["decode"]
 
 
+def test_a_request_with_many_pictures_does_not_keep_others_waiting(model, ran, monkeypatch):
+    """While somebody writes, one picture is read between two tokens."""
+    monkeypatch.setattr(engines, "PAUSE", 0)
+    engine, _ = start(model, [Request(["why?"], output="text", max_think_tokens=40)])
+    engine.step()
+    seen = []
+    for colors in (["red", "green", "blue", "black"], ["white"]):
+        pictures = [Image.new("RGB", (64, 64), color) for color in colors]
+        job = engine.submit(make_plan(Request([*pictures, "what?"], **WRITE), model.config, model.tokenizer))
+        monkeypatch.setattr(
+            job.encoded, "_see", lambda *given, job=job, see=job.encoded._see: seen.append(job) or see(*given)
+        )
+    first, second = engine.waiting
+    finish(engine)
+    assert seen.index(second) == 1
+    assert seen.count(first) == 4
+
+
 def test_a_picture_that_cannot_be_cut_ends_its_request_alone(model):
     """Which is found in a thread of its own."""
     engine, (bad, good) = start(model, [Request([Image.new("RGB", (64, 64)), "what?"], **WRITE)] * 2)
