@@ -93,5 +93,8 @@ def figures(
     if contender.several:  # the official code draws and writes for one request at a time, the bundles for one row
         contender.tokens(8)
         found["token of 8 rows, ms"] = contender.tokens(8)
+        asked = [picture(1024, 1024), PROMPT]
+        contender.tokens(inputs=asked)
+        found["token after a picture, ms"] = contender.tokens(inputs=asked)
         draws("4 pictures 1024x1024", [PROMPT], 4, 1, height=1024, width=1024, **DEFAULTS)
     return found
