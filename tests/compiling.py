@@ -58,9 +58,8 @@ def compile_in_two(words: list[str], source: Path, head: str, own: str) -> None:
         subprocess.run([told.get(word, word) for word in words], check=True, capture_output=True)
         return to
 
-    flags = [
-        word for word in words if word not in (str(source), str(target))
-    ]  # the compiler's version is in a header's name
+    # the compiler's version is in a header's name
+    flags = [word for word in words if word not in (str(source), str(target))]
     name = hashlib.sha256(repr((flags, head, BASE)).encode()).hexdigest()[:24]
     once = Path(cache_dir()) / f"{name}.head.o"
     if not once.exists():

@@ -28,7 +28,8 @@ def upsample(x, size=None, factors=None):  # noqa: ANN001, ANN201
 
 
 def shift(codes, count):  # noqa: ANN001, ANN201
-    """Of bytes, without a sign; the exporter's own translation makes signed numbers of them."""
+    """Of bytes, without a sign; the exporter's own translation makes signed numbers of them, which does not load
+    (findings/torch-onnx-shift-of-bytes.sh)."""
     return op.BitShift(codes, op.CastLike(count, codes), direction="RIGHT")
 
 

@@ -77,7 +77,9 @@ def program(rows, text, latents, slots=16):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize(("rows", "text", "latents"), [(2, 2, 5), (1, 2, 5), (1, 7, 0), (2, 7, 0), (1, 1, 0), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("rows", "text", "latents"), [(2, 2, 5), (1, 2, 5), (1, 7, 0), (2, 7, 0), (1, 1, 0), (2, 1, 0)]
+)
 def test_experts_side_by_side_compute_the_layer(two_streams, rows, text, latents, adapted):
     torch.manual_seed(0)
     layer = Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False)

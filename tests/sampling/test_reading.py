@@ -1,11 +1,14 @@
 """What requests read: texts together, pictures one after another, and neither shows in what they answer."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
 from support import CHECKPOINT
 
 from bagel_opt import Profile, Request
+from bagel_opt.images import InputImage
 from bagel_opt.sampling import engine as engines
 from bagel_opt.sampling.engine import Engine
 from bagel_opt.sampling.planning import make_plan
@@ -135,6 +138,16 @@ def test_a_request_with_many_pictures_does_not_keep_others_waiting(model, ran, m
     finish(engine)
     assert seen.index(second) == 1
     assert seen.count(first) == 4
+
+
+def test_pictures_are_cut_in_a_thread_of_their_own(model, monkeypatch):
+    """All of them, while the first is read."""
+    cut, by = InputImage.patches, []
+    monkeypatch.setattr(InputImage, "patches", lambda image: by.append(threading.current_thread().name) or cut(image))
+    pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "green")]
+    model.run([*pictures, "what?"], **WRITE)
+    assert len(by) == 2
+    assert all(name.startswith("patches") for name in by)
 
 
 def test_a_picture_that_cannot_be_cut_ends_its_request_alone(model):
