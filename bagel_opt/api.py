@@ -155,7 +155,7 @@ class Model:
 
     def _fitted(self, plans: list[AnyPlan]) -> tuple[Profile, Runtime]:
         """The profile for these requests together, of as many rows as there is memory for. Raises ProfileError."""
-        most = 8
+        most = 8 if any(plan.draws for plan in plans) else 16  # a token reads the weights for all rows
         while True:
             profile = fit_profile(plans, self._round_up, most)
             try:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ FLASH = {
     "flash_attn_interface": ("flash-attn-3", "flash_attn_with_kvcache"),
     "flash_attn": ("flash-attn", "flash_attn_with_kvcache"),
 }
+SPLIT_KEYS = {"flash_attn_interface", "flash_attn"}  # those that split the keys of one query among multiprocessors
 
 log = logging.getLogger("bagel_opt")
 
@@ -114,8 +116,8 @@ def within(group_BQ: Tensor, kv_len_B: Tensor) -> Visible:
 
 
 def attend(backend: str, q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, seen: Visible) -> Tensor:
-    """Attention of prepared visibility: [B, Q, H, D]."""
-    if backend == "flash":
+    """Attention of prepared visibility: [B, Q, H, D]. FlashAttention takes no mask, so SDPA runs where there is one."""
+    if backend == "flash" and seen.mask is None:
         return _flash(q_BQHD, k_BSGD, v_BSGD, seen.kv_len_B, seen.causal)
     if backend != "flex":  # a mask may cover the first slots alone, those in use
         k_BSGD, v_BSGD = (x[:, : seen.mask.shape[-1]] for x in (k_BSGD, v_BSGD))
@@ -173,10 +175,22 @@ def mend(name: str) -> str:
     return installed.mend_flash() if name == "flash-attn-4" else f"build it for this torch, or pip uninstall {name}"
 
 
+@functools.cache
+def _one_query() -> ModuleType | None:
+    """The kernel for one query a row, where Triton is there."""
+    if installed.fault("triton"):
+        return None
+    from bagel_opt.model import one_query
+
+    return one_query
+
+
 # A custom op, so that torch.compile neither traces into the package nor breaks the graph at it.
 @torch.library.custom_op("bagel_opt::flash_attention", mutates_args=())
 def _flash(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor, causal: bool) -> Tensor:
     package = flash_package()
+    if package not in SPLIT_KEYS and (kernel := _one_query()) and kernel.fits(q_BQHD, k_BSGD):
+        return kernel.attend(q_BQHD, k_BSGD, v_BSGD, kv_len_B)
     if package == "flash_attn.cute":
         from flash_attn.cute import flash_attn_varlen_func
 

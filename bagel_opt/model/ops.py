@@ -41,13 +41,14 @@ class Ops(Protocol):
 
 @dataclass(frozen=True)
 class TorchOps:
-    """By PyTorch, eager or compiled, with one of attention.BACKENDS."""
+    """By PyTorch, eager or compiled, with one of attention.BACKENDS, and another one for the ViT."""
 
     backend: str = "sdpa"
+    of_vit: str = "sdpa"
 
     @property
     def vit(self) -> "TorchOps":
-        return TorchOps("sdpa")
+        return TorchOps(self.of_vit)
 
     def visible(self, kv_len_B: Tensor, queries: int, slots: int, causal: bool) -> Visible:
         return attention.visible(self.backend, kv_len_B, queries, slots, causal)

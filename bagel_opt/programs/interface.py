@@ -82,6 +82,9 @@ class Runtime(Protocol):
         """Runs a program and returns its outputs. Caches are updated in place: of all rows, or of those that the inputs
         are for."""
 
+    def ahead(self, values: np.ndarray) -> Tensor | np.ndarray:
+        """An input of a later `run`, on the device where that saves time then. Other threads than that of `run` may call it."""
+
     def chosen(self, ids_B: Tensor) -> tuple[Callable[[], np.ndarray], Tensor | None]:
         """The ids that "choose" gave: what waits for them, and where the device can go on with them meanwhile, what "decode" takes."""
 

@@ -5,7 +5,7 @@ A rank has an inbox for each other, in two halves that take turns, and counters 
 of its own in there and a counter of its own. A rank that is one gather ahead of another writes to the half that nobody reads, and no
 rank is two ahead: a gather ends once all others have begun it, and so have read what came with the one before.
 
-W ranks, N words of 4 bytes.
+W ranks, N words of 4 bytes, or numbers that are added up.
 """
 # ruff: noqa: ANN001, ANN202  Triton's kernels take pointers and numbers
 
@@ -48,10 +48,19 @@ class Inbox:
     def gather(self, x: Tensor, out: Tensor) -> None:
         """Fills out [W, *x.shape] with every rank's x, on the current stream. Both contiguous."""
         x_N, out_WN = x.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
-        given = x_N, out_WN, self.table, self.arrived, self.count, len(x_N), self.rank
-        with torch.cuda.device_of(x):
+        self._run(x_N, x_N, out_WN, adds=False)
+
+    def add(self, x: Tensor, parts: Tensor, out: Tensor) -> None:
+        """Fills out with x + every rank's parts, added up in float32 in the order of ranks and rounded once. All of one shape
+        and contiguous."""
+        self._run(parts.view(-1), x.view(-1), out.view(-1), adds=True)
+
+    def _run(self, x_N: Tensor, to_N: Tensor, out: Tensor, adds: bool) -> None:
+        given = x_N, to_N, out, self.table, self.arrived, self.count, len(x_N), self.rank
+        with torch.cuda.device_of(x_N):
             grid = (min(PROGRAMS, triton.cdiv(len(x_N), BLOCK)),)
-            _kernel[grid](*given, self.size, self.most, BLOCK, PROGRAMS, num_warps=WARPS)
+            most = 4 * self.most // x_N.element_size()
+            _kernel[grid](*given, adds, self.size, most, BLOCK, PROGRAMS, num_warps=WARPS)
 
     def abort(self) -> None:
         """Ends all waiting, now and later. What is gathered then means nothing."""
@@ -113,19 +122,20 @@ def _there(told: list[Any], like: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["n", "rank"])
 def _kernel(
-    x, out, table, arrived, count, n, rank,
-    W: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+    x, to, out, table, arrived, count, n, rank,
+    ADDS: tl.constexpr, W: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Every so many blocks of words. table: where each rank's inbox is, then where its counters are."""
+    """Every so many blocks of n numbers. table: where each rank's inbox is, then where its counters are. MOST: numbers of a rank's
+    part of half an inbox."""
     program = tl.program_id(0)
+    kind: tl.constexpr = tl.pointer_type(x.dtype.element_ty)
     number = tl.load(count + program) + 1
     half = (number % 2) * W * MOST
     for start in range(program * BLOCK, n, PROGRAMS * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        words = tl.load(x + at, mask=at < n, other=0)
+        mine = tl.load(x + at, mask=at < n, other=0)
         for other in tl.static_range(W):
-            inbox = tl.load(table + other).to(tl.pointer_type(tl.int32))
-            tl.store(inbox + half + rank * MOST + at, words, mask=at < n)
+            tl.store(tl.load(table + other).to(kind) + half + rank * MOST + at, mine, mask=at < n)
     tl.debug_barrier()
     for other in tl.static_range(W):
         counters = tl.load(table + W + other).to(tl.pointer_type(tl.int64))
@@ -135,10 +145,17 @@ def _kernel(
         while seen < number:
             seen = tl.atomic_add(arrived + other * PROGRAMS + program, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
-    mine = tl.load(table + rank).to(tl.pointer_type(tl.int32)) + half
+    inbox = tl.load(table + rank).to(kind) + half
     for start in range(program * BLOCK, n, PROGRAMS * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        for other in tl.static_range(W):
-            words = tl.load(mine + other * MOST + at, mask=at < n, other=0, volatile=True)
-            tl.store(out + other * n + at, words, mask=at < n)
+        if ADDS:
+            sum = tl.zeros((BLOCK,), dtype=tl.float32)
+            for other in tl.static_range(W):
+                sum += tl.load(inbox + other * MOST + at, mask=at < n, other=0, volatile=True).to(tl.float32)
+            sum += tl.load(to + at, mask=at < n, other=0).to(tl.float32)
+            tl.store(out + at, sum.to(out.dtype.element_ty), mask=at < n)
+        else:
+            for other in tl.static_range(W):
+                words = tl.load(inbox + other * MOST + at, mask=at < n, other=0, volatile=True)
+                tl.store(out + other * n + at, words, mask=at < n)
     tl.store(count + program, number)

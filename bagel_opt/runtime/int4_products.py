@@ -12,10 +12,13 @@ from torch import Tensor
 
 from bagel_opt.model.quantized import GROUP, int4_product
 
-# Blocks of a product with one token, and with several.
+# Blocks of a product with one token, and with several: those that read fastest, of some tried on an H200.
 ONE = {"BLOCK_G": 128, "num_warps": 4}
-SEVERAL = {"BLOCK_N": 32, "BLOCK_G": 32, "num_warps": 4}
-FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
+SEVERAL = {"BLOCK_N": 16, "BLOCK_W": 32, "num_warps": 1}
+FEW = 16  # tokens up to which such a product takes a weight packed
+WIDE = (
+    2**13
+)  # channels out from which on it does so; unpacking smaller ones takes less, as larger ones do not fit a cache
 WORDS = tl.constexpr(GROUP // 8)  # of a group
 # 2^23 as a float has nothing but zeros behind the point: a code put there is added to it, which takes less than turning it
 # from a whole number into a float, of which a multiprocessor does few at a time.
@@ -25,7 +28,7 @@ BITS_OF_2_23, CODE_OF_0 = tl.constexpr(0x4B000000), tl.constexpr(2.0**23 + 8)
 @int4_product.register_kernel("cuda")
 def _(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> Tensor:
     (m, c), (n, groups) = x_MC.shape, scale_NG.shape
-    if m > FEW:
+    if m > FEW or (m > 1 and n < WIDE):
         return F.linear(x_MC, unpacked(codes_NB, scale_NG, c, x_MC.dtype), bias_N)
     out_MN, words = x_MC.new_empty(m, n), groups * GROUP // 8
     given = codes_NB.view(torch.int32), scale_NG, scale_NG if bias_N is None else bias_N, out_MN
@@ -34,9 +37,9 @@ def _(x_MC: Tensor, codes_NB: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -
         _planar_kernel[(triton.cdiv(words, 128),)](x_MC.contiguous(), x_8W, c, words, BLOCK=128)
         _one_kernel[(triton.cdiv(n, 4),)](x_8W, *given, n, groups, BIAS=bias_N is not None, **ONE)
         return out_MN
-    x_M8G = F.pad(x_MC, (0, groups * GROUP - c)).view(m, groups, GROUP).transpose(1, 2).contiguous()
+    x_8MW = F.pad(x_MC, (0, groups * GROUP - c)).view(m, words, 8).permute(2, 0, 1).contiguous()
     grid = (triton.cdiv(n, SEVERAL["BLOCK_N"]),)
-    _few_kernel[grid](x_M8G, *given, m, n, groups, BIAS=bias_N is not None, **SEVERAL)
+    _few_kernel[grid](x_8MW, *given, m, n, words, BIAS=bias_N is not None, **SEVERAL)
     return out_MN
 
 
@@ -133,29 +136,31 @@ def _times(packed, a0, a1, a2, a3, a4, a5, a6, a7):
 @triton.jit
 def _at(words, K: tl.constexpr):
     """The number of the code K of each word, times 16^K."""
-    return ((words & (15 << (4 * K))) | BITS_OF_2_23).to(tl.float32, bitcast=True) - (2.0**23 + 8 * 16.0**K)
+    mask, bits = tl.full((1,), 15 << (4 * K), tl.int32), tl.full((1,), BITS_OF_2_23, tl.int32)
+    # (words & mask) | bits, for which the compiler would take two instructions
+    found = tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, mask, bits], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return found.to(tl.float32, bitcast=True) - (2.0**23 + 8 * 16.0**K)
 
 
 @triton.jit
 def _few_kernel(
-    x, words, scale, bias, out, m, n, groups, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+    x, words, scale, bias, out, m, n, count, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """All tokens, at most 16, and some channels out; x: [M, GROUP, groups]."""
+    """All tokens, at most 16, and some channels out. x: [8, M, count], channel k of each word in the plane k."""
     rows, columns = tl.arange(0, 16), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sum = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    for start in range(0, groups, BLOCK_G):
-        group = start + tl.arange(0, BLOCK_G)
-        inside = (group[:, None] < groups) & (columns[None] < n)
-        at = columns[None].to(tl.int64) * groups + group[:, None]
-        by = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-        mine = (rows[:, None] < m) & (group[None] < groups)
-        for word in tl.static_range(WORDS):
-            packed = tl.load(words + at * WORDS + word, mask=inside, other=0)
-            for k in tl.static_range(8):
-                places = (rows[:, None] * (8 * WORDS) + 8 * word + k) * groups + group[None]
-                a = tl.load(x + places, mask=mine, other=0.0)
-                sum = tl.dot(a, (_float(packed, k) * by).to(a.dtype), sum, input_precision="ieee")
+    sum = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
+    for start in range(0, count, BLOCK_W):
+        word = start + tl.arange(0, BLOCK_W)
+        inside, mine = (word[None] < count) & (columns[:, None] < n), (rows[None] < m) & (word[:, None] < count)
+        at = columns[:, None].to(tl.int64) * count + word[None]
+        packed = tl.load(words + at, mask=inside, other=0)
+        by = tl.load(scale + at // WORDS, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(8):
+            a = tl.load(x + (k * m + rows[None]) * count + word[:, None], mask=mine, other=0.0)
+            sum = tl.dot((_float(packed, k) * by).to(a.dtype), a, sum, input_precision="ieee")
     if BIAS:
-        sum += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None]
-    at = rows[:, None] * n + columns[None]
-    tl.store(out + at, sum.to(out.dtype.element_ty), mask=(rows[:, None] < m) & (columns[None] < n))
+        sum += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+    at = rows[None] * n + columns[:, None]
+    tl.store(out + at, sum.to(out.dtype.element_ty), mask=(rows[None] < m) & (columns[:, None] < n))

@@ -90,7 +90,8 @@ def _kernel(
     for start in range(0, c, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)
         at = rows[:, None].to(tl.int64) * row + channels[None]
-        w = tl.load(weight + at, mask=(number[:, None] < n) & (channels[None] < c), other=0.0).to(tl.float32)
+        w = tl.load(weight + at, mask=(number[:, None] < n) & (channels[None] < c), other=0.0)
+        w = _floats_of_bytes(w) if w.dtype == tl.int8 else w.to(tl.float32)
         sum += w * tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)[None]
     y = tl.sum(sum, axis=1)
     if SCALED:
@@ -98,3 +99,25 @@ def _kernel(
     if BIAS:
         y += tl.load(bias + rows, mask=number < n, other=0.0).to(tl.float32)
     tl.store(out + number, y.to(out.dtype.element_ty), mask=number < n)
+
+
+@triton.jit
+def _floats_of_bytes(x):
+    """Whole numbers of 8 bits as float32, of which a multiprocessor converts few at a time. 2^23 as a float has nothing but zeros
+    behind the point: a byte plus 128 put there is added to it."""
+    bits = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t;
+        xor.b32 t, $4, 0x80808080;
+        prmt.b32 $0, t, 0x4B000000, 0x7440;
+        prmt.b32 $1, t, 0x4B000000, 0x7441;
+        prmt.b32 $2, t, 0x4B000000, 0x7442;
+        prmt.b32 $3, t, 0x4B000000, 0x7443;
+        }""",
+        "=r,=r,=r,=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+    return bits.to(tl.float32, bitcast=True) - (2.0**23 + 128)

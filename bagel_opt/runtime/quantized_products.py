@@ -14,8 +14,8 @@ from bagel_opt.model.quantized import LEAST, quantized_product
 from bagel_opt.runtime import one_token
 
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
-# Blocks of a product with one token: those that read fastest, of some tried on an H100.
-SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((4, 512, 2), (8, 1024, 4)))
+# Blocks of a product with one token: those that read fastest, of some tried on an H200.
+SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((2, 512, 1), (4, 1024, 4)))
 LONG_CHANNELS = 8192
 RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
 

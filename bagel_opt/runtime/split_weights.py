@@ -3,7 +3,7 @@ channels' part, and so reads as much less (tensor parallelism, arXiv 1909.08053)
 
 A rank has its queries' heads and the columns of `o` that they enter, its channels of the MLP, and its part of the vocabulary.
 Keys and values are computed by all alike, since each has the whole cache: that is 1.6% of a layer's weights. What the parts
-add to a token is rounded to the model's dtype, gathered, and added up in float32 in the order of ranks, the same on all.
+add to a token is rounded to the model's dtype and added up in float32 in the order of ranks, the same on all.
 
 B rows, one token each, C hidden channels, H and G heads of queries and of keys and values on a rank, D channels per head, S
 slots, W ranks, V vocabulary.
@@ -74,15 +74,9 @@ def attended_part(expert: Expert, mine: Slices, attended_B1HD: Tensor) -> Tensor
     return product(expert.o, attended_B1HD.flatten(2), mine.o)
 
 
-def mlp_part(expert: Expert, mine: Slices, x_B1C: Tensor, parts_WB1C: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens after the attention, and this rank's part of what the MLP adds."""
-    x_B1C = with_parts(x_B1C, parts_WB1C)
+def mlp_part(expert: Expert, mine: Slices, x_B1C: Tensor) -> Tensor:
     gate, up = products(expert.gate_up, expert.norm2(x_B1C), mine.gate_up)
-    return x_B1C, product(expert.down, F.silu(gate) * up, mine.down)
-
-
-def with_parts(x_B1C: Tensor, parts_WB1C: Tensor) -> Tensor:
-    return (x_B1C.float() + parts_WB1C.float().sum(0)).to(x_B1C.dtype)
+    return product(expert.down, F.silu(gate) * up, mine.down)
 
 
 class SplitWeights:
@@ -91,7 +85,7 @@ class SplitWeights:
     def __init__(self, config: LLMConfig, group: Group, compiles: bool):
         self.config, self.group = config, group
         self.slices: dict[Layer, Slices] = {}
-        pieces = enter, attended_part, mlp_part, with_parts
+        pieces = enter, attended_part, mlp_part
         self.pieces = [any_size(piece) if compiles else piece for piece in pieces]
 
     def __call__(
@@ -112,12 +106,11 @@ class SplitWeights:
             self.slices[layer] = sliced(layer.und, self.config, self.group)
         mine, expert, heads = self.slices[layer], layer.und, k.shape[2] // self.group.size
         mine_alone = slice(self.group.rank * heads, (self.group.rank + 1) * heads)
-        enter, attended_part, mlp_part, with_parts = self.pieces
+        enter, attended_part, mlp_part = self.pieces
         q = enter(expert, mine, und, cos, sin, k, v, start_B, ops)
         attended = ops.attend(q, k[:, :, mine_alone], v[:, :, mine_alone], seen)
-        parts = self.group.gather(attended_part(expert, mine, attended))
-        und, part = mlp_part(expert, mine, und, parts)
-        return with_parts(und, self.group.gather(part)), None, k, v
+        und = self.group.add(und, attended_part(expert, mine, attended))
+        return self.group.add(und, mlp_part(expert, mine, und)), None, k, v
 
 
 def all_logits(head: Linear, x_BC: Tensor, group: Group) -> Tensor:

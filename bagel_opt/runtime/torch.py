@@ -27,8 +27,10 @@ NO_ADAPTERS = (
     "adapters kept apart go beside weights that stay on the device, and with memory= some do not; merge them: lora="
 )
 STAGED = 2**16  # bytes, up to which CUDA stages a copy by itself
-# Programs of fixed shapes that run again and again. Prefill of text and patches launches its kernels itself.
-GRAPHED = {"step", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
+# Programs that run again and again with few shapes. Prefill of patches launches its kernels itself, and so do texts of more tokens
+# than SHORT, since computing takes longer.
+GRAPHED = {"step", "vit", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
+SHORT = 512
 
 
 @contextlib.contextmanager
@@ -155,10 +157,33 @@ class TorchRuntime:
             caches = [cache[as_slice(rows), :slots] for cache in caches]
         alone = self.device.type == "cuda" or self.plan  # one thread at a time
         with torch.no_grad(), _exact() if alone else contextlib.nullcontext():
-            if self.graphs and program in self.graphed and not (self.plan and self.plan.streams_in(program)):
+            if self.graphs and self._replays(program, inputs):
                 return self.graphs.run(self.programs[program], inputs, caches)
             out = self.programs[program](*map(self._tensor, inputs), *caches)
         return out[: len(out) - len(caches)]
+
+    def _replays(self, program: str, inputs: list) -> bool:
+        """Whether a program is captured. None is whose weights come and go."""
+        comes_and_goes = self.plan and (self.plan.streams_in(program) or program in self.plan.away)
+        short = program == "text" and inputs[0].size <= SHORT
+        return (short or program in self.graphed) and not comes_and_goes
+
+    @functools.cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def ahead(self, values: np.ndarray) -> Tensor | np.ndarray:
+        """On a GPU by a stream of its own, so that the copy waits for nothing that was launched. Values that find no room stay."""
+        if self.device.type != "cuda":
+            return values
+        try:
+            with torch.cuda.stream(self._copies):
+                tensor = torch.from_numpy(values).to(self.device)
+        except torch.OutOfMemoryError:
+            return values
+        self._copies.synchronize()
+        tensor.record_stream(torch.cuda.default_stream(self.device))
+        return tensor
 
     def _tensor(self, values: np.ndarray | Tensor) -> Tensor:
         """On the device. The copy is staged, so the host need not wait for what the device still has to do."""

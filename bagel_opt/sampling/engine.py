@@ -189,7 +189,7 @@ class Engine:
         """A text of each of these requests: of neighbouring rows together where the program takes them, but of no more tokens
         than another program has room for."""
         found, p = {self.batches.at(job.want.context): job for job in jobs}, self.profile
-        most = max(p.text, p.patches, p.latents) // p.text if self.runtime.free_texts else 1
+        most = max(p.text, p.patches, p.rows * p.latents) // p.text if self.runtime.free_texts else 1
         for batch in range(p.batches):
             rows = [at - batch * p.rows for at in sorted(found) if at // p.rows == batch]
             for run in neighbours(rows):

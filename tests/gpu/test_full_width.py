@@ -49,6 +49,18 @@ def test_flash_attention(rows, queries, causal):
 
 
 @pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("channels", [72, 80])
+def test_flash_attention_of_a_vit(channels):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4928, 16, channels, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k[:, 4900:], v[:, 4900:] = 100, -100
+    ops = TorchOps("flash", of_vit="flash").vit
+    got = ops.attend(q, k, v, ops.visible(torch.tensor([4900], device="cuda"), 4928, 4928, causal=False))
+    mine = (x.transpose(1, 2).float() for x in (q, k[:, :4900], v[:, :4900]))
+    assert relative(got.float(), F.scaled_dot_product_attention(*mine).transpose(1, 2)) < 1e-2
+
+
+@pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
 @pytest.mark.parametrize(("rows", "latents"), [(2, 4096), (1, 1024), (4, 1024), (2, 256)])
 def test_layers(backend, rows, latents):

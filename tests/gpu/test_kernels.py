@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support import relative
 
 if torch.cuda.is_available():
+    from bagel_opt.model import one_query
     from bagel_opt.runtime import group_norm, inbox, one_token
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -60,6 +61,28 @@ def test_the_product_of_spans_with_a_single_token(dtype, biased, spans):
         assert relative(got.double(), want) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(28, 4, 128), (16, 2, 128), (12, 12, 64), (6, 1, 32)])
+@pytest.mark.parametrize("lengths", [[0], [1], [4999], [0, 64, 65, 700, 1], [300] * 16])
+def test_attention_of_one_query(dtype, heads, kv_heads, channels, lengths):
+    """In rows of a larger cache, where all that is no key is poison. A row alone is bit for bit what it is among as many."""
+    rows, slots = len(lengths), max(lengths) + 3
+    q = torch.randn(rows, 1, heads, channels, device="cuda").to(dtype)
+    assert one_query.fits(q, q[:, :, :kv_heads])
+    both = torch.full((2, rows + 1, slots + 5, kv_heads, channels), torch.nan, device="cuda").to(dtype)
+    for row, length in enumerate(lengths):
+        both[:, row, :length].normal_()
+    k, v = both[:, :rows, :slots]
+    kv_len = torch.tensor(lengths, device="cuda")
+    got = one_query.attend(q, k, v, kv_len)
+    for row, length in enumerate(lengths):
+        mine = (x[row : row + 1].transpose(1, 2).double() for x in (q, k[:, :length], v[:, :length]))
+        want = F.scaled_dot_product_attention(*mine, enable_gqa=True).transpose(1, 2) if length else q[row] * 0
+        assert relative(got[row].double() + 1, want[0].double() + 1) < LIMIT[torch.bfloat16]
+    changed = one_query.attend(q.flip(0), k.flip(0), v.flip(0), kv_len.flip(0))
+    assert torch.equal(changed.flip(0), got)
+
+
 @pytest.fixture(params=[2, 3])
 def inboxes(request):
     """Of ranks that are streams of one GPU."""
@@ -109,6 +132,30 @@ def test_small_gathers(inboxes):
                 graph.replay()
         torch.cuda.synchronize()
         check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_of_what_all_ranks_have(inboxes, dtype):
+    """Alike on all, launched and between gathers; and as rounded once."""
+    streams = [torch.cuda.Stream() for _ in inboxes]
+    for n in (2, 3584, 8 * 3584, 3 * inbox.BLOCK * inbox.PROGRAMS + 10):
+        x = torch.randn(n, device="cuda").to(dtype)
+        parts = [torch.randn(n, device="cuda").to(dtype) for _ in inboxes]
+        outs, gathered = (
+            [torch.zeros(*shape, n, device="cuda").to(dtype) for _ in inboxes] for shape in ((), (len(inboxes),))
+        )
+        torch.cuda.synchronize()
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                inboxes[rank].add(x, parts[rank], outs[rank])
+                inboxes[rank].gather(parts[rank], gathered[rank])
+                inboxes[rank].add(x, parts[rank], outs[rank])
+        torch.cuda.synchronize()
+        want = (x.double() + sum(part.double() for part in parts)).to(dtype)
+        for out, all_parts in zip(outs, gathered, strict=True):
+            assert torch.equal(out, outs[0])
+            assert relative(out.double(), want.double()) < LIMIT.get(dtype, 3e-3)
+            assert torch.equal(all_parts, torch.stack(parts))
 
 
 def test_gathers_that_wait_for_a_rank_that_is_gone_can_be_ended(inboxes):

@@ -51,7 +51,9 @@ def test_product_with_what_is_not_rounded(kind, m, c, n, dtype):
         assert error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize(("m", "c", "n"), [*SIZES, (1, 4304, 1153), (3, 4304, 1152), (40, 4304, 1152)])
+@pytest.mark.parametrize(
+    ("m", "c", "n"), [*SIZES, (1, 4304, 1153), (3, 4304, 1152), (40, 4304, 1152), (3, 4304, 9001), (16, 3584, 37888)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_product_in_groups(kernels, m, c, n, dtype):
     from bagel_opt.runtime.int4_products import unpacked

@@ -14,6 +14,7 @@ from support import ROOT, cases, examples, random_inputs, relative
 
 from bagel_opt import installed
 from bagel_opt.model import attention, kv_cache
+from bagel_opt.model.ops import TorchOps
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_BACKENDS = ["sdpa", *(["flex"] if AVX512 else [])]  # elsewhere torch's kernel is wrong
@@ -51,6 +52,15 @@ def test_op_is_its_definition(backend, causal, heads, kv_heads, queries):
         k[b, length:], v[b, length:] = 1e3, -1e3
     got = attention.attention(q, k, v, kv_len, causal, backend)
     assert relative(got.double(), by_definition(q, k, v, kv_len, causal)) < 1e-5
+
+
+def test_a_mask_goes_to_sdpa_where_all_else_is_flash():
+    """As of a ViT with windows, for which FlashAttention has no kernel."""
+    q, k, v, kv_len = random_inputs(2, 6, 6, 4, 4, 16)
+    group = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2)
+    ops = TorchOps("flash", of_vit="flash").vit
+    got = ops.attend(q, k, v, ops.within(group, kv_len))
+    assert torch.equal(got, TorchOps("sdpa").attend(q, k, v, TorchOps("sdpa").within(group, kv_len)))
 
 
 @examples(100)

@@ -1,10 +1,14 @@
 """When programs are captured as CUDA graphs, and which graphs are kept; without a GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from support import CHECKPOINT
 
 from bagel_opt.runtime import cuda_graphs
+from bagel_opt.runtime.torch import SHORT
 
 
 class Captured:
@@ -69,3 +73,27 @@ def test_the_graphs_that_were_used_last_are_kept(graphs, monkeypatch):
     assert run(4) == "ran"  # and 2 is gone
     assert [run(size) for size in (1, 3, 2)] == ["replayed", "replayed", "ran"]
     assert len(graphs.captured) == 3
+
+
+def test_programs_that_are_captured(load):
+    """Those that come again with the same shapes, for which launching takes longer than computing; none whose weights come and go."""
+    runtime = load(CHECKPOINT, "eager").runtime
+
+    texts = {"text": (1, 64), "long": (1, SHORT + 64), "many": (SHORT // 64 + 1, 64)}
+
+    def captured(**plan):
+        runtime.plan = SimpleNamespace(**plan) if plan else None
+        found = {name for name, shape in texts.items() if runtime._replays("text", [np.zeros(shape, np.int64)])}
+        others = "vit", "vit_context", "decode", "generate", "step", "vae_decode"
+        return found | {name for name in others if runtime._replays(name, [np.zeros((1, 64))])}
+
+    try:
+        every = {"text", "vit", "decode", "generate", "step"}
+        assert captured() == every
+        assert captured(streams_in=lambda program: program == "generate", away={"vit"}) == every - {"vit", "generate"}
+        assert captured(streams_in=lambda program: program in ("text", "decode"), away=set()) == every - {
+            "text",
+            "decode",
+        }
+    finally:
+        runtime.plan = None

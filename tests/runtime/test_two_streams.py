@@ -1,6 +1,7 @@
 """What runtime/two_streams.py puts together in another way than the model does, on the CPU: without streams or compilation."""
 
 import contextlib
+import functools
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from bagel_opt.model.rotary import rope
 from bagel_opt.model.transformer import Layer, run_layer
 from bagel_opt.runtime import cuda_graphs, fused_products, split_layers, split_weights
 from bagel_opt.runtime import two_streams as streams
+from bagel_opt.runtime.groups import Group
 
 
 def plain_product(x, weight, bias=None, residual_MN=None):
@@ -125,7 +127,9 @@ class Threads:
         self.size, self.given, self.met = size, [None] * size, threading.Barrier(size, timeout=20)
 
     def of(self, rank):
-        return SimpleNamespace(size=self.size, rank=rank, gather=lambda x: self.gather(rank, x))
+        group = SimpleNamespace(size=self.size, rank=rank, gather=lambda x: self.gather(rank, x), inbox=None)
+        group.add = functools.partial(Group.add, group)
+        return group
 
     def gather(self, rank, x):
         self.given[rank] = x

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import CHECKPOINT
 
@@ -73,10 +74,10 @@ def test_no_more_tokens_than_another_program_has_room_for(model, ran):
     engine, _ = start(
         model,
         [Request([text], **WRITE) for text in TEXTS[:3]],
-        Profile("few", 4, 512, text=64, patches=64, latents=128),
+        Profile("few", 4, 512, text=64, patches=64, latents=32),
     )
     finish(engine)
-    assert read(ran) == [[2, 64], [1, 64]]
+    assert read(ran) == [[2, 64], [1, 64]]  # as many as the latents of all rows
 
 
 def test_rows_that_are_no_neighbours_are_read_apart(model, ran):
@@ -148,6 +149,28 @@ def test_pictures_are_cut_in_a_thread_of_their_own(model, monkeypatch):
     model.run([*pictures, "what?"], **WRITE)
     assert len(by) == 2
     assert all(name.startswith("patches") for name in by)
+
+
+def test_patches_are_handed_to_the_device_in_that_thread(model, monkeypatch):
+    """As the ViT takes them."""
+    handed, taken, run = [], [], type(model.runtime).run
+
+    def ahead(self, values):
+        handed.append(torch.from_numpy(values).clone())
+        assert threading.current_thread().name.startswith("patches")
+        return handed[-1]
+
+    def noted(self, program, inputs, caches=(), rows=None):
+        taken.extend(inputs[:1] if program == "vit" else ())
+        return run(self, program, inputs, caches, rows)
+
+    request = Request([Image.effect_mandelbrot((64, 64), (-2, -1.2, 1, 1.2), 30).convert("RGB"), "what?"], **WRITE)
+    alone = model.run_many([request])
+    monkeypatch.setattr(type(model.runtime), "run", noted)
+    monkeypatch.setattr(type(model.runtime), "ahead", ahead)
+    assert model.run_many([request]) == alone
+    assert [id(tensor) for tensor in handed] == [id(tensor) for tensor in taken]
+    assert handed[0].shape[2] == model.config.vit.patch_dim
 
 
 def test_a_picture_that_cannot_be_cut_ends_its_request_alone(model):
