@@ -292,7 +292,7 @@ def _warming_up(
 
     if kinds:
         register_kernels(device)
-    return warming_up(config.llm, device, dtype, kinds)
+    return warming_up(config, device, dtype, kinds)
 
 
 def shipped_model() -> Path:

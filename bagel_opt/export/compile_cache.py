@@ -47,14 +47,12 @@ def warm(model: Mixture, profiles: list[Profile], folder: Path, progress: Callab
 
 def keep_attention_kernels(model: Mixture, folder: Path) -> None:
     """For a bundle whose programs call FlashAttention: compiles its kernels, and keeps them in folder/cache."""
-    c = model.config.llm
     for name, source in _kernel_folders(model).items():
         if name == "flash_attention":
-            from bagel_opt.runtime.warm_up import ATTENTION, compile_part
+            from bagel_opt.runtime.warm_up import ATTENTION, compile_part, heads_of
 
             for part in range(len(ATTENTION)):
-                heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-                compile_part(model.device, model.dtype, heads, part)
+                compile_part(model.device, model.dtype, heads_of(model.config), part)
             _copy(source, folder / CACHE / name)
 
 

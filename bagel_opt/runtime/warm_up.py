@@ -5,6 +5,7 @@ own do that, into the packages' caches. torch's compiler takes some seconds to s
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -17,14 +18,21 @@ import torch
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.installed import KERNELS, kernel_folder
+from bagel_opt.lance.config import Config
 from bagel_opt.model import attention
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.transformer import Layer
 from bagel_opt.runtime import fused_products
 
-# What attention is compiled for, as (rows, queries, causal): flow steps and their markers; text; tokens, whose keys are split
-# among multiprocessors.
-ATTENTION = (((2, 4096, False), (2, 2, False)), ((1, 64, True), (1, 512, True)), ((1, 1, True), (8, 1, True)))
+# What attention is compiled for: whose heads, and (rows, queries, causal) of flow steps and their markers; of text; of tokens,
+# whose keys are split among multiprocessors; and of pictures that are read.
+ATTENTION = (
+    ("layers", ((2, 4096, False), (2, 2, False))),
+    ("layers", ((1, 64, True), (1, 512, True))),
+    ("layers", ((1, 1, True), (8, 1, True))),
+    ("vit", ((1, 4096, False),)),
+)
+Heads = Mapping[str, tuple[int, int, int]]  # of queries, of keys and values; channels of each
 PRODUCTS = 2  # parts of the products
 PARTS = len(ATTENTION) + PRODUCTS  # each can be compiled by a process of its own
 PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is wanted
@@ -32,11 +40,11 @@ PATIENCE = 120  # seconds; what is not compiled by then is compiled when it is w
 
 @contextlib.contextmanager
 def warming_up(
-    config: LLMConfig, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str] = MappingProxyType({})
+    config: Config, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[None]:
     """Starts all that, and waits for it at the end. kinds: of the parts that are quantised. Whether it succeeds shows in
     nothing but the time."""
-    compiler = threading.Thread(target=_compile_pieces, args=(config, device, dtype, kinds), daemon=True)
+    compiler = threading.Thread(target=_compile_pieces, args=(config.llm, device, dtype, kinds), daemon=True)
     compiler.start()
     processes: list[subprocess.Popen] = []
     try:
@@ -83,15 +91,23 @@ def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: st
     return layer.to_empty(device=device).eval().requires_grad_(False)
 
 
-def _commands(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> list[tuple[list[str], dict[str, Any]]]:
+def heads_of(config: Config) -> Heads:
+    c, vit = config.llm, config.vit
+    heads = vit.num_attention_heads
+    return {
+        "layers": (c.num_attention_heads, c.num_key_value_heads, c.head_dim),
+        "vit": (heads, heads, vit.hidden_size // heads),
+    }
+
+
+def _commands(config: Config, device: torch.device, dtype: torch.dtype) -> list[tuple[list[str], dict[str, Any]]]:
     """Of the processes, with what Popen takes beside: as many as leave a core free, but for one. None where there is nothing to
     compile."""
     if torch.cuda.get_device_capability(device)[0] < 9 or attention.flash_package() != "flash_attn.cute":
         return []
     if all(any(kernel_folder(name).rglob("*.o")) for name in KERNELS) or not sys.executable:
         return []
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    about = [str(device), str(dtype).removeprefix("torch."), *map(str, heads)]
+    about = [str(device), str(dtype).removeprefix("torch."), json.dumps(heads_of(config))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     count = max(1, min(PARTS, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1))
@@ -99,16 +115,16 @@ def _commands(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> li
     return [([sys.executable, "-m", __name__, *about, *share], {"env": environment, **quiet}) for share in shares]
 
 
-def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], part: int) -> None:
-    """Runs a part's kernels once, on small tensors: those of an item of ATTENTION, or a share of the products'. heads: of
-    queries, of keys and values; and channels per head."""
+def compile_part(device: torch.device, dtype: torch.dtype, heads: Heads, part: int) -> None:
+    """Runs a part's kernels once, on small tensors: those of an item of ATTENTION, or a share of the products'."""
     if part >= len(ATTENTION):
         if fused_products.possible(device, dtype):
             for call in fused_products.kernels(device, dtype)[part - len(ATTENTION) :: PRODUCTS]:
                 call()
         return
-    query_heads, kv_heads, channels = heads
-    for rows, queries, causal in ATTENTION[part]:
+    whose, sizes = ATTENTION[part]
+    query_heads, kv_heads, channels = heads[whose]
+    for rows, queries, causal in sizes:
         q = torch.zeros(rows, queries, query_heads, channels, dtype=dtype, device=device)
         k = torch.zeros(rows, 4352, kv_heads, channels, dtype=dtype, device=device)
         kv_len = torch.full((rows,), max(queries, 200), dtype=torch.int64, device=device)
@@ -117,7 +133,6 @@ def compile_part(device: torch.device, dtype: torch.dtype, heads: tuple[int, int
 
 
 if __name__ == "__main__":
-    device, dtype, *numbers = sys.argv[1:]
-    heads = tuple(map(int, numbers[:3]))
-    for number in numbers[3:]:
-        compile_part(torch.device(device), getattr(torch, dtype), heads, int(number))
+    device, dtype, heads, *parts = sys.argv[1:]
+    for part in parts:
+        compile_part(torch.device(device), getattr(torch, dtype), json.loads(heads), int(part))

@@ -1,5 +1,6 @@
 """What starts while weights are read, without a GPU: which processes, and that none is left behind."""
 
+import json
 import sys
 import types
 
@@ -11,7 +12,8 @@ from bagel_opt.config import LLMConfig
 from bagel_opt.model import attention
 from bagel_opt.runtime import two_streams, warm_up
 
-CONFIG, CPU = LLMConfig(64, 96, 1, 4, 2, 10), torch.device("cpu")
+LLM, CPU = LLMConfig(64, 96, 1, 4, 2, 10), torch.device("cpu")
+CONFIG = types.SimpleNamespace(llm=LLM, vit=types.SimpleNamespace(num_attention_heads=16, hidden_size=1152))
 
 
 class Process:
@@ -46,11 +48,10 @@ def test_every_part_is_compiled_by_one_process(started, monkeypatch, cores, coun
         assert len(started) == count
         assert not any(process.waited for process in started)
     assert all(process.waited for process in started)
-    assert all(
-        process.command[:8] == [sys.executable, "-m", warm_up.__name__, "cpu", "bfloat16", "4", "2", "16"]
-        for process in started
-    )
-    assert sorted(int(part) for process in started for part in process.command[8:]) == list(range(warm_up.PARTS))
+    for process in started:
+        assert process.command[:5] == [sys.executable, "-m", warm_up.__name__, "cpu", "bfloat16"]
+        assert json.loads(process.command[5]) == {"layers": [4, 2, 16], "vit": [16, 16, 72]}
+    assert sorted(int(part) for process in started for part in process.command[6:]) == list(range(warm_up.PARTS))
 
 
 def test_nothing_starts_where_all_is_there(started, tmp_path):
@@ -93,7 +94,7 @@ def test_every_piece_is_run_as_it_will_be(monkeypatch, kinds):
         return run
 
     monkeypatch.setattr(two_streams, "compiled", compiled)
-    warm_up._run_all_pieces(CONFIG, CPU, torch.float32, kinds)
+    warm_up._run_all_pieces(LLM, CPU, torch.float32, kinds)
     many = {(name, (1, 64)) for name in ("enter", "leave", "norm", "to_heads")}
     assert set(seen) == many | {(name, rows) for name in ("enter", "leave") for rows in ((1, 1), (2, 1))}
     assert seen.count(("enter", (1, 64))) == (2 if len(kinds) else 1)
