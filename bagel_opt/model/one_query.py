@@ -20,7 +20,7 @@ PROGRAMS, MOST = 512, 32
 def fits(q_BQHD: Tensor, k_BSGD: Tensor) -> bool:
     """Whether the kernel is for such queries and keys."""
     heads, channels = q_BQHD.shape[2:]
-    return q_BQHD.shape[1] == 1 and channels in (32, 64, 128, 256) and heads // k_BSGD.shape[2] <= 64
+    return q_BQHD.shape[1] == 1 and channels in (16, 32, 64, 128, 256) and heads // k_BSGD.shape[2] <= 64
 
 
 def attend(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor) -> Tensor:

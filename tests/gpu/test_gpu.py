@@ -83,6 +83,23 @@ def test_golden_cases_from_torchs_bundles(kind, dtype, tmp_path, record_property
     assert max(errors.values()) < (1e-4 if dtype == "float32" else 0.1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("aoti", {"und": "int4", "gen": "int8", "head": "int8"}), ("export", "fp8"), ("compile", "int4")]
+)  # fmt: skip
+def test_quantized_bundles(kind, quantization, tmp_path):
+    """As the model itself in the same kinds."""
+    profile = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
+    given = {"dtype": "bfloat16", "device": "cuda", "quantization": quantization}
+    folder, want = export(CHECKPOINT, tmp_path / kind, profile, format=kind, **given), {}
+    for model in (bagel_opt.load(CHECKPOINT, **given), bagel_opt.load(folder)):
+        for case in cases():
+            events = []
+            model.run(case.inputs, on_step=events.append, **{**case.options, "max_think_tokens": 2})
+            if events:
+                assert relative(events[0].v_t, want.setdefault(case.name, events[0].v_t)) < 0.05
+    assert want
+
+
 @pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
 def onnx_bundle(request, tmp_path_factory):
     ort = pytest.importorskip("onnxruntime")

@@ -62,7 +62,9 @@ def test_the_product_of_spans_with_a_single_token(dtype, biased, spans):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(28, 4, 128), (16, 2, 128), (12, 12, 64), (6, 1, 32)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "channels"), [(28, 4, 128), (16, 2, 128), (12, 12, 64), (6, 1, 32), (4, 2, 16)]
+)
 @pytest.mark.parametrize("lengths", [[0], [1], [4999], [0, 64, 65, 700, 1], [300] * 16])
 def test_attention_of_one_query(dtype, heads, kv_heads, channels, lengths):
     """In rows of a larger cache, where all that is no key is poison. A row alone is bit for bit what it is among as many."""
