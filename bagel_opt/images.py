@@ -72,7 +72,7 @@ class InputImage:
     def patches(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """What the ViT reads, a call each: patches [P, K], and their places in the table of positions [P]."""
         places = positions(*self.vit_grid, self.config.vit_side)
-        return [(tokens(pixels(self.vit), self.config.vit.patch_size), places)]
+        return [(patches(self.vit, self.config.vit.patch_size), places)]
 
     def frames(self) -> list[np.ndarray]:
         """What the VAE encodes, a call each: pixels [1, 3, H, W]."""
@@ -185,6 +185,18 @@ def tokens(array_CHW: np.ndarray, patch: int) -> np.ndarray:
     h, w = height // patch, width // patch
     cut = array_CHW[:, : h * patch, : w * patch].reshape(channels, h, patch, w, patch)
     return np.ascontiguousarray(cut.transpose(1, 3, 2, 4, 0).reshape(h * w, patch * patch * channels))
+
+
+def patches(image: Image.Image, patch: int) -> np.ndarray:
+    """`tokens` of `pixels`. What is cut is bytes, which takes a quarter of the time."""
+    bytes_HWC = np.asarray(image)
+    height, width, channels = bytes_HWC.shape
+    h, w = height // patch, width // patch
+    cut = bytes_HWC[: h * patch, : w * patch].reshape(h, patch, w, patch, channels).transpose(0, 2, 1, 3, 4)
+    found = cut.reshape(h * w, -1).astype(np.float32)
+    for value, change in ((255, np.divide), (0.5, np.subtract), (0.5, np.divide)):
+        change(found, np.float32(value), out=found)
+    return found
 
 
 def untokens(tokens_NC: np.ndarray, height: int, width: int, patch: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from bagel_opt.runtime import one_token
 
 FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 # Blocks of a product with one token: those that read fastest, of some tried on an H200.
-SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((2, 512, 1), (4, 1024, 4)))
+SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((4, 512, 2), (4, 1024, 4)))
 LONG_CHANNELS = 8192
 RECIPROCAL = tl.constexpr(1 / 448)  # of the largest 8-bit float; to_codes multiplies with it, too
 
@@ -39,7 +39,13 @@ def _(
         one_token.multiply(x_MC, codes_NC, scale_N, bias_N, out_MN, **(LONG if c > LONG_CHANNELS else SHORT))
         return out_MN
     if m <= FEW:
-        sizes = {"BLOCK_M": 16, "BLOCK_N": 16 if n < 2**13 else 32, "BLOCK_C": 256, "num_warps": 4, "num_stages": 5}
+        sizes = {
+            "BLOCK_M": 16,
+            "BLOCK_N": 16 if coded or n < 2**13 else 32,
+            "BLOCK_C": 256,
+            "num_warps": 2 if coded else 4,
+            "num_stages": 5,
+        }
     else:
         sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
     grid = (triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)

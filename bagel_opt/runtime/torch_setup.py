@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bagel_opt.installed import fault, told
-from bagel_opt.model.attention import flash_package
+from bagel_opt.model.attention import of_vit
 from bagel_opt.model.linear import Linear
 from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.quantized import Quantized
@@ -103,12 +103,12 @@ def run_any_size(layer: Layer, und_BTC: Tensor, *given: Any) -> tuple:
 
 
 def _use_kernels(model: Mixture) -> None:
-    """Those of a GPU for what torch.compile would have to compile for each shape. Its ViT is no faster compiled, and its
-    attention twice as fast by FlashAttention 4 as by cuDNN."""
+    """Those of a GPU for what torch.compile would have to compile for each shape. Its ViT is no faster compiled."""
     from bagel_opt.runtime import group_norm, one_token
 
-    if model.ops.backend == "flash" and flash_package() == "flash_attn.cute":
-        model.ops = dataclasses.replace(model.ops, of_vit="flash")
+    vit = model.config.vit
+    channels = vit.hidden_size // vit.num_attention_heads
+    model.ops = dataclasses.replace(model.ops, of_vit=of_vit(model.ops.backend, channels))
 
     if all(parameter.ndim < 5 for parameter in model.vae.parameters()):
         model.vae.to(memory_format=torch.channels_last)

@@ -54,6 +54,15 @@ def test_op_is_its_definition(backend, causal, heads, kv_heads, queries):
     assert relative(got.double(), by_definition(q, k, v, kv_len, causal)) < 1e-5
 
 
+@pytest.mark.parametrize("package", ["flash_attn.cute", "flash_attn", None])
+def test_which_vits_flash_attention_4_takes(monkeypatch, package):
+    """Those whose heads have a multiple of 8 channels, as both published ones; other packages are no faster than SDPA."""
+    monkeypatch.setattr(attention, "flash_package", lambda: package)
+    taken = {n for n in (12, 64, 72, 80, 257, 264) if attention.of_vit("flash", n) == "flash"}
+    assert taken == ({64, 72, 80} if package == "flash_attn.cute" else set())
+    assert attention.of_vit("sdpa", 72) == "sdpa"
+
+
 def test_a_mask_goes_to_sdpa_where_all_else_is_flash():
     """As of a ViT with windows, for which FlashAttention has no kernel."""
     q, k, v, kv_len = random_inputs(2, 6, 6, 4, 4, 16)
