@@ -114,10 +114,6 @@ def export(
         log.info(note)
     if onnx and not fits_onnx(source.kinds, device, dtype):
         raise ValueError(f"{source.folder} is quantised, {source.kinds}; ONNX bundles take {FOR_ONNX}")
-    if onnx and device == "cuda" and source.config.family != "bagel":
-        raise ValueError(
-            "Lance models are not exported to ONNX for CUDA yet; use format 'aoti' or 'export', or device 'cpu'"
-        )
     source.check_kinds(kinds)
     profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
     stored = stored_shapes(source.config, format, device, kinds)
