@@ -31,13 +31,15 @@ KINDS = {
     "int8": Kind("int8", "float32"),
     "int4": Kind("uint8", "bfloat16", group=32),
 }
+BLOCK = 128  # channels that share a scale in "int8" in ONNX for CUDA, whose nodes want them in blocks: it is repeated
 # Parts: the products in the layers of an expert, or of the ViT; the head, which makes the logits of a token; the table of the
 # tokens' embeddings, of which rows are read. What is in none stays as it is: norms, the connector, and the VAE.
 PARTS = ("und", "gen", "vit", "head", "embeddings")
 BY_DEFAULT = ("und", "gen")  # where one kind is named for all
 
 NEEDS = {"fp8": (8, 9), "int8": (8, 0), "int4": (8, 0)}  # compute capability, of a GPU
-IN_ONNX = {"int8", "int4"}  # kinds for which ONNX Runtime has products, on the CPU in float32
+IN_ONNX = {"int8", "int4"}  # kinds for which ONNX Runtime has products, see `fits_onnx`
+FOR_ONNX = "'int8' and 'int4', on the CPU in float32 and for CUDA in float16 and bfloat16"
 
 Quantization = str | Mapping[str, str]
 
@@ -64,4 +66,5 @@ def kinds_of_products(kinds: Mapping[str, str]) -> set[str]:
 
 def fits_onnx(kinds: Mapping[str, str], device: str, dtype: str) -> bool:
     """Whether an ONNX bundle can have parts in these kinds."""
-    return not kinds or ((device, dtype) == ("cpu", "float32") and IN_ONNX.issuperset(kinds.values()))
+    fitting = dtype == "float32" if device == "cpu" else dtype in ("float16", "bfloat16")
+    return not kinds or (fitting and IN_ONNX.issuperset(kinds.values()))

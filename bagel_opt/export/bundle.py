@@ -19,7 +19,7 @@ from bagel_opt.files.manifest import TOKENIZER, UNFINISHED, WEIGHTS, Manifest, l
 from bagel_opt.files.parameters import stored_dtypes, stored_shapes
 from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.signatures import ONE_ROW, ROW, Signature, signatures
-from bagel_opt.quantization import Quantization, fits_onnx, kinds_of_parts
+from bagel_opt.quantization import FOR_ONNX, Quantization, fits_onnx, kinds_of_parts
 from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.versions import check_version
 
@@ -77,7 +77,9 @@ def export(
     model's sizes (default_profile). format: "onnx", "aoti"
     (AOTInductor), "export" (torch.export) or "compile" (torch.compile with its caches). attention: as for `load`; of
     "aoti" and "export", "auto", "sdpa" or "flash"; of "onnx", "auto". device: where the bundle is to run, "cpu" or
-    "cuda". quantization, weights, lora: as for `load`; ONNX takes "int8" and "int4", on the CPU in float32. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more than one weight in memory.
+    "cuda". quantization, weights, lora: as for `load`; ONNX takes "int8" and "int4", on
+    the CPU in float32 and for CUDA in 16 bits. ONNX for CUDA can be exported without a GPU, and no export to ONNX holds more
+    than one weight in memory.
     verify: compare the bundle with eager float32 before it is moved into place, and raise BundleError where it differs.
     progress(what, done, total).
 
@@ -88,7 +90,7 @@ def export(
     check_settings(format, dtype, attention, device)
     onnx, kinds = format == "onnx", kinds_of_parts(quantization)
     if onnx and not fits_onnx(kinds, device, dtype):
-        raise ValueError(f"quantization={quantization!r}; ONNX bundles take 'int8' and 'int4', on the CPU in float32")
+        raise ValueError(f"quantization={quantization!r}; ONNX bundles take {FOR_ONNX}")
     out, profiles = Path(out).resolve(), None if profile is None else _profiles(profile)
     try:
         import safetensors  # noqa: F401
@@ -111,17 +113,11 @@ def export(
     for note in source.notes:
         log.info(note)
     if onnx and not fits_onnx(source.kinds, device, dtype):
-        raise ValueError(
-            f"{source.folder} is quantised, {source.kinds}; ONNX bundles take 'int8' and 'int4', on the CPU in float32"
-        )
-    if onnx and device == "cuda" and source.config.family != "bagel":
-        raise ValueError(
-            "Lance models are not exported to ONNX for CUDA yet; use format 'aoti' or 'export', or device 'cpu'"
-        )
+        raise ValueError(f"{source.folder} is quantised, {source.kinds}; ONNX bundles take {FOR_ONNX}")
     source.check_kinds(kinds)
     profiles, kinds = profiles or [default_profile(source.config)], kinds or source.kinds
     stored = stored_shapes(source.config, format, device, kinds)
-    dtypes = stored_dtypes(stored, kinds, onnx)
+    dtypes = stored_dtypes(stored, kinds, device if onnx else "")
     size = sum(prod(shape) * DTYPES[dtypes.get(name, dtype)].bytes for name, shape in stored.items())
     if onnx:
         from bagel_opt.export.onnx import Shapes

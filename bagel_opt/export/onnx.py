@@ -21,10 +21,10 @@ from bagel_opt.export import onnx_graph
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.export.given import Given
 from bagel_opt.export.onnx_free_sizes import free_sizes
-from bagel_opt.export.onnx_fused import SplitQKV, fuse, store_split
+from bagel_opt.export.onnx_fused import SplitQKV, check_order, fuse, store_split, widen
 from bagel_opt.export.onnx_graph import optimize, point_outside, strip, used_weights, weights_to_inputs
 from bagel_opt.export.onnx_ops import OnnxOps
-from bagel_opt.export.onnx_quantized import Product, as_read, as_stored
+from bagel_opt.export.onnx_quantized import Product, as_read, as_stored, product_for, table_for
 from bagel_opt.export.onnx_translations import OPSET, TRANSLATIONS, translations_made_once
 from bagel_opt.export.processes import in_processes
 from bagel_opt.files.parameters import kind_of, part_of, stored_dtypes, stored_shapes
@@ -72,7 +72,7 @@ class Shapes:
     For the CPU provider those of linear layers are stored as [in, out], which its kernel for a single token reads as
     it lies; as [out, in] it would be transposed anew for each token. CUDA reads either. fused: with the operators of
     onnx_fused.py; None is for CUDA in 16 bits, since they have no fast kernels for float32. kinds: of the parts that are
-    quantised, for the CPU provider in float32. coded: parameters come quantised so already.
+    quantised, for the CPU provider in float32 and for CUDA in 16 bits. coded: parameters come quantised so already.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Shapes:
             self.model = build(config)
         if coded:
             self.plain.quantize(self.kinds)
+            check_order(config.llm, self.kinds, self.fused)
         for expert in [module for module in self.model.modules() if isinstance(module, Expert)]:
             expert.gate_up = Apart(expert.gate_up)
             if device == "cuda":
@@ -105,11 +106,13 @@ class Shapes:
         for name in linear:
             pair = [self.stored.get(coded) for coded in _coded(f"{name}.weight")]
             if all(pair):
-                product = self.model.get_submodule(name)
-                product.quantized, product.weight = Product(self.kinds[part_of(f"{name}.")], pair, product), None
+                module = self.model.get_submodule(name)
+                module.quantized = product_for(device, self.kinds[part_of(f"{name}.")], pair, module)
+                module.weight = None
         if "embeddings" in self.kinds:
-            self.model.llm.embed.quantize(self.kinds["embeddings"])
-        self.fixed = stored_dtypes(self.stored, self.kinds, onnx=True)
+            embed = self.model.llm.embed
+            embed.quantized, embed.weight = table_for(device, self.kinds["embeddings"], embed), None
+        self.fixed = stored_dtypes(self.stored, self.kinds, device)
         layout = [(prod(shape), self._dtype(name)) for name, shape in self.stored.items()]
         self.small = sum(count * stored.itemsize for count, stored in layout) <= onnx_graph.ALL_PACKED_BELOW
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -125,9 +128,12 @@ class Shapes:
         table = part_of(name) == "embeddings"
         for part, tensor in self._split(name, weight):
             if ".quantized." in part:
-                yield part, as_read(tensor, self.kinds[part_of(part)], table)
+                yield (
+                    part,
+                    tensor if table else as_read(tensor, self.kinds[part_of(part)], self.device, self.stored[part]),
+                )
             elif kind := kind_of(part, tensor.shape, self.kinds):
-                yield from zip(_coded(part), as_stored(tensor, kind, table), strict=True)
+                yield from zip(_coded(part), as_stored(tensor, kind, None if table else self.device), strict=True)
             else:
                 yield part, tensor.t() if part in self.transposed else tensor
 
@@ -154,7 +160,7 @@ class Shapes:
 
     def unpacked(self, program: str) -> set[str]:
         """Codes of 4 bits, and their scales, that this program makes floats of."""
-        if self.small or program in onnx_graph.PACKED_CODES:
+        if self.small or self.device == "cuda" or program in onnx_graph.PACKED_CODES:
             return set()
         return {n for n in self.stored if ".quantized." in n and KINDS[self.kinds[part_of(n)]].group}
 
@@ -226,6 +232,8 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
     if shapes.device == "cpu":
         rows = next(iter(signature.inputs.values()))[0][0] if name in ONE_ROW else None
         free_sizes(exported.graph, rows, cache_names(shapes.config) if caches else [])
+    if shapes.device == "cuda":
+        widen(exported)
     if shapes.fused:
         fuse(exported)
     return exported

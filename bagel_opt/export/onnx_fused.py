@@ -4,6 +4,8 @@ what they took on an H200 (profiles/results/README.md, "ONNX Runtime on a GPU").
 C channels, I the MLP's channels, H query heads on G key-value heads of D channels.
 """
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model.linear import Linear
+from bagel_opt.model.quantized import GROUP
 from bagel_opt.model.transformer import QKV
 
 DOMAIN = "com.microsoft"
 # The gated norm's own norm, switched off: with a large e, x / sqrt(mean(x^2) + e) * sqrt(e) is x. Both are powers of 2,
 # so in float32, in which the operator computes, nothing is rounded; sqrt(e) is stored in the model's own type.
+NOT_IN_BFLOAT16 = {"Clip", "Pad", "ReduceL2"}  # in onnxruntime-gpu 1.31.1
 ROOT = {ir.DataType.FLOAT: 2.0**40, ir.DataType.BFLOAT16: 2.0**40, ir.DataType.FLOAT16: 2.0**14}
 
 
@@ -39,22 +43,34 @@ class SplitQKV(nn.Module):
 def store_split(c: LLMConfig, name: str, weight: Tensor, grouped: bool) -> list[tuple[str, Tensor]]:
     """A parameter of an expert as `SplitQKV` has it. grouped: with its query heads in the order that onnx_ops.py wants: first
     one of each group. Then [B, Q, H * D] is also [B, Q * H / G, G * D], and grouped queries are more queries of as many
-    heads as there are keys.
+    heads as there are keys. The weight may be codes or scales.
     """
-    groups, size = c.num_key_value_heads, c.head_dim
-    per_group, queries = c.num_attention_heads // groups, c.num_attention_heads * size
+    groups, heads = c.num_key_value_heads, c.num_attention_heads
+    queries = heads * c.head_dim
 
     def ordered(rows: Tensor) -> Tensor:
         if not grouped:
             return rows
-        return rows.unflatten(0, (groups, per_group, size)).transpose(0, 1).flatten(0, 2)
+        return rows.unflatten(0, (groups, heads // groups, -1)).transpose(0, 1).flatten(0, 2)
 
-    stem, _, kind = name.rpartition(".")
+    stem, dot, kind = name.rpartition(".quantized.") if ".quantized." in name else name.rpartition(".")
     if stem.endswith(".qkv"):
-        return [(f"{stem}.q.{kind}", ordered(weight[:queries])), (f"{stem}.kv.{kind}", weight[queries:])]
-    if stem.endswith(".o"):
-        return [(name, ordered(weight.t()).t())]
+        return [
+            (f"{stem}.q{dot}{kind}", ordered(weight[:queries])),
+            (f"{stem}.kv{dot}{kind}", weight[queries:]),
+        ]
+    if stem.endswith(".o") and weight.ndim == 2:
+        return [(name, ordered(weight.t()).t().contiguous())]
     return [(name, weight)]
+
+
+def check_order(c: LLMConfig, kinds: Mapping[str, str], grouped: bool) -> None:
+    """Raises ValueError where weights that are coded already cannot be put in the order of `store_split`."""
+    if grouped and c.head_dim % GROUP and "int4" in (kinds.get("und"), kinds.get("gen")):
+        raise ValueError(
+            f"this model is quantised, to 'int4' in groups of {GROUP} channels, of which its heads of {c.head_dim} are no "
+            "multiple: ONNX for CUDA needs them in another order; export it from the checkpoint that was quantised"
+        )
 
 
 def fuse(program: ir.Model) -> None:
@@ -66,6 +82,26 @@ def fuse(program: ir.Model) -> None:
         elif node.op_type == "Mul":
             _fuse_swiglu(graph, node, unit)
     program.opset_imports[DOMAIN] = 1
+
+
+def widen(program: ir.Model) -> None:
+    """Lets what CUDA's provider has no kernel for in bfloat16 compute in float32."""
+    for node in list(program.graph):
+        if node.op_type not in NOT_IN_BFLOAT16 or node.inputs[0].dtype != ir.DataType.BFLOAT16:
+            continue
+        narrow = [(i, x) for i, x in enumerate(node.inputs) if x is not None and x.dtype == ir.DataType.BFLOAT16]
+        for i, x in narrow:
+            wide = ir.node("Cast", [x], {"to": ir.DataType.FLOAT})
+            wide.outputs[0].shape, wide.outputs[0].dtype = x.shape, ir.DataType.FLOAT
+            program.graph.insert_before(node, wide)
+            node.replace_input_with(i, wide.outputs[0])
+        (found,) = node.outputs
+        back = ir.node("Cast", [found], {"to": ir.DataType.BFLOAT16})
+        back.outputs[0].shape, back.outputs[0].dtype = found.shape, ir.DataType.BFLOAT16
+        ir.convenience.replace_all_uses_with(found, back.outputs[0])
+        back.replace_input_with(0, found)
+        program.graph.insert_after(node, back)
+        found.dtype = ir.DataType.FLOAT
 
 
 def _fuse_residual(graph: ir.Graph, norm: ir.Node) -> None:

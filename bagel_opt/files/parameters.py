@@ -10,7 +10,7 @@ from bagel_opt.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_opt.files.lance_parameters import vae_shapes, vit_shapes
 from bagel_opt.files.weights import Location
 from bagel_opt.lance.config import Config
-from bagel_opt.quantization import KINDS
+from bagel_opt.quantization import BLOCK, KINDS
 
 Shapes = dict[str, tuple[int, ...]]
 TOKENS = "llm.embed.weight"
@@ -52,14 +52,18 @@ def quantized_shapes(parameters: Shapes, kinds: Mapping[str, str]) -> Shapes:
     return found
 
 
-def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str], onnx: bool = False) -> dict[str, str]:
-    """Of the codes and the scales among parameters after `Bagel.quantize`, or in an ONNX bundle, which then has the table of
-    tokens in 16 bits."""
-    found = {TOKENS: "bfloat16"} if onnx and kinds else {}
+def stored_dtypes(parameters: Shapes, kinds: Mapping[str, str], onnx: str = "") -> dict[str, str]:
+    """Of the codes and the scales among parameters after `Bagel.quantize`. onnx: the device that an ONNX bundle with these is
+    for. For the CPU it then has the table of tokens in 16 bits, and for CUDA the scales of products in the model's dtype."""
+    found = {TOKENS: "bfloat16"} if onnx == "cpu" and kinds else {}
     for name in parameters:
-        if ".quantized." in name:
-            kind = KINDS[kinds[part_of(name)]]
-            found[name] = kind.codes if name.endswith(".codes") else kind.scale
+        if ".quantized." not in name:
+            continue
+        kind, is_codes = KINDS[kinds[part_of(name)]], name.endswith(".codes")
+        if onnx == "cuda" and part_of(name) != "embeddings":
+            found |= {name: "uint8"} if is_codes else {}
+        else:
+            found[name] = kind.codes if is_codes else kind.scale
     return found
 
 
@@ -91,7 +95,7 @@ def stored_shapes(c: Config, kind: str, device: str, kinds: Mapping[str, str]) -
             if coded := kind_of(name, (rows, *rest), kinds):
                 found |= zip(
                     (f"{part.removesuffix('weight')}quantized.{of}" for of in ("codes", "scale")),
-                    _in_onnx(coded, count, *rest) if product else KINDS[coded].shapes((count, *rest)),
+                    in_onnx(coded, device, count, *rest) if product else KINDS[coded].shapes((count, *rest)),
                     strict=True,
                 )
                 continue
@@ -99,12 +103,13 @@ def stored_shapes(c: Config, kind: str, device: str, kinds: Mapping[str, str]) -
     return found
 
 
-def _in_onnx(kind: str, rows: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def in_onnx(kind: str, device: str, rows: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of a product's codes and scales (export/onnx_quantized.py)."""
-    if not KINDS[kind].group:
+    group = KINDS[kind].group
+    if device == "cpu" and not group:
         return (channels, rows), (rows,)
-    groups = -(-channels // KINDS[kind].group)
-    return (rows, groups, KINDS[kind].group // 2), (rows * groups,)
+    groups = -(-channels // (group or BLOCK))
+    return (rows, groups, group // 2 or BLOCK), (rows * groups,)
 
 
 def compare(

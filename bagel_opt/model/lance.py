@@ -4,6 +4,7 @@ B rows, P patches, N latent tokens, C hidden channels. Integers are int64.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bagel_opt.lance.config import FRAMES, SIDE, LanceConfig
@@ -27,7 +28,7 @@ class Lance(Mixture):
             (index_BN // SIDE % SIDE, SIDE, third),
             (index_BN % SIDE, SIDE, hidden - 2 * third),
         )
-        return torch.cat([self._waves(count, size)[place_BN] for place_BN, count, size in axes], dim=-1)
+        return torch.cat([F.embedding(place_BN, self._waves(count, size)) for place_BN, count, size in axes], dim=-1)
 
     def _waves(self, count: int, size: int) -> Tensor:
         """Of the numbers below `count`: sines, then cosines [count, size], reckoned in float64."""

@@ -1,6 +1,7 @@
 """Rotary positions (arXiv 2104.09864), always in float32. B rows, T tokens, A axes, H heads of D channels."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ def rope(position: Tensor, head_dim: int, theta: float, sections: Sequence[int] 
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[..., None] * (1.0 / theta**exponent)
     if position.ndim == 3:
-        angle = torch.cat([part[:, axis] for axis, part in enumerate(angle.split(list(sections), dim=-1))], dim=-1)
+        ends = [*accumulate(sections)]  # slices: a split in uneven parts is one that export/onnx_fused.py cannot have
+        angle = torch.cat([angle[:, i, :, ends[i] - size : ends[i]] for i, size in enumerate(sections)], dim=-1)
     angle = angle[:, :, None]
     return angle.cos(), angle.sin()
 

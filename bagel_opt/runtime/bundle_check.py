@@ -31,7 +31,7 @@ def check_bundle(
         raise BundleError(f"{folder / MANIFEST}: {wrong}; export the bundle again")
     check_files(folder, manifest, progress, digests)
     weights = folder / WEIGHTS
-    fixed = stored_dtypes(stored, manifest.quantization, manifest.kind == "onnx")
+    fixed = stored_dtypes(stored, manifest.quantization, manifest.device if manifest.kind == "onnx" else "")
     compare(weights, locate_weights(weights), stored, (manifest.dtype,), BundleError, fixed)
 
 

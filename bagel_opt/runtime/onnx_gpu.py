@@ -184,6 +184,7 @@ class OnnxGpuRuntime(OnnxRuntime):
 
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
         graphed, options = path.name.startswith(GRAPHED), ort.SessionOptions()
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "0")  # whose weights would have to be constant
         options.enable_mem_pattern = False  # a second run would take one block as large as the first run's together
         if not graphed:
             share_memory(self.memory.device)

@@ -1,19 +1,25 @@
 """Bundles of the Lance checkpoint."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from bundles import cached_export, few_programs, needs_compiler
 from lance_cases import CHECKPOINT, cases, loaded
+from on_host import in_float32, on_host
 
 import bagel_opt
 from bagel_opt import Profile
 from bagel_opt.config import BagelConfig
-from bagel_opt.export import export
+from bagel_opt.export.onnx import Shapes, export_program
+from bagel_opt.export.onnx_fused import NOT_IN_BFLOAT16
 from bagel_opt.export.verify import verify
+from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.lance.config import LanceConfig, config_from
 from bagel_opt.lance.pictures import read_input
+from bagel_opt.programs.callables import programs
 from bagel_opt.programs.signatures import signatures, sized
+from bagel_opt.runtime.onnx_gpu import GRAPHED
 from bagel_opt.sampling.batches import padded
 
 PROFILE = Profile("lance", rows=2, slots=320, text=32, patches=64, latents=64)
@@ -115,6 +121,27 @@ def test_verify_compares_videos_too(archives):
     assert verify(archives, CHECKPOINT).keys() >= {"vae_encode_next", "vae_decode_next", "filming"}
 
 
-def test_onnx_on_a_gpu_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Lance models are not exported to ONNX for CUDA"):
-        export(CHECKPOINT, tmp_path / "bundle", PROFILE, format="onnx", device="cuda", dtype="bfloat16")
+@pytest.mark.second
+def test_every_case_from_a_bundle_for_a_gpu():
+    with in_float32():
+        folder = cached_export(CHECKPOINT, PROFILE, name="lance-gpu", device="cuda")
+    check(on_host(folder), cases())
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["decode", "generate", *(pytest.param(n, marks=pytest.mark.second) for n in ("vae_encode_next", "vae_decode"))],
+)
+def test_its_graphs_have_what_a_gpu_computes(program):
+    """Nothing that a replayed graph would read in the host's memory, as CUDA's GatherND and an uneven Split do, and in bfloat16
+    nothing that CUDA's provider has in other types alone."""
+    shapes = Shapes(Checkpoint(CHECKPOINT).config, torch.bfloat16, "cuda")
+    made = export_program(
+        shapes, program, programs(shapes.model)[program], signatures(shapes.config, PROFILE)[program], PROFILE
+    )
+    nodes = list(made.graph)
+    assert "GatherND" not in {node.op_type for node in nodes}
+    assert not [node for node in nodes if node.op_type == "Split" and len({tuple(x.shape) for x in node.outputs}) > 1]
+    kinds = {(node.op_type, node.inputs[0].dtype) for node in nodes}
+    assert not {(op, kind) for op, kind in kinds if op in NOT_IN_BFLOAT16 and kind == ir.DataType.BFLOAT16}
+    assert program in GRAPHED or ("ReduceL2", ir.DataType.FLOAT) in kinds

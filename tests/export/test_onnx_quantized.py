@@ -31,7 +31,7 @@ ROWS, CHANNELS = 48, 168  # of which the last group has 8
 class Alone(nn.Module):
     def __init__(self, kind, weight, bias, unpacked):
         super().__init__()
-        stored = as_stored(weight, kind)
+        stored = as_stored(weight, kind, "cpu")
         self.product = Product(kind, [tuple(tensor.shape) for tensor in stored], nn.Linear(CHANNELS, ROWS))
         for name, tensor in zip(("codes", "scale"), stored, strict=True):
             setattr(self.product, name, nn.Parameter(tensor.contiguous(), requires_grad=False))

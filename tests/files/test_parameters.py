@@ -10,7 +10,7 @@ from support import CHECKPOINT, ODD
 from bagel_opt.config import PUBLISHED
 from bagel_opt.export.onnx import Shapes
 from bagel_opt.files.checkpoint import Checkpoint
-from bagel_opt.files.parameters import parameter_shapes, quantized_shapes, stored_shapes
+from bagel_opt.files.parameters import in_onnx, parameter_shapes, quantized_shapes, stored_shapes
 from bagel_opt.loading import shipped_model
 from bagel_opt.model.bagel import Bagel
 
@@ -54,6 +54,13 @@ def test_a_quantised_models_parameters(config, kinds):
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")])
 def test_an_onnx_bundles_weights(config, device, dtype):
     assert stored_shapes(config, "onnx", device, {}) == Shapes(config, getattr(torch, dtype), device).stored
+
+
+def test_a_weight_in_onnx():
+    """The last block of a row is stored whole."""
+    assert in_onnx("int8", "cpu", 48, 168) == ((168, 48), (48,))
+    assert in_onnx("int8", "cuda", 48, 168) == ((48, 2, 128), (96,))
+    assert in_onnx("int4", "cpu", 48, 168) == in_onnx("int4", "cuda", 48, 168) == ((48, 6, 16), (288,))
 
 
 def test_the_largest_model_that_is_allowed_is_told_at_once():

@@ -1,8 +1,6 @@
 """ONNX for CUDA: its graphs, and its runtime over the host's memory, so that all but CUDA itself is tested everywhere.
 tests/gpu/ has what needs the GPU."""
 
-import ctypes
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,24 +8,23 @@ import onnxscript.optimizer
 import pytest
 import torch
 from bundles import ONE, PROFILES, cached_export
+from on_host import HostMemory, OnHost, in_float32, on_host
 from support import CHECKPOINT, cases, relative
 
 import bagel_opt
 from bagel_opt import Profile
-from bagel_opt.api import Model
 from bagel_opt.export import onnx as exporter
 from bagel_opt.export import onnx_graph
 from bagel_opt.export.examples import example_inputs
 from bagel_opt.files.checkpoint import Checkpoint
-from bagel_opt.files.manifest import TOKENIZER, WEIGHTS, read_manifest
+from bagel_opt.files.manifest import WEIGHTS, read_manifest
 from bagel_opt.files.weights import locate_weights, mapped_weights
 from bagel_opt.programs.callables import programs
 from bagel_opt.programs.exercise import run_programs
 from bagel_opt.programs.signatures import signatures
-from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
+from bagel_opt.runtime.gpu_memory import DeviceTensor
 from bagel_opt.runtime.onnx import load_session
-from bagel_opt.runtime.onnx_gpu import GRAPHED, OnnxGpuRuntime
-from bagel_opt.tokenizer import Tokenizer
+from bagel_opt.runtime.onnx_gpu import GRAPHED
 
 PROFILE = PROFILES[CHECKPOINT]
 LAYER = {  # nodes of one layer of the flow step: of each of two experts, but for what joins them
@@ -39,56 +36,16 @@ LAYER = {  # nodes of one layer of the flow step: of each of two experts, but fo
 FREE = {"Reshape", "Cast", "Unsqueeze", "Squeeze", "Gather", "Expand", "Cos", "Sin"}  # of shapes, or once a program
 
 
-class HostMemory(GpuMemory):
-    """What GpuMemory does, with the host's memory."""
-
-    name = "cpu"
-
-    def __init__(self):
-        self.device, self.held = 0, {}
-        self.left = None  # bytes until it is full
-
-    def allocate(self, count):
-        if self.left is not None and count > self.left:
-            raise MemoryError("full")
-        if self.left is not None:
-            self.left -= count
-        block = np.full(count, 255, np.uint8)  # whoever reads what nobody wrote gets NaN
-        self.held[block.ctypes.data] = block
-        return block.ctypes.data
-
-    def free(self, pointer):
-        block = self.held.pop(pointer)
-        block[:] = 255
-        if self.left is not None:
-            self.left += len(block)
-
-    def copy(self, to, source, count):
-        ctypes.memmove(to, source, count)
-
-    def clear(self, tensor):
-        ctypes.memset(tensor.pointer, 0, tensor.nbytes)
-
-
-class OnHost(OnnxGpuRuntime):
-    def _load(self, path, entry):
-        return load_session(path, ort.SessionOptions(), ["CPUExecutionProvider"])
-
-
 @pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.second), "fused"])
 def bundle(request):
     """In float32, with and without the operators that are for 16 bits, which run on the CPU as well."""
-    with pytest.MonkeyPatch.context() as patch:
-        shapes, fused = exporter.Shapes, request.param == "fused"
-        patch.setattr(exporter, "Shapes", lambda *settings, **more: shapes(*settings[:3], fused, *settings[4:], **more))
+    with in_float32(request.param == "fused"):
         return cached_export(CHECKPOINT, PROFILE, name=request.param, device="cuda")
 
 
 @pytest.fixture(scope="module")
 def model(bundle):
-    manifest = read_manifest(bundle)
-    runtime = OnHost(bundle, manifest, HostMemory())
-    return Model(runtime, manifest.config, Tokenizer(bundle / TOKENIZER), manifest.profiles)
+    return on_host(bundle)
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
@@ -148,9 +105,7 @@ def test_alternating_profiles_bind_each_program_once():
     profiles = [Profile("small", 1, 256, 16, 16, 16), Profile("large", 1, 320, 16, 16, 36)]
     programs = ("text", "generate", "step", "vae_decode")
     folder = cached_export(CHECKPOINT, profiles, name="two", device="cuda", programs=programs)
-    manifest = read_manifest(folder)
-    runtime = OnHost(folder, manifest, HostMemory())
-    model, bound = Model(runtime, manifest.config, Tokenizer(folder / TOKENIZER), manifest.profiles), []
+    model, bound = on_host(folder), []
     original = OnHost._bind
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
