@@ -61,7 +61,7 @@ def load(
     as peft writes them, each a file or a folder, or (file, factor), merged into the weights. adapters: those that are kept
     apart, by name, as `Model.set_adapters` takes them. quantization: "fp8", "int8" or "int4" for the layers of both
     experts, or an object from parts ("und", "gen", "vit", "head", "embeddings") to these; weights are quantised as they are read,
-    and a folder of `quantize` has them so already. memory: what a GPU may be filled with, such as "12GB"; weights that have
+    and a folder of `quantize` has them so already. memory: what a GPU, or each, may be filled with, such as "12GB"; weights that have
     no room there stream in from the host, so that requests of the profile, or edits of the model's largest picture, fit.
     gpus: how many compute each request together, from `device` on, in a process each, which `Model.close` ends; with device="cpu"
     so many processes. parallel: what they share out: of a flow evaluation "guidance" (a request's branches, or several
@@ -159,10 +159,6 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
     if os.name != "posix":
         raise ValueError(f"gpus={gpus}: several GPUs need Linux, or macOS for processes on the CPU")
     source, device = given["source"], given["device"]
-    if given["memory"] is not None:
-        raise ValueError(
-            f"gpus={gpus} with memory={given['memory']!r}: each GPU keeps all weights; leave one of the two out"
-        )
     if source is not None and find_bundle(source):
         manifest = read_manifest(find_place(source))
         if manifest.kind == "onnx":

@@ -102,14 +102,17 @@ class RankRuntime:
         """Raises BundleError for one whose programs' layers cannot be taken apart."""
         self.inner, self.groups, self.shares = inner, groups, shares
         if not isinstance(inner, PackagedRuntime):
+            run, compiles = inner.programs["generate"].run, inner.backend == "compile"
             for size in shares.sequences():
-                run, compiles = inner.programs["generate"].run, inner.backend == "compile"
-                split = SplitGenerate(inner.model, groups.part[size], compiles, run)
-                inner.programs[_split(size)] = split
-                inner.graphed.add(_split(size))
+                self._add(_split(size), "generate", SplitGenerate(inner.model, groups.part[size], compiles, run))
             if shares.tensor:
-                inner.programs[BY_WEIGHTS] = SplitDecode(inner.model, groups.world, inner.backend == "compile")
-                inner.graphed.add(BY_WEIGHTS)
+                self._add(BY_WEIGHTS, "decode", SplitDecode(inner.model, groups.world, compiles, run))
+
+    def _add(self, name: str, like: str, program: Any) -> None:
+        """A program, captured as the one that it stands in for."""
+        self.inner.programs[name] = program
+        if not (self.inner.plan and self.inner.plan.streams_in(like)):
+            self.inner.graphed.add(name)
 
     def for_profile(self, profile: Profile) -> "RankRuntime":
         other = copy.copy(self)
@@ -254,7 +257,8 @@ def shares_for(inner: TorchRuntime, parallel: Parallel, ranks: int) -> Shares:
         if shares.tensor and why:
             raise ValueError(f"parallel={parallel!r}: {why}; use 'guidance' or 'sequence'")
         # launched one by one, gathering takes longer than a part of the weights saves
-        pays = inner.device.type == "cpu" or inner.graphs is not None
+        streams = inner.plan and inner.plan.streams_in("decode")
+        pays = inner.device.type == "cpu" or (inner.graphs is not None and not streams)
         return replace(shares, tensor=not why and pays) if shares.tensor is None else shares
     if shares.sequence > 1 or shares.tensor:
         raise BundleError(

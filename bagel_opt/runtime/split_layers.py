@@ -18,6 +18,7 @@ from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
 from bagel_opt.model.transformer import Expert, Layer, angles_of_each
 from bagel_opt.runtime.groups import Group
+from bagel_opt.runtime.streaming import alike, within
 from bagel_opt.runtime.two_streams import Caches, TwoStreams, compiled
 
 
@@ -133,8 +134,9 @@ class SplitGenerate:
     def __init__(self, model: Mixture, group: Group, compiles: bool, run: Any):
         """run: how layers are run where nothing is split."""
         self.model, self.exchange = model, Exchange(group)
-        two = isinstance(run, TwoStreams)
-        self.run = run.exchanging(self.exchange) if two else SplitLayers(self.exchange, compiles)
+        two = within(run)
+        split = two.exchanging(self.exchange) if isinstance(two, TwoStreams) else SplitLayers(self.exchange, compiles)
+        self.run = alike(run, split)
 
     def __call__(self, *tensors: Tensor) -> tuple:
         count = len(tensors) - 2 * len(self.model.llm.layers)

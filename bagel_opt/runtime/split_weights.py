@@ -19,9 +19,10 @@ from bagel_opt.model.attention import Visible
 from bagel_opt.model.linear import Linear, Span
 from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
-from bagel_opt.model.transformer import Expert, Layer
+from bagel_opt.model.transformer import Expert, Layer, LayerRunner
 from bagel_opt.runtime.groups import Group
 from bagel_opt.runtime.split_layers import any_size
+from bagel_opt.runtime.streaming import alike
 
 
 class Slices(NamedTuple):
@@ -124,9 +125,11 @@ def all_logits(head: Linear, x_BC: Tensor, group: Group) -> Tensor:
 class SplitDecode:
     """The program "decode" of which each rank reads its part of the weights. -> logits [B, V] on all, then the caches"""
 
-    def __init__(self, model: Mixture, group: Group, compiles: bool):
+    def __init__(self, model: Mixture, group: Group, compiles: bool, run: LayerRunner):
+        """run: how layers are run where nothing is split."""
         self.model, self.group = model, group
-        self.run = SplitWeights(model.config.llm, group, compiles)
+        self.split = SplitWeights(model.config.llm, group, compiles)
+        self.run = alike(run, self.split)
 
     def __call__(self, *tensors: Tensor) -> tuple:
         model = self.model
@@ -139,7 +142,7 @@ class SplitDecode:
 
     def forget(self) -> None:
         """Weights may have moved."""
-        self.run.slices.clear()
+        self.split.slices.clear()
 
 
 def undivided(model: Mixture, ranks: int) -> str | None:

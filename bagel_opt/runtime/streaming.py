@@ -148,6 +148,16 @@ class Streamed:
                 ring.leave(number)
 
 
+def within(run: LayerRunner) -> LayerRunner:
+    """A LayerRunner without what brings weights."""
+    return run.run if isinstance(run, Streamed) else run
+
+
+def alike(run: LayerRunner, other: LayerRunner) -> LayerRunner:
+    """Another LayerRunner, for which weights come as for the first."""
+    return Streamed(other, run.places) if isinstance(run, Streamed) else other
+
+
 class Visiting:
     """A program whose weights are on the device only while it runs."""
 

@@ -554,7 +554,7 @@ def test_torchrun(tmp_path):
         ({"gpus": 3, "parallel": BOTH}, "must multiply to gpus=3"),
         ({"gpus": 2, "parallel": {"sequence": "2"}}, "must multiply to gpus=2"),
         ({"gpus": 2, "parallel": {"rings": 2}}, "allowed are"),
-        ({"gpus": 2, "memory": "1GB"}, "leave one of the two out"),
+        ({"gpus": 2, "memory": "1MB"}, "memory='1MB': with the weights in this precision .* it takes at least"),
         ({"parallel": "sequence"}, "give gpus, too"),
     ],
 )

@@ -21,6 +21,7 @@ from bagel_opt.model.transformer import Layer
 from bagel_opt.profile import load_profile
 from bagel_opt.runtime import streaming
 from bagel_opt.runtime.memory_plan import MemoryPlan, make_plan, needed_room
+from bagel_opt.runtime.torch import GRAPHED
 
 CPU = torch.device("cpu")
 FEW = {"height": 32, "width": 32, "num_timesteps": 4, "cfg_interval": (0.0, 1.0)}
@@ -93,6 +94,29 @@ def test_as_if_all_lay_there(resident, kind, streams):
     )
     at_host = sum(plan.parts[part] for part in plan.away & {"embed", "head"})  # the visitors are away
     assert held <= plan.resident + at_host
+
+
+@pytest.mark.usefixtures("quick_ranks")
+@pytest.mark.parametrize(
+    "parallel", ["auto", *(pytest.param(way, marks=pytest.mark.second) for way in ("guidance", "tensor"))]
+)
+def test_on_several_ranks(resident, parallel):
+    """To each of which the weights come by themselves, for what is shared out, too."""
+    model, want = resident(None)
+    count = memory(model.config, KINDS["all of both"], {})
+    two = bagel_opt.load(device="cpu", memory=count, gpus=2, parallel=parallel)
+    try:
+        assert len(two.runtime.inner.plan.streamed["und"]) == 6
+        for _ in range(2):
+            for got, wanted in zip(answers(two), want, strict=True):
+                if isinstance(got, str):
+                    assert got == wanted
+                else:
+                    assert np.abs(got.astype(int) - wanted).max() <= 1
+        # what streams is launched, never replayed
+        assert two.runtime.inner.graphed == GRAPHED
+    finally:
+        two.close()
 
 
 @pytest.mark.second
