@@ -172,7 +172,7 @@ class Engine:
                 self._end(job, error)
         else:
             for job, answer in zip(jobs, answers, strict=True):
-                self._advance(job, answer)
+                self._end(job, answer) if isinstance(answer, Exception) else self._advance(job, answer)
 
     # ---- all requests that wait for the same
 
@@ -185,18 +185,30 @@ class Engine:
                 kv_len[self.batches.at(c)], position[self.batches.at(c)] = c.kv_len, c.position
         return kv_len, position
 
-    def _read(self, jobs: list[Job]) -> list[None]:
+    def _read(self, jobs: list[Job]) -> list[MemoryError | None]:
         """A text of each of these requests: of neighbouring rows together where the program takes them, but of no more tokens
         than another program has room for."""
-        found, p = {self.batches.at(job.want.context): job for job in jobs}, self.profile
+        found, p, lacking = {self.batches.at(job.want.context): job for job in jobs}, self.profile, {}
         most = max(p.text, p.patches, p.rows * p.latents) // p.text if self.runtime.free_texts else 1
         for batch in range(p.batches):
             rows = [at - batch * p.rows for at in sorted(found) if at // p.rows == batch]
             for run in neighbours(rows):
                 for start in range(run.start, run.stop, most):
-                    part = slice(start, min(start + most, run.stop))
-                    self._read_rows(batch, part, [found[batch * p.rows + row] for row in range(part.start, part.stop)])
-        return [None] * len(jobs)
+                    part = range(start, min(start + most, run.stop))
+                    lacking |= self._read_together(batch, start, [found[batch * p.rows + row] for row in part])
+        return [lacking.get(id(job)) for job in jobs]
+
+    def _read_together(self, batch: int, first: int, jobs: list[Job]) -> dict[int, MemoryError]:
+        """Of rows from the first on; one by one, where they lack memory together. -> what ends which of them"""
+        try:
+            self._read_rows(batch, slice(first, first + len(jobs)), jobs)
+        except MemoryError as error:
+            if len(jobs) == 1:
+                return {id(jobs[0]): error}
+        else:
+            return {}
+        alone = [self._read_together(batch, row, [job]) for row, job in enumerate(jobs, first)]
+        return {key: error for found in alone for key, error in found.items()}
 
     def _read_rows(self, batch: int, rows: slice, jobs: list[Job]) -> None:
         texts, contexts = [job.want.ids for job in jobs], [job.want.context for job in jobs]

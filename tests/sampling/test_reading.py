@@ -80,6 +80,22 @@ def test_no_more_tokens_than_another_program_has_room_for(model, ran):
     assert read(ran) == [[2, 64], [1, 64]]  # as many as the latents of all rows
 
 
+def test_texts_that_lack_memory_together_are_read_one_by_one(model, ran, monkeypatch):
+    """And one that lacks it alone ends alone."""
+    alone, run = [model.run([text], **WRITE) for text in TEXTS[:3]], type(model.runtime).run
+    engine, jobs = start(model, [Request([text], **WRITE) for text in TEXTS[:3]])
+
+    def small(self, program, inputs, caches=(), rows=None):
+        if program == "text" and (len(inputs[0]) > 1 or rows == slice(1, 2)):
+            raise MemoryError(f"no memory for {rows}")
+        return run(self, program, inputs, caches, rows)
+
+    monkeypatch.setattr(type(model.runtime), "run", small)
+    finish(engine)
+    assert isinstance(jobs[1].result, MemoryError)
+    assert [jobs[0].result, jobs[2].result] == [alone[0], alone[2]]
+
+
 def test_rows_that_are_no_neighbours_are_read_apart(model, ran):
     engine, jobs = start(model, [Request([text], **WRITE) for text in TEXTS[:3]])
     engine._admit()
