@@ -27,8 +27,8 @@ NO_ADAPTERS = (
     "adapters kept apart go beside weights that stay on the device, and with memory= some do not; merge them: lora="
 )
 STAGED = 2**16  # bytes, up to which CUDA stages a copy by itself
-# Programs that run again and again with few shapes. Prefill of patches launches its kernels itself, and so do texts of more tokens
-# than SHORT, since computing takes longer.
+# Programs that run again and again with few shapes. Prefill of patches launches its kernels itself. So do texts of more tokens
+# than SHORT, since computing takes longer, and of several rows, of which hardly any come together twice.
 GRAPHED = {"step", "vit", *ONE_ROW, *(name + ROW for name in ONE_ROW)}
 SHORT = 512
 
@@ -164,9 +164,12 @@ class TorchRuntime:
 
     def _replays(self, program: str, inputs: list) -> bool:
         """Whether a program is captured. None is whose weights come and go."""
-        comes_and_goes = self.plan and (self.plan.streams_in(program) or program in self.plan.away)
-        short = program == "text" and inputs[0].size <= SHORT
-        return (short or program in self.graphed) and not comes_and_goes
+        if self.plan and (self.plan.streams_in(program) or program in self.plan.away):
+            return False
+        if program == "text":
+            rows, length = inputs[0].shape
+            return rows == 1 and length <= SHORT
+        return program in self.graphed
 
     @functools.cached_property
     def _copies(self) -> torch.cuda.Stream:
