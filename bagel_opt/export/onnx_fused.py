@@ -17,9 +17,9 @@ from bagel_opt.model.quantized import GROUP
 from bagel_opt.model.transformer import QKV
 
 DOMAIN = "com.microsoft"
+NOT_IN_BFLOAT16 = {"Clip", "Pad", "ReduceL2"}  # of CUDA's provider in onnxruntime-gpu 1.31.1
 # The gated norm's own norm, switched off: with a large e, x / sqrt(mean(x^2) + e) * sqrt(e) is x. Both are powers of 2,
 # so in float32, in which the operator computes, nothing is rounded; sqrt(e) is stored in the model's own type.
-NOT_IN_BFLOAT16 = {"Clip", "Pad", "ReduceL2"}  # in onnxruntime-gpu 1.31.1
 ROOT = {ir.DataType.FLOAT: 2.0**40, ir.DataType.BFLOAT16: 2.0**40, ir.DataType.FLOAT16: 2.0**14}
 
 
