@@ -71,7 +71,8 @@ def cached_export(
     checkpoint: Path, profiles: "Profile | Sequence[Profile]", name: str | None = None, **settings
 ) -> Path:
     """The folder of a bundle, which nobody may write to. settings: as of `export`, and programs,
-    the names of those that it is to have. What tests exporting calls it itself."""
+    the names of those that it is to have, and compiled, of those that "aoti" is to compile, which load in `partly_compiled`.
+    What tests exporting calls it itself."""
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
     out = place(checkpoint, profiles, name, **settings)
     with locked(out.parent):
@@ -100,10 +101,10 @@ def keep(bundle: Path, checkpoint: Path, profile: Profile) -> None:
 
 def make(checkpoint: Path, out: Path, profiles: list[Profile], settings: dict) -> None:
     """Writes what is not in the cache yet; it is put in place whole."""
-    programs = settings.pop("programs", ())
+    programs, compiled = settings.pop("programs", ()), settings.pop("compiled", ())
     archives = CACHE / key(checkpoint, (), **{**settings, "format": "archives"})
     few = few_programs(*programs) if programs else contextlib.nullcontext()
-    with few, traced_here(), traced_once(archives), compiled_here():
+    with few, traced_here(), traced_once(archives), compiled_here(compiled):
         export(checkpoint, out, profiles, **settings)
 
 

@@ -7,10 +7,13 @@ import logging
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+import types
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from bagel_opt.export import torch_packages
 
@@ -19,22 +22,24 @@ BASE = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_indu
 
 
 @contextlib.contextmanager
-def compiled_here() -> Iterator[None]:
-    """Packages are compiled so meanwhile."""
+def compiled_here(only: Sequence[str] = ()) -> Iterator[None]:
+    """Packages are compiled so meanwhile. only: the programs whose archives are; if none is named, all."""
     from torch._inductor import cpp_builder
 
     compile_as_told = cpp_builder.run_compile_cmd
 
     def here(_: str, common: object, paths: list[str], most: int) -> Iterator[str]:
-        return torch_packages.compile_files(common, paths)
+        chosen = [path for path in paths if not only or Path(path).name.partition(".")[0] in only]
+        return torch_packages.compile_files(common, chosen)
 
     def run(line: str, cwd: str) -> None:
         words = shlex.split(line)
         source = next((Path(word) for word in words if word.endswith(".wrapper.cpp")), None)
         head, end, own = source.read_text().partition(END) if source and "-c" in words else ("", "", "")
-        if not end:
-            return compile_as_told(line, cwd)
-        compile_in_two(words, source, head + end, own)
+        if end:
+            with contextlib.suppress(subprocess.CalledProcessError):  # another torch's C++ may not come apart so
+                return compile_in_two(words, source, head + end, own)
+        compile_as_told(line, cwd)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_packages, "in_processes", here)
@@ -44,6 +49,26 @@ def compiled_here() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)  # as those processes' own it is never put back
+
+
+@contextlib.contextmanager
+def partly_compiled() -> Iterator[set[str]]:
+    """Bundles of which some archives were not compiled load meanwhile, and run those as they are. -> the programs of which
+    packages are loaded"""
+    from bagel_opt.runtime import torch_bundle
+
+    open_package, compiled = torch_bundle.open_package, set()
+
+    def opened(path: Path, device: torch.device) -> object:
+        if any(name.endswith(".so") for name in zipfile.ZipFile(path).namelist()):
+            compiled.add(path.name.partition(".")[0])
+            return open_package(path, device)
+        call = torch_bundle._flat(torch.export.load(path))
+        return types.SimpleNamespace(run=lambda given: call(given, ()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_bundle, "open_package", opened)
+        yield compiled
 
 
 def compile_in_two(words: list[str], source: Path, head: str, own: str) -> None:
