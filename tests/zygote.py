@@ -55,10 +55,18 @@ class Process:
                 self.returncode = int(self.answers.readline())
         return self.returncode
 
-    def kill(self) -> None:
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
         with self.lock, contextlib.suppress(ProcessLookupError):
             if self.returncode is None:
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class Zygote:
@@ -67,12 +75,19 @@ class Zygote:
     def __init__(self, folder: Path):
         self.folder, self.address = folder, str(folder / "socket")
 
-    def popen(self, command, stdin=None, stdout=None, env=None, pass_fds=(), start_new_session=False) -> Process:
-        """What subprocess.Popen takes and gives, where the command is sys.executable's and the streams are DEVNULL or None."""
+    def popen(
+        self, command, stdin=None, stdout=None, stderr=None, env=None, pass_fds=(), start_new_session=False
+    ) -> Process:
+        """What subprocess.Popen takes and gives, where the command is sys.executable's and the streams are DEVNULL, a file, or None,
+        and errors perhaps STDOUT."""
         assert command[0] == sys.executable
         with open(os.devnull, "r+b") as null:
             files = {number: number for number in (0, 1, 2, *pass_fds)}
-            files |= {n: null.fileno() for n, given in enumerate((stdin, stdout)) if given is subprocess.DEVNULL}
+            for number, given in enumerate((stdin, stdout)):
+                if given is not None:
+                    files[number] = (null if given is subprocess.DEVNULL else given).fileno()
+            if stderr is subprocess.STDOUT:
+                files[2] = files[1]
             about = {"env": dict(os.environ if env is None else env), "cwd": os.getcwd(), "session": start_new_session}
             return Process(self.address, command[1:], files, **about)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ from bagel_opt.bench.peers_requests import Answer, MStar, Ours, Work, call_of
 
 STAND_IN = f"{sys.executable} {Path(__file__).parent / 'mstar_stand_in.py'} {{port}} {{hub}}"
 END = peers.TINY.special.bos_token_id - 1
+
+
+@pytest.fixture(autouse=True)
+def quick_servers(zygote, monkeypatch):
+    """Our own servers need not import torch each."""
+
+    def popen(command, **about):
+        return (zygote.popen if command[1:4] == ["-m", "bagel_opt", "serve"] else subprocess.Popen)(command, **about)
+
+    monkeypatch.setattr(peers_servers, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
 
 
 @pytest.fixture(scope="module")
