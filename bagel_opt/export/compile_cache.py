@@ -51,8 +51,9 @@ def keep_attention_kernels(model: Mixture, folder: Path) -> None:
         if name == "flash_attention":
             from bagel_opt.runtime.warm_up import ATTENTION, compile_part, heads_of
 
+            heads = {"layers": heads_of(model.config)["layers"]}  # the programs' ViT has SDPA
             for part in range(len(ATTENTION)):
-                compile_part(model.device, model.dtype, heads_of(model.config), part)
+                compile_part(model.device, model.dtype, heads, part)
             _copy(source, folder / CACHE / name)
 
 

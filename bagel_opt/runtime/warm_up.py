@@ -92,12 +92,12 @@ def _layer(config: LLMConfig, device: torch.device, dtype: torch.dtype, kind: st
 
 
 def heads_of(config: Config) -> Heads:
-    c, vit = config.llm, config.vit
-    heads = vit.num_attention_heads
-    return {
-        "layers": (c.num_attention_heads, c.num_key_value_heads, c.head_dim),
-        "vit": (heads, heads, vit.hidden_size // heads),
-    }
+    """Those of the ViT only where it takes FlashAttention, too."""
+    c, heads = config.llm, config.vit.num_attention_heads
+    found, channels = {}, config.vit.hidden_size // heads
+    if attention.of_vit("flash", channels) == "flash":
+        found["vit"] = heads, heads, channels
+    return found | {"layers": (c.num_attention_heads, c.num_key_value_heads, c.head_dim)}
 
 
 def _commands(config: Config, device: torch.device, dtype: torch.dtype) -> list[tuple[list[str], dict[str, Any]]]:
@@ -116,13 +116,16 @@ def _commands(config: Config, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def compile_part(device: torch.device, dtype: torch.dtype, heads: Heads, part: int) -> None:
-    """Runs a part's kernels once, on small tensors: those of an item of ATTENTION, or a share of the products'."""
+    """Runs a part's kernels once, on small tensors: those of an item of ATTENTION, if these heads are known, or a share of the
+    products'."""
     if part >= len(ATTENTION):
         if fused_products.possible(device, dtype):
             for call in fused_products.kernels(device, dtype)[part - len(ATTENTION) :: PRODUCTS]:
                 call()
         return
     whose, sizes = ATTENTION[part]
+    if whose not in heads:
+        return
     query_heads, kv_heads, channels = heads[whose]
     for rows, queries, causal in sizes:
         q = torch.zeros(rows, queries, query_heads, channels, dtype=dtype, device=device)

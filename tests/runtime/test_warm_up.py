@@ -9,6 +9,7 @@ import torch
 
 from bagel_opt import installed
 from bagel_opt.config import LLMConfig
+from bagel_opt.export import compile_cache
 from bagel_opt.model import attention
 from bagel_opt.runtime import two_streams, warm_up
 
@@ -54,12 +55,38 @@ def test_every_part_is_compiled_by_one_process(started, monkeypatch, cores, coun
     assert sorted(int(part) for process in started for part in process.command[6:]) == list(range(warm_up.PARTS))
 
 
+@pytest.mark.parametrize(("channels", "has"), [(72, ["layers", "vit"]), (12, ["layers"])])
+def test_no_attention_is_compiled_that_a_vit_does_not_take(monkeypatch, channels, has):
+    """FlashAttention 4 would raise, and leave the process's other parts undone."""
+    ran = []
+    monkeypatch.setattr(attention, "flash_package", lambda: "flash_attn.cute")
+    monkeypatch.setattr(attention, "attention", lambda q, *_: ran.append(q.shape[3]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    vit = types.SimpleNamespace(num_attention_heads=2, hidden_size=2 * channels)
+    heads = warm_up.heads_of(types.SimpleNamespace(llm=LLM, vit=vit))
+    for part in range(len(warm_up.ATTENTION)):
+        warm_up.compile_part(CPU, torch.float32, heads, part)
+    assert sorted(heads) == has
+    assert ran == [16] * 6 + [72] * ("vit" in has)
+
+
 def test_nothing_starts_where_all_is_there(started, tmp_path):
     for name in installed.KERNELS:
         (tmp_path / name / "version").mkdir(parents=True)
         (tmp_path / name / "version" / "kernel.o").touch()
     with warm_up.warming_up(CONFIG, CPU, torch.bfloat16):
         assert not started
+
+
+def test_what_an_aoti_bundle_has_compiled(monkeypatch, tmp_path):
+    """Attention of its layers; in its programs the ViT's is SDPA."""
+    ran, model = [], types.SimpleNamespace(config=CONFIG, device=CPU, dtype=torch.bfloat16)
+    monkeypatch.setattr(attention, "flash_package", lambda: "flash_attn.cute")
+    monkeypatch.setattr(attention, "attention", lambda q, *_: ran.append(q.shape[3]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(compile_cache, "_kernel_folders", lambda _: {"flash_attention": tmp_path / "kernels"})
+    compile_cache.keep_attention_kernels(model, tmp_path / "bundle")
+    assert ran == [16] * 6
 
 
 def test_no_process_outlives_a_load_that_fails(started):
