@@ -226,6 +226,16 @@ def test_order_inside_tokens(height, width, patch, data):
     assert token[(row * patch + column) * 3 + channel] == array[channel, y * patch + row, x * patch + column]
 
 
+@given(more=st.tuples(*[st.integers(0, 20)] * 2), patch=SIDES, seed=st.integers(0, 99))
+def test_patches_are_tokens_of_pixels(more, patch, seed):
+    """To the bit, and without what is left over at the edges."""
+    height, width = (patch + side for side in more)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    got, want = images.patches(image, patch), images.tokens(images.pixels(image), patch)
+    assert got.dtype == np.float32
+    assert np.array_equal(got, want)
+
+
 def test_positions():
     assert images.positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
     assert images.positions(8, 8, 8).tolist() == list(range(64))

@@ -15,10 +15,8 @@ from bagel_opt.model.quantized import GROUP, int4_product
 # Blocks of a product with one token, and with several: those that read fastest, of some tried on an H200.
 ONE = {"BLOCK_G": 128, "num_warps": 4}
 SEVERAL = {"BLOCK_N": 16, "BLOCK_W": 32, "num_warps": 1}
-FEW = 16  # tokens up to which such a product takes a weight packed
-WIDE = (
-    2**13
-)  # channels out from which on it does so; unpacking smaller ones takes less, as larger ones do not fit a cache
+FEW = 16  # tokens up to which a product of several takes a weight packed
+WIDE = 2**13  # channels out from which on it does; smaller weights take less unpacked, since they fit a cache
 WORDS = tl.constexpr(GROUP // 8)  # of a group
 # 2^23 as a float has nothing but zeros behind the point: a code put there is added to it, which takes less than turning it
 # from a whole number into a float, of which a multiprocessor does few at a time.
