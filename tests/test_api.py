@@ -100,6 +100,16 @@ def test_an_edit_of_a_chosen_size(eager):
         eager.edit(WIDE, "a", height=60)
 
 
+@pytest.mark.parametrize(("drawn", "rows"), [(0, 16), (1, 8)])
+def test_how_many_share_rows(eager, monkeypatch, drawn, rows):
+    """More where nothing is drawn: a token takes little longer for them."""
+    found, fitted = [], Model._fitted
+    monkeypatch.setattr(Model, "_fitted", lambda *given: found.append(fitted(*given)) or found[-1])
+    draw = Request("a", height=32, width=32, num_timesteps=2)
+    eager.run_many([Request("a", output="text", max_think_tokens=1)] * 17 + [draw] * drawn)
+    assert [profile.rows for profile, _ in found] == [rows]
+
+
 def test_errors_name_the_request(eager):
     assert eager.run_many([]) == []
     requests = [Request("a", height=32, width=32), Request("a", height=40)]
