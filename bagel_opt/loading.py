@@ -21,7 +21,7 @@ from bagel_opt.profile import Profile, load_profile
 from bagel_opt.programs.interface import Runtime
 from bagel_opt.quantization import Quantization, kinds_of_parts
 from bagel_opt.runtime.bundle_check import check_bundle
-from bagel_opt.runtime.memory_plan import RESERVE, MemoryPlan, host_memory, make_plan, size_text
+from bagel_opt.runtime.memory_plan import COPIES, RESERVE, MemoryPlan, host_memory, make_plan, size_text
 from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.tokenizer import Tokenizer
 from bagel_opt.versions import check_onnxruntime, check_version
@@ -272,9 +272,12 @@ def _planned(
         have = torch.cuda.get_device_properties(device).total_memory
         if plan.memory > have:
             raise ValueError(f"memory={memory!r}, but {torch.cuda.get_device_name(device)} has {size_text(have)}")
-    if (have := host_memory()) and plan.host > have:
+    copies = COPIES.get()
+    if (have := host_memory()) and copies * plan.host > have:
+        each = f" for each of {copies} ranks" if copies > 1 else ""
         raise ValueError(
-            f"memory={memory!r} leaves {size_text(plan.host)} of weights to the host, which has {size_text(have)}; use quantization"
+            f"memory={memory!r} leaves {size_text(plan.host)} of weights to the host{each}, which has {size_text(have)}; "
+            "use quantization"
         )
     log.info("%s", plan)
     return plan

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -231,6 +232,10 @@ def make_plan(
         f"{_up(least(smallest))!r}: {size_text(smallest.resident)} for weights and buffers, {size_text(smallest.room)} for caches and "
         f"intermediate values, {size_text(reserve)} for CUDA; use quantization, or a smaller profile"
     )
+
+
+# Ranks of this machine that load the same, each of which leaves its own copy of weights to the host.
+COPIES: ContextVar[int] = ContextVar("COPIES", default=1)
 
 
 def host_memory() -> int:

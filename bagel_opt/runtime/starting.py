@@ -9,6 +9,7 @@ import torch
 
 from bagel_opt.runtime.member import JOINED, LOADED, Place, join, serve
 from bagel_opt.runtime.members import Members, failure, found_by_torchrun, start
+from bagel_opt.runtime.memory_plan import COPIES
 from bagel_opt.runtime.mirrored import MirroredRuntime
 from bagel_opt.runtime.parallel import Parallel
 
@@ -46,6 +47,7 @@ def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel:
             torch.cuda.set_device(torch.device(mine.given["device"]))
         serve(connection, mine)
         sys.exit(0)
+    copies = COPIES.set(int(os.environ.get("LOCAL_WORLD_SIZE", gpus)) if torchrun else gpus)
     try:
         model = load(**given)
         for number, message in ((LOADED, "join"), (JOINED, None)):
@@ -62,3 +64,5 @@ def load_on_ranks(load: Callable, given: Mapping[str, Any], gpus: int, parallel:
         members.fail("loading failed")
         members.close()
         raise
+    finally:
+        COPIES.reset(copies)

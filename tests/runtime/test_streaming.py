@@ -413,3 +413,14 @@ def test_a_host_with_less(monkeypatch):
     monkeypatch.setattr("bagel_opt.loading.host_memory", lambda: 10**6)
     with pytest.raises(ValueError, match=r"memory='40MB' leaves .* to the host, which has 1 MB; use quantization"):
         bagel_opt.load(device="cpu", memory="40MB")
+
+
+@pytest.mark.usefixtures("quick_ranks")
+def test_a_host_with_less_than_all_ranks_leave_to_it(monkeypatch):
+    """Each has a copy of its own."""
+    host = bagel_opt.load(device="cpu", memory="40MB").runtime.plan.host
+    monkeypatch.setattr("bagel_opt.loading.host_memory", lambda: int(1.9 * host))
+    assert bagel_opt.load(device="cpu", memory="40MB").runtime.plan.host == host
+    with pytest.raises(ValueError, match=r"memory='40MB' leaves .* to the host for each of 2 ranks, which has"):
+        bagel_opt.load(device="cpu", memory="40MB", gpus=2)
+    assert bagel_opt.load(device="cpu", memory="40MB").runtime.plan.host == host
