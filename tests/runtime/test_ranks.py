@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +26,7 @@ import bagel_opt
 from bagel_opt import BundleError, Request
 from bagel_opt.runtime import groups, members
 from bagel_opt.runtime.calls import Call
-from bagel_opt.runtime.parallel import BY_WEIGHTS, RankRuntime, Shares
+from bagel_opt.runtime.parallel import BY_WEIGHTS, RankRuntime, Shares, shares_for
 from bagel_opt.runtime.torch import TorchRuntime
 
 pytestmark = pytest.mark.usefixtures("quick_ranks")  # those of scripts here are new processes
@@ -561,6 +562,25 @@ def test_torchrun(tmp_path):
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         bagel_opt.load(CHECKPOINT, device="cpu", **settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "streams", "pays"),
+    [
+        ("cpu", None, True, True),
+        ("cuda", 1, None, True),
+        ("cuda", None, None, False),
+        ("cuda", 1, False, True),
+        ("cuda", 1, True, False),
+    ],
+)
+def test_auto_shares_weights_out_where_that_pays(device, graphs, streams, pays):
+    """On a GPU where decoding is replayed, as what streams is not. streams: None where no memory= was given."""
+    llm = types.SimpleNamespace(num_key_value_heads=2, intermediate_size=64)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(llm=llm), kinds={})
+    plan = None if streams is None else types.SimpleNamespace(streams_in={"decode": streams}.get)
+    inner = types.SimpleNamespace(model=model, device=torch.device(device), graphs=graphs, plan=plan)
+    assert shares_for(inner, "auto", 2).tensor is pays
 
 
 def test_too_many_gpus(monkeypatch):
