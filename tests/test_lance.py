@@ -227,6 +227,15 @@ def test_adapters_merged_and_apart(model, tmp_path):
         assert relative(got.v_t, want.v_t) < 1e-4
 
 
+def test_of_a_video_the_first_frames_alone_are_handed_over_ahead(model, monkeypatch):
+    """All of a long one would fill the device."""
+    handed, seen, run = [], [], TorchRuntime.run
+    monkeypatch.setattr(TorchRuntime, "ahead", lambda _, values: handed.append(values) or values)
+    monkeypatch.setattr(TorchRuntime, "run", lambda self, name, *given: seen.append(name) or run(self, name, *given))
+    model.run(named["x2t_video"].inputs, **{**named["x2t_video"].options, "max_think_tokens": 2})
+    assert (len(handed), seen.count("vit")) == (1, 3)
+
+
 class Watched(TorchRuntime):
     """Keeps the logits that it computed."""
 

@@ -60,11 +60,13 @@ class Encoders:
     def _patches(
         self, image: InputImage | LanceInput, held: Callable[[np.ndarray], Any] = lambda values: values
     ) -> list[tuple[list, int]]:
-        """Of each call of the ViT what it takes, and how many embeddings are real."""
+        """Of each call of the ViT what it takes, and how many embeddings are real. held: makes the first call's patches what it
+        takes in their place; those of a long video would fill the device."""
         found = []
         for patches, places in image.patches():
             n, size = len(patches), self.batches.size("patches", len(patches))
-            inputs = [held(padded(patches, size)[None]), padded(places, size)[None], np.array([n], np.int64)]
+            given = padded(patches, size)[None]
+            inputs = [given if found else held(given), padded(places, size)[None], np.array([n], np.int64)]
             found.append((inputs, n // (self.joins or 1)))
         return found
 

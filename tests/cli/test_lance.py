@@ -67,10 +67,6 @@ def test_videos(run):
         (["generate", "a", "--output", "video", "--num-timesteps", 2], "load a Lance checkpoint for videos"),
         (["chat", "hello", "--checkpoint", CHECKPOINT], "Lance answers questions about a picture or a video"),
         (["interleave", "hello", "--checkpoint", CHECKPOINT], "output='interleaved': Lance answers with one"),
-        (
-            ["export", "--checkpoint", CHECKPOINT, "--out", "b", "--profile", "tiny", "--device", "cuda"],
-            "not exported to ONNX for CUDA",
-        ),
         (["convert", CHECKPOINT], "Wan2.2_VAE.pth is missing; give the folder of a Lance checkpoint"),
         (["convert", "nowhere"], "nowhere is no folder and no file; give the folder of a Lance checkpoint"),
     ],
