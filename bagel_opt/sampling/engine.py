@@ -172,7 +172,10 @@ class Engine:
                 self._end(job, error)
         else:
             for job, answer in zip(jobs, answers, strict=True):
-                self._end(job, answer) if isinstance(answer, Exception) else self._advance(job, answer)
+                if isinstance(answer, Exception):
+                    self._end(job, answer)
+                else:
+                    self._advance(job, answer)
 
     # ---- all requests that wait for the same
 
