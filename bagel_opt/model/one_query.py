@@ -1,5 +1,6 @@
 """Attention of one query a row on a GPU, in Triton (https://triton-lang.org): the keys of a row are split among multiprocessors, as
-in Flash-Decoding (https://pytorch.org/blog/flash-decoding/). A row's splits depend on its own number of keys alone.
+in Flash-Decoding (https://pytorch.org/blog/flash-decoding/). What a row gives depends on its own keys and on how many rows there
+are, not on what the others hold.
 
 B rows, S slots, H query heads, G key-value heads, D channels per head, P splits.
 """
