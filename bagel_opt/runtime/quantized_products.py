@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from bagel_opt.model.quantized import LEAST, quantized_product
-from bagel_opt.runtime import one_token
+from bagel_opt.runtime import few_tokens, one_token
+from bagel_opt.runtime.few_tokens import FEW
 
-FEW = 16  # tokens of a product that reads its weights for so few that nothing else counts
 # Blocks of a product with one token: those that read fastest, of some tried on an H200.
 SHORT, LONG = ({"BLOCK_N": n, "BLOCK_C": c, "num_warps": w} for n, c, w in ((4, 512, 2), (4, 1024, 4)))
 LONG_CHANNELS = 8192
@@ -34,18 +34,14 @@ def _(
     if m > FEW and dtype == torch.bfloat16 and floats and coded and c % 16 == n % 16 == 0:
         scales = x_scale_M[:, None], scale_N[None]
         return torch._scaled_mm(x_MC, codes_NC.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
+    if m > 1 and not coded and few_tokens.fits(x_MC, codes_NC):
+        return few_tokens.product(x_MC, codes_NC, scale_N, bias_N)
     x_MC, out_MN = x_MC.contiguous(), x_MC.new_empty((m, n), dtype=dtype)
     if m == 1 and not coded:
         one_token.multiply(x_MC, codes_NC, scale_N, bias_N, out_MN, **(LONG if c > LONG_CHANNELS else SHORT))
         return out_MN
     if m <= FEW:
-        sizes = {
-            "BLOCK_M": 16,
-            "BLOCK_N": 16 if coded or n < 2**13 else 32,
-            "BLOCK_C": 256,
-            "num_warps": 2 if coded else 4,
-            "num_stages": 5,
-        }
+        sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 256, "num_warps": 2 if coded else 4, "num_stages": 5}
     else:
         sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
     grid = (triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)

@@ -5,6 +5,8 @@ import torch
 from lance_cases import CHECKPOINT, cases
 
 import bagel_opt
+from bagel_opt import Profile
+from bagel_opt.export import export
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 WAYS = [
@@ -46,3 +48,12 @@ def test_golden_cases_on_two(parallel, backend, dtype, attention):
         check(model, dtype)
     finally:
         model.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_golden_cases_in_onnx_runtime(dtype, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    profile = Profile("lance", rows=3, slots=320, text=32, patches=64, latents=64)
+    check(bagel_opt.load(export(CHECKPOINT, tmp_path / "bundle", profile, dtype=dtype, device="cuda")), dtype)

@@ -6,7 +6,7 @@ from torch import nn
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model.linear import Embedding, Linear
-from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups
+from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups, to_kind
 from bagel_opt.model.transformer import Expert
 from bagel_opt.runtime import fused_products
 
@@ -39,7 +39,9 @@ def test_product(kind, m, c, n, dtype):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-@pytest.mark.parametrize(("m", "c", "n"), [*SIZES, (1, 18944, 3584), (3, 4304, 1152), (1, 4304, 1152)])
+@pytest.mark.parametrize(
+    ("m", "c", "n"), [*SIZES, (1, 18944, 3584), (3, 4304, 1152), (1, 4304, 1152), (5, 4300, 1152), (8, 3584, 37888)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_product_with_what_is_not_rounded(kind, m, c, n, dtype):
     x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((m, c), (n, c), (n,)))
@@ -52,7 +54,8 @@ def test_product_with_what_is_not_rounded(kind, m, c, n, dtype):
 
 
 @pytest.mark.parametrize(
-    ("m", "c", "n"), [*SIZES, (1, 4304, 1153), (3, 4304, 1152), (40, 4304, 1152), (3, 4304, 9001), (16, 3584, 37888)]
+    ("m", "c", "n"),
+    [*SIZES, (1, 4304, 1153), (3, 4304, 1152), (40, 4304, 1152), (3, 4304, 9001), (16, 3584, 37888), (5, 4300, 1152)],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_product_in_groups(kernels, m, c, n, dtype):
@@ -67,6 +70,22 @@ def test_product_in_groups(kernels, m, c, n, dtype):
         got = int4_product(x, codes, scale, given)
         assert got.dtype == dtype
         assert error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_neighbours_of_a_token_change_nothing(kernels, kind):
+    """Not even those that are not finite, up to as many as a tensor core takes."""
+    weight, x = (torch.randn(*shape, device="cuda") for shape in ((4608, 3584), (8, 3584)))
+    codes, scale = to_kind(weight, kind)
+    found = []
+    for poison in (torch.nan, 1e4, 0.0):
+        x[1:] = poison
+        given = x.bfloat16(), codes, scale, None
+        found.append(
+            int4_product(*given) if kind == "int4" else quantized_product(given[0], None, *given[1:], torch.bfloat16)
+        )
+    assert found[0][0].isfinite().all()
+    assert all(torch.equal(y[0], found[0][0]) for y in found)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
