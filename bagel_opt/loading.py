@@ -24,7 +24,7 @@ from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.runtime.memory_plan import COPIES, RESERVE, MemoryPlan, host_memory, make_plan, size_text
 from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.tokenizer import Tokenizer
-from bagel_opt.versions import check_onnxruntime, check_version
+from bagel_opt.versions import check_onnxruntime, check_version, older_pillow
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ def load(
         )
     if parallel != "auto":
         raise ValueError(f"parallel={parallel!r} is for several GPUs: give gpus, too")
+    if old := older_pillow():
+        log.warning("%s; %s", *old)
     source = shipped_model() if source is None else source
     if find_bundle(source):
         if memory is not None:
