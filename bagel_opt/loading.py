@@ -129,7 +129,7 @@ def load(
     checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    check_kinds(where, kinds or checkpoint.kinds)
+    check_kinds(where, kinds or checkpoint.kinds, source if checkpoint.kinds else None)
     for note in faster(where, chosen, asked=device is not None):
         log.info(note)
     plan = None
@@ -160,12 +160,12 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
         return load(**given)
     if os.name != "posix":
         raise ValueError(f"gpus={gpus}: several GPUs need Linux, or macOS for processes on the CPU")
-    source, device = given["source"], given["device"]
+    source, device, bundle = given["source"], given["device"], None
     if source is not None and find_bundle(source):
         manifest = read_manifest(find_place(source))
         if manifest.kind == "onnx":
             raise BundleError(f"gpus={gpus}: an ONNX bundle runs on one GPU; load a checkpoint or a bundle of torch's")
-        device = manifest.device if device is None else device
+        bundle, device = source, manifest.device if device is None else device
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -173,7 +173,7 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
     from bagel_opt.runtime.parallel import Shares
     from bagel_opt.runtime.starting import load_on_ranks
 
-    where, there = torch_device(device), torch.cuda.device_count()
+    where, there = torch_device(device, bundle), torch.cuda.device_count()
     if where.type == "cuda" and (where.index or 0) + gpus > there:
         raise ValueError(f"gpus={gpus} from {where} on, but this machine has {there}")
     if where.type == "cpu" and device is None:
@@ -237,10 +237,15 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     from bagel_opt.runtime.facts import faster
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
-    where = torch_device(manifest.device if device is None else device)
-    check_kinds(where, manifest.quantization)
+    where = torch_device(manifest.device if device is None else device, folder)
+    check_kinds(where, manifest.quantization, folder)
     if manifest.attention == "flash":
-        choose("flash", where, torch_dtype(manifest.dtype, torch.float32))  # warns of what is broken now, not in a run
+        try:
+            choose(
+                "flash", where, torch_dtype(manifest.dtype, torch.float32)
+            )  # warns of what is broken now, not in a run
+        except ValueError as error:
+            raise BundleError(f"{folder}: {str(error).replace('use ', 'export it with ')}") from None
         for note in faster(where, "flash", asked=True):
             log.info(note)
     if manifest.kind == "compile":

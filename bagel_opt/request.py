@@ -50,8 +50,10 @@ class Request:
 
     def options_over(self, recommended: Mapping[str, Any]) -> Options:
         """The options, where none was given those that a model recommends. Of sizes it recommends height and width for
-        pictures without an input image, and size for those with one."""
+        pictures without an input image, and size for those with one, but for pictures that come in turn with texts."""
         reads = any(not isinstance(item, str) for item in self.inputs)
         foreign = {name for name in described(SIZE) if (name == "size") != reads}
+        if self.options.output == "interleaved":
+            foreign.add("size")
         fitting = {name: value for name, value in recommended.items() if name not in foreign}
         return Options.make({**fitting, **self.given}) if fitting else self.options
