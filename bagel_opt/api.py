@@ -143,8 +143,7 @@ class Model:
         results: list = [None] * len(requests)
         for profile, members in groups.items():
             numbers, plans = zip(*members, strict=True)
-            profile, runtime = self._fitted(plans) if profile is None else (profile, self.runtime.for_profile(profile))
-            engine = Engine(runtime, self.config, self.tokenizer, profile)
+            engine = self._fitted(plans) if profile is None else self._engine(profile)
             watching = [observers[number] for number in numbers]
             for number, result in zip(numbers, engine.run(plans, watching), strict=True):
                 results[number] = result
@@ -153,17 +152,30 @@ class Model:
             raise failures[0]
         return results
 
-    def _fitted(self, plans: list[AnyPlan]) -> tuple[Profile, Runtime]:
-        """The profile for these requests together, of as many rows as there is memory for. Raises ProfileError."""
+    def _engine(self, profile: Profile) -> Engine:
+        return Engine(self.runtime.for_profile(profile), self.config, self.tokenizer, profile)
+
+    def _fitted(self, plans: list[AnyPlan]) -> Engine:
+        """Of the profile for these requests together, with as many rows as there is memory for: where that is short, they take
+        turns. Raises ProfileError."""
         most = 8 if any(plan.draws for plan in plans) else 16  # a token reads the weights for all rows
+        contexts = [plan.contexts() for plan in plans]
         while True:
             profile = fit_profile(plans, self._round_up, most)
             try:
-                return profile, self.runtime.for_profile(profile)
+                engine = self._engine(profile)
             except ProfileError:
                 if profile.rows == 1:
                     raise
                 most = profile.rows - 1
+                continue
+            try:
+                engine.batches.reserve(max(contexts), sum(contexts))
+            except MemoryError:
+                if profile.rows > 1:
+                    most = profile.rows // 2
+                    continue
+            return engine  # with one row at a time, what has no room ends by itself
 
     def choose(self, plan: AnyPlan) -> tuple[Profile | None, AnyPlan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the

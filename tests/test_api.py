@@ -107,7 +107,7 @@ def test_how_many_share_rows(eager, monkeypatch, drawn, rows):
     monkeypatch.setattr(Model, "_fitted", lambda *given: found.append(fitted(*given)) or found[-1])
     draw = Request("a", height=32, width=32, num_timesteps=2)
     eager.run_many([Request("a", output="text", max_think_tokens=1)] * 17 + [draw] * drawn)
-    assert [profile.rows for profile, _ in found] == [rows]
+    assert [engine.profile.rows for engine in found] == [rows]
 
 
 def test_errors_name_the_request(eager):
