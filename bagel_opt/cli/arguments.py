@@ -119,7 +119,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         action="append",
         help="also export each checkpoint for it (or for several) and time the bundles",
     )
-    time_.add_argument("--formats", default="onnx", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
+    time_.add_argument("--formats", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
     time_.add_argument(
         "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
     )
