@@ -99,7 +99,7 @@ def load(
         given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
             if value is not None:
-                raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
+                raise BundleError(f"{name}={value!r}: of a bundle this was fixed when it was exported; leave it out")
         return load_bundle(find_place(source), backend, device, progress, check)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")

@@ -1,7 +1,7 @@
 """What a user asks for: inputs and options, checked before anything runs."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from PIL import Image
@@ -28,7 +28,7 @@ class Request:
         self, inputs: "str | Picture | Sequence[str | Picture | InputImage]" = (), *, video: Any = None, **options: Any
     ):
         one = isinstance(inputs, str | Picture)
-        if not one and not isinstance(inputs, Iterable):
+        if not one and (not isinstance(inputs, Iterable) or isinstance(inputs, Set | Mapping)):  # which have no order
             raise TypeError(f"inputs is {type(inputs).__name__}; allowed are {ALLOWED}, and lists of them")
         self.inputs = [inputs] if one else list(inputs)
         self.given = options

@@ -78,3 +78,27 @@ def test_a_note_says_what_would_make_it_faster(monkeypatch, caplog):
         bagel_opt.load(CHECKPOINT, device="cpu")
     assert [record.getMessage() for record in caplog.records][-1:] == ["do this"]
     assert calls == [("cpu", "sdpa", True)]
+
+
+PLACE = "give a checkpoint folder, a bundle or a repo id such as"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"source": ""}, FileNotFoundError, f"^'' names nothing; {PLACE}"),
+        ({"source": 3}, TypeError, f"^3 is int; {PLACE}"),
+        ({"source": "a" * 5000}, FileNotFoundError, "^a{200} is no folder and no file; give"),
+        ({"weights": ""}, FileNotFoundError, "^'' names nothing; give a fine-tune's file, folder or repo id"),
+        ({"weights": b"a"}, TypeError, "^b'a' is bytes; give a fine-tune's"),
+        ({"lora": ""}, FileNotFoundError, "^'' names nothing; give the folder that peft wrote"),
+        ({"adapters": {"a": ""}}, FileNotFoundError, "^'' names nothing; give the folder that peft wrote"),
+        ({"device": ["cpu"]}, ValueError, r"^device=.*cpu.*; allowed are 'cpu', 'cuda' and 'cuda:N'$"),
+        ({"profile": 3}, ProfileError, "^profile 3 is int; allowed: a file, or one of: bagel-1024"),
+        ({"profile": {"rows": 1}}, ProfileError, "^profile {'rows': 1} is dict; allowed: a file, or one of"),
+        ({"profile": ""}, FileNotFoundError, "^profile '' is neither a file nor one of: bagel-1024"),
+    ],
+)
+def test_values_of_no_right_kind(given, kind, message):
+    with pytest.raises(kind, match=message):
+        bagel_opt.load(**{"source": CHECKPOINT, "device": "cpu", **given})
