@@ -1,6 +1,7 @@
 """A loaded model and what it can be asked to do: the public API beside `loading.load`."""
 
 import os
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,14 +125,21 @@ class Model:
         finish first, then the failure is raised, or with `return_exceptions` returned in its place. observers: of each
         request, in place of its options' on_step and on_token.
         """
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise TypeError(f"requests is {type(requests).__name__}; allowed is a list of bagel_opt.Request")
+        requests = list(requests)
+        observers = [None] * len(requests) if observers is None else list(observers)
+        if len(observers) != len(requests):
+            raise ValueError(
+                f"observers has {len(observers)}; allowed: one, or None, for each of {len(requests)} requests"
+            )
         with self._under_way():
-            return self._run_many(list(requests), return_exceptions, observers)
+            return self._run_many(requests, return_exceptions, observers)
 
     def _run_many(
-        self, requests: list[Request], return_exceptions: bool, observers: Sequence[Observer | None] | None
+        self, requests: list[Request], return_exceptions: bool, observers: list[Observer | None]
     ) -> list[list[str | Drawn]]:
         groups = defaultdict(list)
-        observers = list(observers) if observers is not None else [None] * len(requests)
         for number, request in enumerate(requests):
             if not isinstance(request, Request):
                 raise TypeError(f"requests[{number}] is {type(request).__name__}; allowed is bagel_opt.Request")
@@ -143,8 +151,7 @@ class Model:
         results: list = [None] * len(requests)
         for profile, members in groups.items():
             numbers, plans = zip(*members, strict=True)
-            profile, runtime = self._fitted(plans) if profile is None else (profile, self.runtime.for_profile(profile))
-            engine = Engine(runtime, self.config, self.tokenizer, profile)
+            engine = self._fitted(plans) if profile is None else self._engine(profile)
             watching = [observers[number] for number in numbers]
             for number, result in zip(numbers, engine.run(plans, watching), strict=True):
                 results[number] = result
@@ -153,17 +160,30 @@ class Model:
             raise failures[0]
         return results
 
-    def _fitted(self, plans: list[AnyPlan]) -> tuple[Profile, Runtime]:
-        """The profile for these requests together, of as many rows as there is memory for. Raises ProfileError."""
+    def _engine(self, profile: Profile) -> Engine:
+        return Engine(self.runtime.for_profile(profile), self.config, self.tokenizer, profile)
+
+    def _fitted(self, plans: list[AnyPlan]) -> Engine:
+        """Of the profile for these requests together, with as many rows as there is memory for: where that is short, they take
+        turns. Raises ProfileError."""
         most = 8 if any(plan.draws for plan in plans) else 16  # a token reads the weights for all rows
+        contexts = [plan.contexts() for plan in plans]
         while True:
             profile = fit_profile(plans, self._round_up, most)
             try:
-                return profile, self.runtime.for_profile(profile)
+                engine = self._engine(profile)
             except ProfileError:
                 if profile.rows == 1:
                     raise
                 most = profile.rows - 1
+                continue
+            try:
+                engine.batches.reserve(max(contexts), sum(contexts))
+            except MemoryError:
+                if profile.rows > 1:
+                    most = profile.rows // 2
+                    continue
+            return engine  # with one row at a time, what has no room ends by itself
 
     def choose(self, plan: AnyPlan) -> tuple[Profile | None, AnyPlan]:
         """The smallest profile that holds all branches of a request in one batch, else the smallest that it fits, and the
@@ -188,7 +208,8 @@ class Model:
         if image is not None and output == "image":
             raise ValueError("image is the first frame of a video: give output='video' with it, or use edit")
         inputs = [_text(prompt, "prompt"), *([] if image is None else [_picture(image)])]
-        return self.run(inputs, **_fixed(options, output=output))[-1]
+        with _naming_image():
+            return self.run(inputs, **_fixed(options, output=output))[-1]
 
     def edit(
         self, image: "str | Picture | None" = None, instruction: str | None = None, *, video: Any = None, **options: Any
@@ -196,14 +217,16 @@ class Model:
         """Draws a changed picture, of the input image's size as it is read, which size="input" makes its own; or a changed
         video. image: a PIL image, a file's path or its bytes; video: frames, a file's path or its bytes."""
         inputs = [*_shown(image, video), _text(instruction, "instruction")]
-        return self.run(inputs, video=video, **_fixed(options, output="image" if video is None else "video"))[-1]
+        with _naming_image():
+            return self.run(inputs, video=video, **_fixed(options, output="image" if video is None else "video"))[-1]
 
     def understand(
         self, image: "str | Picture | None" = None, question: str | None = None, *, video: Any = None, **options: Any
     ) -> str:
         """Answers a question about a picture: a PIL image, a file's path or its bytes; or about a video: frames, a path, bytes."""
         inputs = [*_shown(image, video), _text(question, "question")]
-        return self.run(inputs, video=video, **_fixed(options, output="text"))[-1]
+        with _naming_image():
+            return self.run(inputs, video=video, **_fixed(options, output="text"))[-1]
 
     def chat(self, text: str, **options: Any) -> str:
         """Answers a text."""
@@ -214,9 +237,23 @@ def _shown(image: "str | Picture | None", video: Any) -> list[Picture]:
     return [] if image is None and video is not None else [_picture(image)]
 
 
+@contextmanager
+def _naming_image() -> Iterator[None]:
+    """What is wrong with the picture among a method's inputs is said of its argument `image`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        place = re.match(r"inputs\[\d\]: ", str(error))
+        if not place:
+            raise
+        raise type(error)(f"image: {str(error)[place.end() :]}") from None
+
+
 def _picture(image: str | Picture) -> Picture:
     if not isinstance(image, str | Picture):
         raise TypeError(f"image is {type(image).__name__}; allowed are PIL.Image.Image, a file's path and bytes")
+    if image == "":
+        raise ValueError("image is ''; allowed are PIL.Image.Image, a file's path and bytes")
     return Path(image) if isinstance(image, str) else image  # a str among inputs would be a text
 
 

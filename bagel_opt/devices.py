@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bagel_opt.dtypes import COMPUTE
+from bagel_opt.errors import BundleError
 from bagel_opt.installed import compiler
 from bagel_opt.quantization import NEEDS, kinds_of_products
 
@@ -14,18 +15,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("bagel_opt")
 
 
-def torch_device(device: "str | torch.device | None") -> "torch.device":
+def torch_device(device: "str | torch.device | None", bundle: object = None) -> "torch.device":
+    """Raises ValueError. bundle: its folder, where that leaves no choice."""
     import torch
 
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device={str(device)!r}; allowed are 'cpu', 'cuda' and 'cuda:N'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
+        if bundle is not None:
+            raise BundleError(f"{bundle} is for CUDA, of which this torch finds no device; export it with device='cpu'")
         raise ValueError(f"device={str(device)!r}, but this torch finds no CUDA device; use device='cpu'")
     return chosen
 
@@ -41,8 +45,8 @@ def torch_dtype(dtype: "str | torch.dtype | None", default: "torch.dtype") -> "t
     return getattr(torch, name)
 
 
-def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
-    """Raises ValueError where a GPU has no products of these kinds (quantization.KINDS)."""
+def check_kinds(device: "torch.device", kinds: Mapping[str, str], source: object = None) -> None:
+    """Raises ValueError where a GPU has no products of these kinds (quantization.KINDS). source: what is quantised so already."""
     needed = kinds_of_products(kinds)
     if not needed or device.type != "cuda":
         return
@@ -52,9 +56,12 @@ def check_kinds(device: "torch.device", kinds: Mapping[str, str]) -> None:
     for kind in sorted(needed):
         if have < NEEDS[kind]:
             can = [repr(other) for other, need in NEEDS.items() if have >= need]
+            given, do = (
+                ("quantization=", "use") if source is None else (f"{source} is quantised: ", "quantise it anew with")
+            )
             raise ValueError(
-                f"quantization={kind!r} needs a GPU of compute capability {'.'.join(map(str, NEEDS[kind]))}, and "
-                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}; use {' or '.join(can) or 'none'}"
+                f"{given}{kind!r} needs a GPU of compute capability {'.'.join(map(str, NEEDS[kind]))}, and "
+                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}; {do} {' or '.join(can) or 'none'}"
             )
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import operator
 import os
 import re
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bagel_opt.errors import reason
+from bagel_opt.versions import release
 
 ABSENT = "not installed"
 KERNELS = {"flash_attention": "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "quack": "QUACK_CACHE_DIR"}
 FLASH = "pip install 'bagel-opt[flash]'"
+BOUNDS = {">=": operator.ge, "<": operator.lt}
 
 
 def version(distribution: str) -> str | None:
@@ -30,6 +33,25 @@ def version(distribution: str) -> str | None:
 def titled(distribution: str) -> str:
     """Its name, with the version where that is known: a module may lie there by itself."""
     return f"{distribution} {version(distribution) or ''}".strip()
+
+
+def out_of_bounds() -> dict[str, tuple[str, str]]:
+    """Libraries that lie here in versions that this package does not ask for: by name, which it asks for, as "<2,>=1.5", and
+    which is here. A package installer checks that once; another version may have come since. Nothing of a package that is
+    not installed itself, but a folder on the path."""
+    try:
+        lines = importlib.metadata.requires("bagel-opt") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = {}
+    for line in lines:
+        asked, _, extra = line.partition(";")
+        bounds = re.findall(r"(>=|<)([\d.]+)", asked)
+        name = re.match(r"[\w.-]+", line)[0]
+        have = None if "'test'" in extra else version(name)
+        if have and not all(BOUNDS[sign](release(have), release(bound)) for sign, bound in bounds):
+            found[name] = asked[len(name) :].strip(), have
+    return found
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from bagel_opt.runtime.bundle_check import check_bundle
 from bagel_opt.runtime.memory_plan import COPIES, RESERVE, MemoryPlan, host_memory, make_plan, size_text
 from bagel_opt.sampling.default_profile import default_profile
 from bagel_opt.tokenizer import Tokenizer
-from bagel_opt.versions import check_onnxruntime, check_version
+from bagel_opt.versions import check_onnxruntime, check_version, older_pillow
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ def load(
         )
     if parallel != "auto":
         raise ValueError(f"parallel={parallel!r} is for several GPUs: give gpus, too")
+    if old := older_pillow():
+        log.warning("%s; %s", *old)
     source = shipped_model() if source is None else source
     if find_bundle(source):
         if memory is not None:
@@ -97,7 +99,7 @@ def load(
         given |= {"attention": None if attention == "auto" else attention}
         for name, value in given.items():
             if value is not None:
-                raise BundleError(f"{name}={value!r}: a bundle's {name} was fixed when it was exported; leave it out")
+                raise BundleError(f"{name}={value!r}: of a bundle this was fixed when it was exported; leave it out")
         return load_bundle(find_place(source), backend, device, progress, check)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed for a checkpoint are {', '.join(map(repr, BACKENDS))}")
@@ -127,7 +129,7 @@ def load(
     checkpoint = Checkpoint(source, weights, lora)
     for note in checkpoint.notes:
         log.info(note)
-    check_kinds(where, kinds or checkpoint.kinds)
+    check_kinds(where, kinds or checkpoint.kinds, source if checkpoint.kinds else None)
     for note in faster(where, chosen, asked=device is not None):
         log.info(note)
     plan = None
@@ -158,12 +160,12 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
         return load(**given)
     if os.name != "posix":
         raise ValueError(f"gpus={gpus}: several GPUs need Linux, or macOS for processes on the CPU")
-    source, device = given["source"], given["device"]
+    source, device, bundle = given["source"], given["device"], None
     if source is not None and find_bundle(source):
         manifest = read_manifest(find_place(source))
         if manifest.kind == "onnx":
             raise BundleError(f"gpus={gpus}: an ONNX bundle runs on one GPU; load a checkpoint or a bundle of torch's")
-        device = manifest.device if device is None else device
+        bundle, device = source, manifest.device if device is None else device
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -171,7 +173,7 @@ def _on_ranks(given: dict[str, Any], gpus: int, parallel: "str | Mapping[str, in
     from bagel_opt.runtime.parallel import Shares
     from bagel_opt.runtime.starting import load_on_ranks
 
-    where, there = torch_device(device), torch.cuda.device_count()
+    where, there = torch_device(device, bundle), torch.cuda.device_count()
     if where.type == "cuda" and (where.index or 0) + gpus > there:
         raise ValueError(f"gpus={gpus} from {where} on, but this machine has {there}")
     if where.type == "cpu" and device is None:
@@ -235,10 +237,15 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     from bagel_opt.runtime.facts import faster
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
-    where = torch_device(manifest.device if device is None else device)
-    check_kinds(where, manifest.quantization)
+    where = torch_device(manifest.device if device is None else device, folder)
+    check_kinds(where, manifest.quantization, folder)
     if manifest.attention == "flash":
-        choose("flash", where, torch_dtype(manifest.dtype, torch.float32))  # warns of what is broken now, not in a run
+        try:
+            choose(
+                "flash", where, torch_dtype(manifest.dtype, torch.float32)
+            )  # warns of what is broken now, not in a run
+        except ValueError as error:
+            raise BundleError(f"{folder}: {str(error).replace('use ', 'export it with ')}") from None
         for note in faster(where, "flash", asked=True):
             log.info(note)
     if manifest.kind == "compile":

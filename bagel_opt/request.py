@@ -1,7 +1,7 @@
 """What a user asks for: inputs and options, checked before anything runs."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from PIL import Image
@@ -28,7 +28,7 @@ class Request:
         self, inputs: "str | Picture | Sequence[str | Picture | InputImage]" = (), *, video: Any = None, **options: Any
     ):
         one = isinstance(inputs, str | Picture)
-        if not one and not isinstance(inputs, Iterable):
+        if not one and (not isinstance(inputs, Iterable) or isinstance(inputs, Set | Mapping)):  # which have no order
             raise TypeError(f"inputs is {type(inputs).__name__}; allowed are {ALLOWED}, and lists of them")
         self.inputs = [inputs] if one else list(inputs)
         self.given = options
@@ -50,8 +50,10 @@ class Request:
 
     def options_over(self, recommended: Mapping[str, Any]) -> Options:
         """The options, where none was given those that a model recommends. Of sizes it recommends height and width for
-        pictures without an input image, and size for those with one."""
+        pictures without an input image, and size for those with one, but for pictures that come in turn with texts."""
         reads = any(not isinstance(item, str) for item in self.inputs)
         foreign = {name for name in described(SIZE) if (name == "size") != reads}
+        if self.options.output == "interleaved":
+            foreign.add("size")
         fitting = {name: value for name, value in recommended.items() if name not in foreign}
         return Options.make({**fitting, **self.given}) if fitting else self.options

@@ -20,7 +20,12 @@ def read_settings(kind: type[T], source: str | Path, folder: Path, error: type[V
 
     Raises FileNotFoundError where there is neither, and `error` where a field is missing, unknown or bad.
     """
-    what, path = kind.__name__.lower(), Path(source)
+    what = kind.__name__.lower()
+    if not isinstance(source, str | Path):
+        raise error(
+            f"{what} {source!r:.80} is {type(source).__name__}; allowed: a file, or one of: {', '.join(names(folder))}"
+        )
+    path = Path(source)
     if not path.is_file():
         path = folder / f"{source}.toml"
     if not path.is_file():

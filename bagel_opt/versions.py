@@ -3,16 +3,19 @@ told holds until somebody installs another version beside it."""
 
 import re
 
+import PIL
+
 # onnxruntime 1.24 lacks TensorScatter. 1.25 to 1.27 align the causal mask of Attention with lengths elsewhere than ONNX says:
 # golden edits are off by half. From 1.28 on all golden cases agree to 3e-6. On GPUs none older than 1.31 was tried, and of
 # torch none older than 2.11.
 LEAST = {"torch": "2.11", "onnxruntime": "1.28", "onnxruntime-gpu": "1.31"}
+PILLOW = "13"  # findings/pillow-13-resizes-differently.sh: golden answers about some pictures differ with older ones
 EXTRAS = {"torch": "torch", "onnxruntime": "onnx", "onnxruntime-gpu": "onnx-gpu"}
 
 
 def check_version(library: str, found: str) -> None:
     """Raises ImportError for a version that is too old."""
-    if _numbers(found) < _numbers(LEAST[library]):
+    if release(found) < release(LEAST[library]):
         raise ImportError(
             f"{library} {found} is too old: its answers may be wrong without a word, so {LEAST[library]} or newer is needed; "
             f"pip install --upgrade 'bagel-opt[{EXTRAS[library]}]'"
@@ -33,5 +36,14 @@ def check_onnxruntime(device: str) -> None:
     check_version("onnxruntime-gpu", found)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+def older_pillow() -> tuple[str, str] | None:
+    """What is to be said of a Pillow that resizes otherwise, and what to do. It is no reason to refuse."""
+    if release(PIL.__version__) >= release(PILLOW):
+        return None
+    why = f"pillow {PIL.__version__} resizes some pictures a little differently from {PILLOW} and newer, so answers about them may differ"
+    return why, f"pip install 'pillow>={PILLOW}'"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Its numbers, without what says that it is a beta or how it was built."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))

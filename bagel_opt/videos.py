@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from bagel_opt.errors import reason
 from bagel_opt.images import check_image
 from bagel_opt.installed import missing
-from bagel_opt.options import FPS
+from bagel_opt.options import FPS, Options
 
 MOST_FRAMES = 4096  # that may be read of one video
 
@@ -59,15 +60,19 @@ def read_video(source: Any, fps: float | None, most: int | None = None) -> Video
         raise TypeError(f"video is {what}; allowed are a list of PIL images, a file's path and bytes")
     if not frames:
         raise ValueError("video is an empty list; give at least two frames, or a file")
+    _check_sizes(frames)
+    check_image(frames[0], "video")
+    _check_count(len(frames), "video")
+    return Video(len(frames), fps or FPS, frames[0].size, frames)
+
+
+def _check_sizes(frames: Sequence[Image.Image]) -> None:
     for number, frame in enumerate(frames):
         if frame.size != frames[0].size:
             sizes = (f"{width}x{height}" for width, height in (frame.size, frames[0].size))
             raise ValueError(
                 "video: frame {} is {} pixels, and frame 0 is {}; resize them to one size".format(number, *sizes)
             )
-    check_image(frames[0], "video")
-    _check_count(len(frames), "video")
-    return Video(len(frames), fps or FPS, frames[0].size, frames)
 
 
 class _Path(str, os.PathLike):
@@ -144,12 +149,18 @@ def check_writing(width: int, height: int) -> None:
 
 
 def save_video(frames: Sequence[Image.Image], file: "str | os.PathLike | BinaryIO", fps: float = FPS) -> None:
-    """Writes frames as an MP4 file (H.264), shown `fps` times a second. Raises ValueError for no frames or odd sides, and
-    ImportError where PyAV is missing."""
+    """Writes frames as an MP4 file (H.264), shown `fps` times a second. Raises ValueError for no frames, several or odd sizes,
+    FileNotFoundError for a file in no folder, and ImportError where PyAV is missing."""
     if not frames:
         raise ValueError("there are no frames to write")
+    if not isinstance(frames, Sequence) or not all(isinstance(frame, Image.Image) for frame in frames):
+        raise TypeError(f"frames is {type(frames).__name__}; allowed is a list of PIL images")
+    _check_sizes(frames)
     width, height = frames[0].size
     check_writing(width, height)
+    Options(fps=fps)  # raises what is wrong with it
+    if isinstance(file, str | os.PathLike) and not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{os.fspath(file)}: there is no folder {Path(file).parent}")
     av = _library("a file of a video")
     with av.open(os.fspath(file) if isinstance(file, str | os.PathLike) else file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 import bagel_opt
 from bagel_opt import Profile, Request
 from bagel_opt.runtime.torch import TorchRuntime
-from bagel_opt.sampling.batches import Context
-from bagel_opt.sampling.engine import Engine
+from bagel_opt.sampling.batches import Batches, Context
 from bagel_opt.sampling.job import Job
+from bagel_opt.sampling.reading import Texts
 
 ROOT = Path(bagel_opt.__file__).parent.parent  # of the checkout
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,20 +40,18 @@ OFFICIAL = {  # the official code's names where ours differ
 def prefill(model, plan, blocks, profile):
     """Keys and values [layers, tokens, heads, channels] of a context that has read these blocks, in the official order of
     tokens: an image between its markers."""
-    engine, context = Engine(model.runtime, model.config, model.tokenizer, profile), Context(0, profile.rows - 1)
-    job = Job(plan, engine.batches, model.tokenizer)
-    engine.batches.open(context)
-    for want in job.reader.read(context, blocks, plan):
-        job.want = want
+    batches, context = Batches(model.runtime, model.config, profile), Context(0, profile.rows - 1)
+    batches.open(context)
+    for want in Job(plan, batches, model.tokenizer).reader.read(context, blocks, plan):
         if want:
-            engine._read([job])
+            assert Texts(batches)([want]) == [None]
     order, start = [], 0
     for block in blocks:
         slots = list(range(start, start + block.length))
         order += slots if block.kind == "text" else [slots[0], *slots[2:], slots[1]]  # stored with both markers first
         start += block.length
     layers = model.config.llm.num_hidden_layers
-    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in engine.batches[0].caches])
+    stacked = torch.stack([torch.as_tensor(model.runtime.host(c, context.row)) for c in batches[0].caches])
     return stacked[:layers, order], stacked[layers:, order]
 
 

@@ -32,7 +32,7 @@ def test_a_negative_prompt_like_the_prompt_guides_nowhere(eager):
 
 
 def test_image_of_4000_pixels_in_a_row(eager):
-    with pytest.raises(ValueError, match=r"inputs\[0\]: an image of 1x4000 pixels is too thin"):
+    with pytest.raises(ValueError, match=r"image: an image of 1x4000 pixels is too thin"):
         eager.edit(Image.new("RGB", (1, 4000)), "a")
 
 
@@ -52,7 +52,7 @@ def test_edits_take_pictures_paths_and_bytes(eager, tmp_path):
 
 
 def test_what_is_no_picture_and_what_is_no_text(eager):
-    with pytest.raises(FileNotFoundError, match=r"inputs\[0\]: there is no picture make it green"):
+    with pytest.raises(FileNotFoundError, match=r"image: there is no picture make it green"):
         eager.edit("make it green", "a.png")
     for call, message in (
         (lambda: eager.edit(np.zeros((8, 8, 3)), "a"), "image is ndarray; allowed are PIL"),
@@ -70,11 +70,9 @@ def test_a_damaged_picture_that_was_opened_but_not_read(eager, tmp_path):
     path = tmp_path / "a.png"
     Image.effect_noise((99, 99), 50).save(path)
     path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(ValueError, match=r"^inputs\[0\]: the picture cannot be read: .*truncated"):
+    with pytest.raises(ValueError, match=r"^image: the picture cannot be read: .*truncated"):
         eager.understand(Image.open(path), "a")
-    with pytest.raises(
-        ValueError, match=r"^inputs\[0\]: the picture cannot be read: its mode F holds .* 0 to 1 or 0 to"
-    ):
+    with pytest.raises(ValueError, match=r"^image: the picture cannot be read: its mode F holds .* 0 to 1 or 0 to"):
         eager.understand(Image.new("F", (8, 8), 300), "a")
 
 
@@ -107,7 +105,7 @@ def test_how_many_share_rows(eager, monkeypatch, drawn, rows):
     monkeypatch.setattr(Model, "_fitted", lambda *given: found.append(fitted(*given)) or found[-1])
     draw = Request("a", height=32, width=32, num_timesteps=2)
     eager.run_many([Request("a", output="text", max_think_tokens=1)] * 17 + [draw] * drawn)
-    assert [profile.rows for profile, _ in found] == [rows]
+    assert [engine.profile.rows for engine in found] == [rows]
 
 
 def test_errors_name_the_request(eager):
@@ -158,3 +156,34 @@ def test_a_pickled_model_is_one_of_the_process_that_it_comes_to(eager, monkeypat
     with pytest.raises(RuntimeError, match="of which this one is a fork; load it in each process"):
         eager.chat("hello", max_think_tokens=2)
     assert pickle.loads(data).chat("hello", max_think_tokens=2)
+
+
+IMAGE = Image.new("RGB", (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m: m.edit(Image.new("RGB", (1, 300)), "a"), ValueError, "^image: an image of 1x300 pixels is too thin"),
+        (lambda m: m.understand("nowhere.png", "a"), FileNotFoundError, "^image: there is no picture nowhere.png"),
+        (
+            lambda m: m.edit(Image.new("I", (8, 8), -1), "a"),
+            ValueError,
+            "^image: the picture cannot be read: its mode I",
+        ),
+        (lambda m: m.edit("", "a"), ValueError, "^image is ''; allowed are PIL"),
+        (lambda m: m.run([IMAGE, Image.new("RGB", (1, 300))]), ValueError, r"^inputs\[1\]: an image of 1x300"),
+        (lambda m: m.run({"a", "b"}), TypeError, "^inputs is set; allowed are str for texts"),
+        (lambda m: m.run({"a": 1}), TypeError, "^inputs is dict; allowed are"),
+        (lambda m: m.run_many(Request("a")), TypeError, "^requests is Request; allowed is a list of"),
+        (lambda m: m.run_many(None), TypeError, "^requests is NoneType; allowed is a list of"),
+        (
+            lambda m: m.run_many([Request("a")] * 2, observers=[None]),
+            ValueError,
+            "^observers has 1; allowed: one, or None",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(eager, call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(eager)

@@ -1,9 +1,11 @@
-"""Libraries that are too old to be right are refused where a model is loaded."""
+"""Libraries that are too old to be right are refused where a model is loaded, or warned of."""
 
+import logging
 import re
 import tomllib
 
 import onnxruntime
+import PIL
 import pytest
 import torch
 from bundles import SMALL
@@ -11,7 +13,7 @@ from support import CHECKPOINT, ROOT
 
 import bagel_opt
 from bagel_opt.export import export
-from bagel_opt.versions import EXTRAS, LEAST, check_onnxruntime, check_version
+from bagel_opt.versions import EXTRAS, LEAST, PILLOW, check_onnxruntime, check_version, older_pillow
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,21 @@ def test_the_extras_ask_for_no_older_ones():
     for library, extra in EXTRAS.items():
         [asked] = [line for line in extras[extra] if re.match(rf"{library}(\[|>)", line)]
         check_version(library, asked.partition(">=")[2])
+    assert f"pillow>={PILLOW}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def test_an_older_pillow_is_warned_of(bundle, monkeypatch, caplog):
+    for load in (lambda: bagel_opt.load(CHECKPOINT), lambda: bagel_opt.load(bundle, check=False)):
+        for version, told in (
+            ("12.3.0", True),
+            ("9.5", True),
+            ("13.0.0", False),
+            ("13.0.0.dev0", False),
+            ("20", False),
+        ):
+            monkeypatch.setattr(PIL, "__version__", version)
+            caplog.clear()
+            load()
+            warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+            assert warned == (["; ".join(older_pillow())] if told else [])
+            assert all(line.startswith(f"pillow {version} resizes") for line in warned)

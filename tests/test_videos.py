@@ -246,6 +246,27 @@ def test_files_take_even_sides(tmp_path):
         save_video([], tmp_path / "a.mp4")
 
 
+@pytest.mark.parametrize(
+    ("frames", "file", "fps", "kind", "message"),
+    [
+        ([], "a.mp4", 12, ValueError, "there are no frames"),
+        ("frames", "a.mp4", 12, TypeError, "frames is str; allowed is a list of PIL images"),
+        ([np.zeros((8, 8, 3))], "a.mp4", 12, TypeError, "frames is list; allowed is a list of PIL images"),
+        ([(8, 8), (8, 16)], "a.mp4", 12, ValueError, "frame 1 is 8x16 pixels, and frame 0 is 8x8"),
+        ([(8, 8)], "nowhere/a.mp4", 12, FileNotFoundError, "nowhere/a.mp4: there is no folder nowhere"),
+        ([(8, 8)], "a.mp4", 0, ValueError, "fps=0; allowed: a number from 1 to 240"),
+    ],
+)
+def test_what_is_not_written(tmp_path, monkeypatch, frames, file, fps, kind, message):
+    monkeypatch.chdir(tmp_path)
+    found = (
+        [Image.new("RGB", one) if isinstance(one, tuple) else one for one in frames] if frames != "frames" else frames
+    )
+    with pytest.raises(kind, match=message):
+        save_video(found, file, fps)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_caption_that_is_a_word_of_the_system_text(model):
     """The official code takes the first place where its tokens are for the caption."""
     plan = make_plan(Request([" image"], height=32, width=32), model.config, model.tokenizer)

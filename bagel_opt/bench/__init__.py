@@ -105,37 +105,46 @@ def bench(
     Formats that cannot hold the dtype are left out.
 
     -> one dict per contender: its fields, "work", and its figures or its "error". settings: device, dtype, attention,
-    profile and gpus, as `bagel_opt.load` takes them. Raises ValueError for an unknown backend, and what `export` raises.
+    profile and gpus, as `bagel_opt.load` takes them; the official code has one GPU, and bundles the profiles' shapes. Raises ValueError for an unknown backend, and what `export` raises.
     """
     for backend in backends:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    gpus = settings.get("gpus") or 1
+    if profiles and gpus > 1 and "onnx" in formats:
+        raise ValueError(
+            f"gpus={gpus}: bundles of format 'onnx' run on one GPU; time those without it, or name others, as --formats export"
+        )
     if official and not (Path(official) / "inferencer.py").is_file():
         raise FileNotFoundError(f"{official} is no checkout of the official code: it has no inferencer.py")
     with tempfile.TemporaryDirectory() as temporary:
         contenders: list[Contender] = []
+        own = {key: settings.get(key) for key in ("device", "gpus")}
         for number, source in enumerate(sources or [str(shipped_model())]):
             name = Path(source).name if len(sources) < 2 else f"{number}:{Path(source).name}"
             if find_bundle(source):
-                own = {key: settings.get(key) for key in ("device", "gpus")}
                 contenders.append(Contender(f"{name}, bundle", source, "bundle", **own))
                 continue
             source = str(find_place(source))
             if official:
                 where = {key: settings.get(key) for key in ("device", "dtype")}
-                contenders.append(Contender(f"{name}, official code", source, "", official, official_python, **where))
+                title = f"{name}, official code{', one GPU' * (gpus > 1)}"
+                contenders.append(Contender(title, source, "", official, official_python, **where))
             contenders += [Contender(f"{name}, {backend}", source, backend, **settings) for backend in backends]
             for format in formats if profiles else ():
                 from bagel_opt.export.bundle import export, precisions
 
                 progress(f"exporting {name} as {format}", 0, 0)
-                how = {"dtype": settings.get("dtype") or "float32", "device": settings.get("device") or "cpu"}
+                device = (settings.get("device") or "cpu").partition(":")[0]
+                how = {"dtype": settings.get("dtype") or "float32", "device": device}
+                if format != "onnx":  # which has an attention of its own
+                    how["attention"] = settings.get("attention") or "auto"
                 if how["dtype"] not in precisions(format, how["device"]):
                     continue
                 begun = time.perf_counter()
                 bundle = export(source, Path(temporary) / f"{number}-{format}", profiles, format=format, **how)
                 took = time.perf_counter() - begun
-                contenders.append(Contender(f"{name}, {format} bundle", str(bundle), "bundle", export_s=took))
+                contenders.append(Contender(f"{name}, {format} bundle", str(bundle), "bundle", export_s=took, **own))
         found = []
         for done, contender in enumerate(contenders):
             progress(contender.name, done, len(contenders))

@@ -10,6 +10,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def word(text: str) -> str:
+    """What is not empty, as a shell's variable is that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave the option out")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(word(text))
+
+
 def port(text: str) -> int:
     if not text.isdecimal() or int(text[:6]) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; they go from 0 to 65535")
@@ -18,6 +29,7 @@ def port(text: str) -> int:
 
 def quantization(text: str) -> str | dict[str, str]:
     """Of `load`: a kind, or PART=KIND with commas."""
+    word(text)
     pairs = [pair.partition("=")[::2] for pair in text.split(",")] if "=" in text else []
     if len(found := dict(pairs)) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} names a part twice")
@@ -26,6 +38,7 @@ def quantization(text: str) -> str | dict[str, str]:
 
 def parallel(text: str) -> str | dict[str, int]:
     """Of `load`: a way, or WAY=RANKS with commas."""
+    word(text)
     pairs = [pair.partition("=")[::2] for pair in text.split(",")] if "=" in text else []
     if not all(ranks.isdecimal() for _, ranks in pairs) or len(found := dict(pairs)) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is no way of WAY=RANKS, as guidance=2,sequence=2")
@@ -33,7 +46,7 @@ def parallel(text: str) -> str | dict[str, int]:
 
 
 def adapter(text: str) -> tuple[str, float]:
-    place, _, factor = text.rpartition("=")
+    place, _, factor = word(text).rpartition("=")
     if not place or Path(text).exists():
         return text, 1.0
     try:

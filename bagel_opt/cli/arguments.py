@@ -3,10 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from bagel_opt import __version__
-from bagel_opt.cli.argument_types import count
+from bagel_opt.cli.argument_types import count, path, word
 from bagel_opt.cli.model_arguments import (
     check_option,
     memory_option,
@@ -44,15 +43,15 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     think.add_argument("inputs", nargs="+", help="texts and picture files, in order")
     for sub in (draw, edit_, think):
         several = "where to write the pictures, as out-1.png and so on (default: out.png)"
-        sub.add_argument("-o", "--out", type=Path, help=several if sub is think else out)
+        sub.add_argument("-o", "--out", type=path, help=several if sub is think else out)
         _options(sub, "picture", SIZE, PICTURE, INPUTS)
     _options(think, "texts and pictures in turn", INTERLEAVING)
     draw.add_argument(
         "--output", dest="drawn", choices=["image", "video"], default="image", help="what to draw (image)"
     )
-    draw.add_argument("--image", metavar="FILE", help="a picture that the video begins with")
+    draw.add_argument("--image", type=word, metavar="FILE", help="a picture that the video begins with")
     for sub in (edit_, ask):
-        sub.add_argument("--video", metavar="FILE", help="a video in place of the picture")
+        sub.add_argument("--video", type=word, metavar="FILE", help="a video in place of the picture")
     for sub in (draw, edit_, ask):
         _options(sub, "videos, of models that draw and read them", VIDEO)
     for sub in (draw, edit_, ask, talk, think):
@@ -62,18 +61,25 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         _options(sub, "input pictures", READING)
 
     export_ = command("export", "Write a bundle that another runtime loads.")
-    export_.add_argument("--checkpoint", help="checkpoint folder or repo id (default: the model that ships)")
-    export_.add_argument("--recipe", help="recipe file, or a name from export/; the options below override it")
-    export_.add_argument("--format", help="onnx (default), aoti, export or compile")
+    export_.add_argument("--checkpoint", type=word, help="checkpoint folder or repo id (default: the model that ships)")
     export_.add_argument(
-        "--profile", action="append", help="profile file, or a name from profiles/; several share the weights"
+        "--recipe", type=word, help="recipe file, or a name from export/; the options below override it"
     )
-    export_.add_argument("--out", required=True, type=Path, help="folder of the bundle")
-    export_.add_argument("--dtype", help="float32 (default), float16 or bfloat16; ONNX for the CPU has no bfloat16")
+    export_.add_argument("--format", type=word, help="onnx (default), aoti, export or compile")
     export_.add_argument(
-        "--attention", help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
+        "--profile",
+        type=word,
+        action="append",
+        help="profile file, or a name from profiles/; several share the weights",
     )
-    export_.add_argument("--device", help="cpu (default) or cuda")
+    export_.add_argument("--out", required=True, type=path, help="folder of the bundle")
+    export_.add_argument(
+        "--dtype", type=word, help="float32 (default), float16 or bfloat16; ONNX for the CPU has no bfloat16"
+    )
+    export_.add_argument(
+        "--attention", type=word, help="auto (default), sdpa or flash, and for compile cudnn or flex; for onnx auto"
+    )
+    export_.add_argument("--device", type=word, help="cpu (default) or cuda")
     quantization_option(export_)
     weights_options(export_)
     export_.add_argument(
@@ -83,12 +89,12 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     quantize_ = command("quantize", "Write a checkpoint in 8 or 4 bits, which loads as it is.")
     quantize_.add_argument("checkpoint", nargs="?", help="folder, file or repo id (default: the model that ships)")
     quantization_option(quantize_, required=True)
-    quantize_.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint; absent or empty")
+    quantize_.add_argument("--out", required=True, type=path, help="folder of the new checkpoint; absent or empty")
     weights_options(quantize_)
 
     convert_ = command("convert", "Write the autoencoder of a Lance checkpoint, a pickle, as safetensors.")
     convert_.add_argument("checkpoint", help="folder or repo id of the download, or its Wan2.2_VAE.pth")
-    convert_.add_argument("--out", type=Path, help="folder for the file (default: beside the pickle)")
+    convert_.add_argument("--out", type=path, help="folder for the file (default: beside the pickle)")
 
     time_ = command("bench", "Time models side by side, each in a process of its own.")
     time_.add_argument("sources", nargs="*", help="checkpoint folders and bundles (default: the model that ships)")
@@ -99,31 +105,38 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
         time_.add_argument(
             f"--{kind}",
             metavar="DIR",
-            type=Path,
+            type=path,
             help=f"with --preset h100: also from an {kind} bundle that is exported to this folder (32 GB) or lies there",
         )
     time_.add_argument(
         "--quantization",
+        type=word,
         metavar="KINDS",
         help="with --preset h100: also with quantised weights, with commas: fp8,int8,int4",
     )
     time_.add_argument(
         "--memory",
+        type=word,
         metavar="SIZES",
         help="with --preset h100: also under caps of memory, with commas, as 24GB,16GB, in 16 bits and in each of --quantization",
     )
-    time_.add_argument("--backends", default="eager", help="for checkpoints, with commas: eager,compile (eager)")
+    time_.add_argument(
+        "--backends", type=word, default="eager", help="for checkpoints, with commas: eager,compile (eager)"
+    )
     time_.add_argument(
         "--export",
+        type=word,
         metavar="PROFILE",
         action="append",
         help="also export each checkpoint for it (or for several) and time the bundles",
     )
-    time_.add_argument("--formats", default="onnx", help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
+    time_.add_argument("--formats", type=word, help="of the bundles, with commas: onnx,aoti,export,compile (onnx)")
     time_.add_argument(
-        "--official", metavar="DIR", help="a checkout of the official code, timed first on the same weights"
+        "--official", type=word, metavar="DIR", help="a checkout of the official code, timed first on the same weights"
     )
-    time_.add_argument("--official-python", default=sys.executable, help="Python with what the official code needs")
+    time_.add_argument(
+        "--official-python", type=word, default=sys.executable, help="Python with what the official code needs"
+    )
     for name, value, text in (
         ("height", None, "pixels (the largest of the model, up to 1024)"),
         ("width", None, "pixels"),
@@ -133,15 +146,15 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
     ):
         time_.add_argument(f"--{name}", type=count, default=value, metavar="N", help=text)
     for name in ("device", "dtype", "profile"):
-        time_.add_argument(f"--{name}", help="as for the other commands")
-    time_.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
+        time_.add_argument(f"--{name}", type=word, help="as for the other commands")
+    time_.add_argument("--attention", type=word, default="auto", help="auto, sdpa, cudnn, flex or flash")
     time_.add_argument(
         "--gpus",
         type=count,
         metavar="N",
         help="how many each model has; with --preset h100: also time so many, in each way",
     )
-    time_.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    time_.add_argument("--json", type=path, metavar="FILE", help="also write all figures there")
 
     serve_ = command("serve", "Serve a model over HTTP, OpenAI-compatible, with a page to try it.")
     serve_options(serve_)
@@ -151,7 +164,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], object]]) -> argpar
 
     show = command("inspect", "Show what a checkpoint, a bundle or any file of weights holds, and what it would need.")
     show.add_argument("checkpoint", nargs="?", help="folder, file, repo id or bundle (default: the model that ships)")
-    show.add_argument("--profile", action="append", default=[], help="also the memory that this profile needs")
+    show.add_argument(
+        "--profile", type=word, action="append", default=[], help="also the memory that this profile needs"
+    )
     weights_options(show)
     show.add_argument("--dtype", choices=COMPUTE, help="to reckon that memory in (float32; with --memory bfloat16)")
     memory_option(show, "also what would lie where on a GPU of so much memory, as 12GB, and how long steps would take")

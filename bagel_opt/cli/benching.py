@@ -8,6 +8,9 @@ from bagel_opt.cli.arguments import PRESET_BUNDLES
 from bagel_opt.cli.console import bar, tables
 from bagel_opt.files.replacing import replacing
 
+# What a preset does not leave to choose.
+OWN_WORK = ("backends", "export", "height", "width", "steps", "tokens", "device", "dtype", "profile", "attention")
+
 
 def bench(a: argparse.Namespace) -> None:
     from bagel_opt.bench import Work, default_side, table
@@ -22,9 +25,14 @@ def bench(a: argparse.Namespace) -> None:
         raise ValueError("--quantization is for --preset; quantize a checkpoint, and time that")
     if a.memory and not a.preset:
         raise ValueError("--memory is for --preset")
+    if a.formats and not a.export:
+        raise ValueError("--formats is for --export, which names the profile of the bundles")
     if a.preset:
         if a.sources:
             raise ValueError(f"--preset makes its own weights; leave {' '.join(a.sources)} out")
+        given = {word.removeprefix("--").partition("=")[0] for word in a.argv}
+        if unused := [name for name in OWN_WORK if name in given]:
+            raise ValueError(f"--{unused[0]}: --preset has its own; leave it out")
         if a.preset == "lance":
             for name in (*PRESET_BUNDLES, "quantization", "memory", "gpus"):
                 if getattr(a, name):
@@ -38,7 +46,7 @@ def bench(a: argparse.Namespace) -> None:
             work,
             backends=tuple(a.backends.split(",")),
             profiles=a.export or (),
-            formats=tuple(a.formats.split(",")),
+            formats=tuple((a.formats or "onnx").split(",")),
             official=a.official,
             official_python=a.official_python,
             progress=update,

@@ -26,7 +26,7 @@ from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
 from bagel_opt.files.replacing import replacing, save_picture
-from bagel_opt.images import open_picture
+from bagel_opt.images import check_image, open_picture
 from bagel_opt.loading import load, shipped_model
 from bagel_opt.options import DEFAULT_TOKENS, FPS, Options
 from bagel_opt.profile import Profile, profile_names
@@ -243,18 +243,24 @@ def _load(a: argparse.Namespace) -> Model:
 
 def _shown(a: argparse.Namespace) -> list[Image.Image]:
     """The picture of a command; none where there is a video."""
-    if bool(a.image) == bool(a.video):
+    if a.image is None and a.video is None:
+        raise ValueError("give a picture's file and then the text, or --video FILE and the text")
+    if a.image is not None and a.video is not None:
         raise ValueError("give a picture's file, or --video FILE; not both")
-    return [_open(a.image)] if a.image else []
+    return [] if a.image is None else [_open(a.image)]
 
 
 def _open(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # of Pillow, on what it took all the same
             warnings.simplefilter("ignore")
-            return open_picture(path, "image")
+            image = open_picture(path, "image")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {path}; its file comes first, then the text") from None
+        raise FileNotFoundError(
+            f"there is no picture {path or repr(path)}; its file comes first, then the text"
+        ) from None
+    check_image(image, "image")
+    return image
 
 
 def _is_picture(item: str) -> bool:

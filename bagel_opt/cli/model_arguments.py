@@ -2,22 +2,26 @@
 
 import argparse
 
-from bagel_opt.cli.argument_types import adapter, count, parallel, quantization
+from bagel_opt.cli.argument_types import adapter, count, parallel, quantization, word
 from bagel_opt.loading import BACKENDS
 
 
 def model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", help="checkpoint folder, repo id or bundle (default: the model that ships)")
+    sub.add_argument(
+        "--checkpoint", type=word, help="checkpoint folder, repo id or bundle (default: the model that ships)"
+    )
     load_options(sub)
 
 
 def load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to the request") -> None:
     group = sub.add_argument_group("model")
-    group.add_argument("--backend", default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own")
-    group.add_argument("--device", help="cpu, cuda or cuda:N")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16")
-    group.add_argument("--attention", default="auto", help="auto, sdpa, cudnn, flex or flash")
-    group.add_argument("--profile", help=f"profile file or name; default: {profile}")
+    group.add_argument(
+        "--backend", type=word, default="eager", help=f"{' or '.join(BACKENDS)}; a bundle brings its own"
+    )
+    group.add_argument("--device", type=word, help="cpu, cuda or cuda:N")
+    group.add_argument("--dtype", type=word, help="float32, bfloat16 or float16")
+    group.add_argument("--attention", type=word, default="auto", help="auto, sdpa, cudnn, flex or flash")
+    group.add_argument("--profile", type=word, help=f"profile file or name; default: {profile}")
     quantization_option(group)
     memory_option(
         group, "what a GPU may be filled with, as 12GB; weights beyond that stream in from the host (all of it)"
@@ -28,7 +32,7 @@ def load_options(sub: argparse.ArgumentParser, profile: str = "shapes fitted to 
 
 
 def memory_option(group: argparse._ActionsContainer, text: str) -> None:
-    group.add_argument("--memory", metavar="SIZE", help=text)
+    group.add_argument("--memory", type=word, metavar="SIZE", help=text)
 
 
 def gpus_options(group: argparse._ActionsContainer) -> None:
@@ -43,7 +47,9 @@ def gpus_options(group: argparse._ActionsContainer) -> None:
 
 
 def weights_options(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--weights", metavar="FILE", help="a fine-tune's file, folder or repo id over the checkpoint")
+    group.add_argument(
+        "--weights", type=word, metavar="FILE", help="a fine-tune's file, folder or repo id over the checkpoint"
+    )
     group.add_argument(
         "--lora",
         metavar="FILE[=FACTOR]",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from bagel_opt.cli.argument_types import count, kept_apart, port, sizes
+from bagel_opt.cli.argument_types import count, kept_apart, port, sizes, word
 from bagel_opt.cli.model_arguments import load_options
 
 
@@ -21,7 +21,9 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         help="an adapter that is kept apart, for requests that ask for it: adapters={NAME: scale}; may be given several times",
     )
     group = sub.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    group.add_argument(
+        "--host", type=word, default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)"
+    )
     group.add_argument("--port", type=port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
     group.add_argument(
         "--allowed-host",
@@ -39,6 +41,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--name",
+        type=word,
         action="append",
         help="the model's name for clients (default: the folder's); may be given several times, as for clients with a fixed one",
     )

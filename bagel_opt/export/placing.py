@@ -53,6 +53,8 @@ def _alone(out: Path) -> Iterator[Path]:
     """The name of a folder to write, while no other export to `out` runs; it is gone in the end."""
     from filelock import FileLock, Timeout  # which comes with torch
 
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise NotADirectoryError(f"{out} cannot be a folder: {file} is a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f"{out.name}.partial-lock"))
     try:

@@ -11,15 +11,11 @@ MOST = 64  # adapters of a model
 
 def with_factors(lora: Loras) -> list[tuple[str | Path, float]]:
     """Each adapter with the factor of its delta. Raises ValueError."""
-    found = []
-    for given in [lora] if isinstance(lora, str | Path) else lora:
-        place, factor = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
-        if not isinstance(place, str | Path) or isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise ValueError(f"lora has {given!r:.200}; allowed: a file or a folder, or (file, factor)")
-        if not -100 <= factor <= 100:
-            raise ValueError(f"lora has the factor {factor!r} for {place}; allowed: a number from -100 to 100")
-        found.append((place, float(factor)))
-    return found
+    each = [lora] if isinstance(lora, str | Path) else lora
+    allowed = "a file or a folder, or a list of these and of (file, factor)"
+    if not isinstance(each, list | tuple):
+        raise ValueError(f"lora is {lora!r:.200}; allowed: {allowed}")
+    return [_with_factor(given, "lora has", allowed) for given in each]
 
 
 def named(adapters: Named) -> dict[str, tuple[str | Path, float]]:
@@ -28,4 +24,14 @@ def named(adapters: Named) -> dict[str, tuple[str | Path, float]]:
         raise ValueError(f"adapters is {adapters!r:.200}; allowed: an object from names to files or folders")
     if len(adapters) > MOST:
         raise ValueError(f"adapters has {len(adapters)}; allowed: at most {MOST} at a time")
-    return dict(zip(adapters, with_factors(list(adapters.values())), strict=True))
+    allowed = "a file or a folder, or (file, factor)"
+    return {name: _with_factor(given, f"adapters has for {name!r:.60}", allowed) for name, given in adapters.items()}
+
+
+def _with_factor(given: object, whose: str, allowed: str) -> tuple[str | Path, float]:
+    place, factor = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+    if not isinstance(place, str | Path) or isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise ValueError(f"{whose} {given!r:.200}; allowed: {allowed}")
+    if not -100 <= factor <= 100:
+        raise ValueError(f"{whose} {place} with the factor {factor!r}; allowed: a number from -100 to 100")
+    return place, float(factor)

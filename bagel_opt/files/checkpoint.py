@@ -156,7 +156,7 @@ class Checkpoint:
         if weights is None:
             veomni.check_whole(place)
         else:
-            over = collect(above := find_place(weights))
+            over = collect(above := find_place(weights, "a fine-tune's file, folder or repo id"))
             if over.kinds:
                 raise CheckpointError(
                     f"{above} is a whole quantised model; give it as the checkpoint, without other weights below it"

@@ -22,7 +22,9 @@ def convert(source: str | Path, out: str | Path | None = None) -> Path:
     path = find_file(source, VAE_PICKLE, f"the folder of a Lance checkpoint, or its {VAE_PICKLE}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except pickle.UnpicklingError:  # torch's advice is to run what is in it
+        raise CheckpointError(f"{path} is no pickle of tensors alone, and is not read further") from None
+    except (EOFError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no plain pickle of tensors, and is not read further: {reason(error)}"
         ) from None

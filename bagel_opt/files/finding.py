@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,10 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     if place.is_file():
         _check_format(place)
         return [place], []
+    if (place / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{place} is a bundle, whose weights are for its programs; give the checkpoint that it was made from"
+        )
     if dfloat11_config(place) is not None:  # its package reads all files that are there
         return sorted(path for path in place.glob("*.safetensors") if path.name != VAE_FILE), []
     index = place / INDEX
@@ -141,10 +146,8 @@ def find_place(source: str | Path, allowed: str = MODEL) -> Path:
     """A local folder or file as it is, or a Hugging Face repo id downloaded to the cache: of a bundle the files that its
     manifest names, else FILES. allowed: what an error says may be given. Raises FileNotFoundError, and BundleError for a
     repo's manifest that cannot be read."""
-    if Path(source).exists():
-        return Path(source)
-    if not _is_repo(source):
-        raise FileNotFoundError(f"{source} is no folder and no file; give {allowed}")
+    if place := _local(source, allowed):
+        return place
     first = _download(source, ["*.json"])
     if not (first / MANIFEST).is_file():
         return _download(source, FILES, revision=first.name)
@@ -153,11 +156,7 @@ def find_place(source: str | Path, allowed: str = MODEL) -> Path:
 
 def find_file(source: str | Path, name: str, allowed: str) -> Path:
     """A local file as it is, or one of that name in a local folder or in a Hugging Face repo. Raises FileNotFoundError."""
-    place = Path(source)
-    if not place.exists():
-        if not _is_repo(source):
-            raise FileNotFoundError(f"{source} is no folder and no file; give {allowed}")
-        place = _download(source, [name])
+    place = _local(source, allowed) or _download(source, [name])
     path = place if place.is_file() else place / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give {allowed}")
@@ -166,10 +165,24 @@ def find_file(source: str | Path, name: str, allowed: str) -> Path:
 
 def find_bundle(source: str | Path) -> Path | None:
     """The folder of a bundle, a local one or a repo id's, of which only JSON files are downloaded; None for what is none.
-    Raises FileNotFoundError where a repo cannot be reached."""
-    local = Path(source).exists() or not _is_repo(source)
-    place = Path(source) if local else _download(source, ["*.json"])
+    Raises FileNotFoundError where there is no such place, or a repo cannot be reached."""
+    place = _local(source, MODEL) or _download(source, ["*.json"])
     return place if (place / MANIFEST).is_file() else None
+
+
+def _local(source: str | Path, allowed: str) -> Path | None:
+    """What is here by that name; None where it is not, and may be a repo's id. Raises FileNotFoundError, and TypeError for what is
+    no name."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{source!r:.80} is {type(source).__name__}; give {allowed}")
+    if not str(source):
+        raise FileNotFoundError(f"'' names nothing; give {allowed}")
+    with contextlib.suppress(OSError):  # of a name that is too long
+        if Path(source).exists():
+            return Path(source)
+    if not _is_repo(source):
+        raise FileNotFoundError(f"{str(source)[:200]} is no folder and no file; give {allowed}")
+    return None
 
 
 def _is_repo(source: str | Path) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from bagel_opt.dtypes import COMPUTE
 from bagel_opt.errors import reason
-from bagel_opt.installed import ABSENT, FLASH, compiler, fault, mend_flash, told, version
+from bagel_opt.installed import ABSENT, FLASH, compiler, fault, mend_flash, out_of_bounds, told, version
 from bagel_opt.quantization import IN_ONNX, KINDS, NEEDS
 from bagel_opt.runtime.active import compiled_by
-from bagel_opt.versions import EXTRAS, LEAST, check_onnxruntime, check_version
+from bagel_opt.versions import EXTRAS, LEAST, PILLOW, check_onnxruntime, check_version, older_pillow
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,7 @@ def facts() -> dict[str, Any]:
         for gpu in gpus if not no_provider else ():
             gpu["uses"]["ONNX bundles"] = f"onnxruntime {_onnxruntime_version()}, CUDAExecutionProvider"
         unused += _onnx_unused(no_onnx, no_provider, bool(gpus))
+        unused += _other_versions()
         return {"versions": versions, "devices": [_cpu(), *gpus], "unused": unused}
 
 
@@ -265,6 +266,15 @@ def _onnx_unused(no_onnx: str | None, no_provider: str | None, gpu: bool) -> Ite
         yield _unused(
             "ONNX bundles on the GPU", *re.split(r"[:;] (?:install them with )?(?=pip )", no_provider, maxsplit=1)
         )
+
+
+def _other_versions() -> Iterator[Unused]:
+    """Of libraries that are used all the same."""
+    if old := older_pillow():
+        yield _unused(f"pillow>={PILLOW}", *old)
+    for name, (asked, have) in out_of_bounds().items():
+        if name not in ("pillow", *LEAST):  # which are told of above
+            yield _unused(f"{name}{asked}", f"{name} {have} is installed", f"pip install '{name}{asked}'")
 
 
 def _onnxruntime_version() -> str:

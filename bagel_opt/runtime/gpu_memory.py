@@ -62,7 +62,7 @@ class GpuMemory:
         status, count = runtime.cudaGetDeviceCount()
         if int(status) or device >= count:
             found = self._reason(status) if int(status) else f"{count} of them"
-            raise ValueError(f"device='cuda:{device}', but CUDA finds no such GPU here ({found})")
+            raise ValueError(f"there is no cuda:{device}: CUDA finds no such GPU here ({found})")
         self._check(runtime.cudaSetDevice(device), "choosing the GPU")
 
     def empty(self, shape: tuple[int, ...], kind: str) -> DeviceTensor:

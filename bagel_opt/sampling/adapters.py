@@ -11,7 +11,7 @@ def check_adapters(runtime: Runtime, options: Options) -> None:
     kept = runtime.adapters or {}
     if unknown := sorted(set(options.adapters or ()) - set(kept)):
         there = f"there are {', '.join(map(repr, kept))}" if kept else "this model keeps none apart"
-        raise ValueError(f"adapters has {unknown[0]!r:.80}; {there}")
+        raise ValueError(f"adapters: there is no {unknown[0]!r:.80}; {there}")
 
 
 def adapter_share(runtime: Runtime, options: Options) -> np.ndarray:

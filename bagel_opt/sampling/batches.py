@@ -1,6 +1,8 @@
 """The static batches that requests share, and the rows of them that a request has."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +57,7 @@ class Batches:
         self.free = [(batch, row) for batch in range(profile.batches) for row in range(profile.rows)]
         self.every = [Batch() for _ in range(profile.batches)]
         self.coding = 0  # requests with a video on its way through the VAE
+        self.apart: set[str] = set()  # programs for which several rows at once took too much memory
 
     def __getitem__(self, number: int) -> Batch:
         return self.every[number]
@@ -64,6 +67,33 @@ class Batches:
 
     def release(self, contexts: list[Context]) -> None:
         self.free = sorted(self.free + [(c.batch, c.row) for c in contexts])
+        self.apart.clear()  # there may be room again
+
+    def reserve(self, least: int, most: int) -> None:
+        """Takes caches for so many rows at most, before any row is taken. Where not all have room, as many are taken as have, whose
+        rows are then all that there are. Raises MemoryError where that is fewer than the least, and then holds none."""
+        rows = self.profile.rows
+        for batch in range(min(len(self.every), -(-most // rows))):
+            try:
+                self.every[batch].caches = self.runtime.caches(rows, self.profile.slots)
+            except MemoryError:
+                if batch * rows < least:
+                    self.close()
+                    raise
+                self.free = [(number, row) for number, row in self.free if number < batch]
+                return
+
+    def together(self, program: str, call: Callable[[Sequence], list], given: Sequence) -> list[Any]:
+        """What `call` gives for these rows or requests together. Where they lack memory for that, one by one, and so until a row
+        is free; in place of what lacks it alone is the MemoryError."""
+        if len(given) == 1 or program not in self.apart:
+            try:
+                return call(given)
+            except MemoryError as error:
+                if len(given) == 1:
+                    return [error]
+            self.apart.add(program)
+        return [found for one in given for found in self.together(program, call, [one])]
 
     def close(self) -> None:
         """Hands the caches back; nothing may use these batches afterwards."""

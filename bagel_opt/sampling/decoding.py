@@ -5,7 +5,8 @@ computes so is thrown away where the host wants another one, as after the end of
 """
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,26 +56,34 @@ class Decoder:
         self.batches, self.runtime, self.profile = batches, batches.runtime, batches.profile
         self.ahead: dict[tuple[int, int | None], Launched] = {}  # by the batch, and the row where it is for one alone
 
-    def __call__(self, jobs: Sequence[Job], kv_len: np.ndarray, position: np.ndarray) -> list[int]:
+    def __call__(self, jobs: Sequence[Job], kv_len: np.ndarray, position: np.ndarray) -> list[int | MemoryError]:
         """The next token of each of these requests. kv_len, position: of the rows of all batches."""
         ahead, self.ahead = self.ahead, {}
         asked, found = self._asked(jobs, kv_len, position), {}
         for batch in sorted({job.main.batch for job in jobs}):
             mine = [job for job in jobs if job.main.batch == batch]
-            row = mine[0].main.row if len(mine) == 1 < self.profile.rows else None
-            rows = slice(None) if row is None else slice(row, row + 1)
-            wanted = Asked(*(self.batches.of(value, batch) for value in vars(asked).values())).part(rows)
-            launched = ahead.get((batch, row))
-            if not launched or not launched.serves(wanted.texts):
-                launched = self._launch(batch, row, wanted)
-            wait, ids = self.runtime.chosen(launched.chosen)
-            if ids is not None and all(job.want.following is not None for job in mine):
-                self._go_on(batch, row, wanted, mine, ids)
-            chosen = wait()
-            for job in mine:
-                at = job.main.row - (row or 0)
-                found[id(job)] = self._in_nucleus(launched.logits, at, job.want, int(chosen[at]))
+            of_batch = Asked(*(self.batches.of(value, batch) for value in vars(asked).values()))
+            tokens = self.batches.together("decode", functools.partial(self._next, batch, of_batch, ahead), mine)
+            found |= zip(map(id, mine), tokens, strict=True)
         return [found[id(job)] for job in jobs]
+
+    def _next(
+        self, batch: int, asked: Asked, ahead: Mapping[tuple[int, int | None], Launched], jobs: Sequence[Job]
+    ) -> list[int]:
+        """Of requests in one batch."""
+        row = jobs[0].main.row if len(jobs) == 1 < self.profile.rows else None
+        wanted = asked.part(slice(None) if row is None else slice(row, row + 1))
+        launched = ahead.get((batch, row))
+        if not launched or not launched.serves(wanted.texts):
+            launched = self._launch(batch, row, wanted)
+        wait, ids = self.runtime.chosen(launched.chosen)
+        if ids is not None and all(job.want.following is not None for job in jobs):
+            self._go_on(batch, row, wanted, jobs, ids)
+        chosen, first = wait(), row or 0
+        return [
+            self._in_nucleus(launched.logits, job.main.row - first, job.want, int(chosen[job.main.row - first]))
+            for job in jobs
+        ]
 
     def _asked(self, jobs: Sequence[Job], kv_len: np.ndarray, position: np.ndarray) -> Asked:
         ids, texts = np.zeros_like(kv_len), [None] * len(kv_len)

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,15 @@ import numpy as np
 from bagel_opt.config import BagelConfig
 from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import Runtime, Tensor
-from bagel_opt.programs.signatures import one_row
-from bagel_opt.sampling.adapters import as_inputs
-from bagel_opt.sampling.batches import Batches, padded
-from bagel_opt.sampling.calls import neighbours, parts
+from bagel_opt.sampling.batches import Batches
 from bagel_opt.sampling.decoding import Decoder
 from bagel_opt.sampling.flow import FlowStep
 from bagel_opt.sampling.flow_rows import FlowRows
 from bagel_opt.sampling.job import Job, Observer, Token
 from bagel_opt.sampling.plan import AnyPlan, slots_together
-from bagel_opt.sampling.reading import Reading
+from bagel_opt.sampling.reading import Reading, Texts
 from bagel_opt.sampling.step_caches import STEP_CACHES, StepCache
+from bagel_opt.sampling.velocities import Velocities
 from bagel_opt.tokenizer import Tokenizer
 
 PAUSE = 0.25  # seconds for which pictures are read while others wait for a text of theirs or to write
@@ -47,7 +45,7 @@ class Engine:
     def _start(self) -> None:
         """No request, and batches without memory."""
         self.batches = Batches(self.runtime, self.config, self.profile)
-        self.decoder = Decoder(self.batches)
+        self.texts, self.decoder, self.velocities = Texts(self.batches), Decoder(self.batches), Velocities(self.batches)
         self.step_caches: dict[str, StepCache] = {name: make(self.batches) for name, make in STEP_CACHES.items()}
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
@@ -189,47 +187,14 @@ class Engine:
         return kv_len, position
 
     def _read(self, jobs: list[Job]) -> list[MemoryError | None]:
-        """A text of each of these requests: of neighbouring rows together where the program takes them, but of no more tokens
-        than another program has room for."""
-        found, p, lacking = {self.batches.at(job.want.context): job for job in jobs}, self.profile, {}
-        most = max(p.text, p.patches, p.rows * p.latents) // p.text if self.runtime.free_texts else 1
-        for batch in range(p.batches):
-            rows = [at - batch * p.rows for at in sorted(found) if at // p.rows == batch]
-            for run in neighbours(rows):
-                for start in range(run.start, run.stop, most):
-                    part = range(start, min(start + most, run.stop))
-                    lacking |= self._read_together(batch, start, [found[batch * p.rows + row] for row in part])
-        return [lacking.get(id(job)) for job in jobs]
+        """A text of each of these requests."""
+        return self.texts([job.want for job in jobs])
 
-    def _read_together(self, batch: int, first: int, jobs: list[Job]) -> dict[int, MemoryError]:
-        """Of rows from the first on; one by one, where they lack memory together. -> what ends which of them"""
-        try:
-            self._read_rows(batch, slice(first, first + len(jobs)), jobs)
-        except MemoryError as error:
-            if len(jobs) == 1:
-                return {id(jobs[0]): error}
-        else:
-            return {}
-        alone = [self._read_together(batch, row, [job]) for row, job in enumerate(jobs, first)]
-        return {key: error for found in alone for key, error in found.items()}
-
-    def _read_rows(self, batch: int, rows: slice, jobs: list[Job]) -> None:
-        texts, contexts = [job.want.ids for job in jobs], [job.want.context for job in jobs]
-        size = self.batches.size("text", max(map(len, texts)))
-        ids = np.stack([padded(np.array(text, np.int64), size) for text in texts])
-        numbers = [
-            np.array(values, np.int64) for values in zip(*((c.position, c.kv_len) for c in contexts), strict=True)
-        ]
-        inputs = [ids, *numbers, *as_inputs(np.stack([job.share for job in jobs]))]
-        self.runtime.run("text", inputs, self.batches[batch].caches, rows)
-        for context, text in zip(contexts, texts, strict=True):
-            context.read(len(text), len(text))
-
-    def _decode(self, jobs: list[Job]) -> list[int]:
+    def _decode(self, jobs: list[Job]) -> list[int | MemoryError]:
         """The next token of each of these requests."""
         return self.decoder(jobs, *self._lengths())
 
-    def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    def _denoise(self, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray] | MemoryError | None]:
         """One flow step of each of these requests; (x_t, v_t) for those that watch."""
         rows = FlowRows(self.batches, self._lengths()[0])
         for job in jobs:
@@ -239,46 +204,23 @@ class Engine:
             if users := [job for job in jobs if job.plan.options.step_cache == name]:
                 cache.before(rows, users)
                 acting.append(cache)
-        x, v = [batch.x for batch in self.batches.every], []
+        x, v, lacking = [batch.x for batch in self.batches.every], [], {}
         for number in range(len(x)):
             if x[number] is None:  # no request draws there; any tensor of the shape will do
                 x[number] = self.batches.zeros()
-            velocity, hidden = self._evaluate(number, x[number], rows, any(c.remembers(number) for c in acting))
+            remembers = any(cache.remembers(number) for cache in acting)
+            velocity, hidden, without = self.velocities(number, x[number], rows, remembers)
+            lacking |= without
             for cache in acting:
                 velocity = cache.after(number, velocity, hidden)
             v.append(velocity)
         out = self.runtime.run("step", [*rows.guidance(), *x, *v])
         for batch, latents in zip(self.batches.every, out[: len(x)], strict=True):
             batch.x = latents
-        return [self._watched(job, x, out[len(x) :]) for job in jobs]
+        return [self._lacked(job, lacking) or self._watched(job, x, out[len(x) :]) for job in jobs]
 
-    def _evaluate(self, number: int, x: Tensor, flow: FlowRows, remembers: bool) -> tuple[Tensor, Tensor | None]:
-        """Velocities of one batch, of all rows at once, or of those that take part where that takes less (the latents
-        themselves where none does); and the last layer's output where it is to be remembered. Of the latents as many as
-        the largest picture of a call has, where that can be chosen."""
-        b, p, inputs = self.batches[number], self.profile, [x, *flow.evaluation(number)]
-        rows = np.flatnonzero(inputs[4]).tolist()
-        if not rows:
-            return x, None
-        sizes = [self.batches.size("latents", int(inputs[4][row])) for row in rows]
-        calls = parts(rows, sizes, p.rows, self.runtime.free_rows, self.config.llm.expert_work)
-        if calls == [(slice(0, p.rows), p.latents)]:
-            return self.runtime.run("generate", inputs, b.caches)
-        if b.v is None:
-            b.v = self.batches.zeros()
-        if remembers and b.last is None:
-            b.last = self.batches.hidden()
-        for part, size in calls:
-            name = "generate" if part.stop - part.start > 1 else one_row("generate", p)
-            x_t, *given = (array[part] for array in (x, *flow.evaluation(number, size)))
-            if size < p.latents:
-                x_t = x_t[:, :size]
-            v, hidden = self.runtime.run(name, [x_t, *given], b.caches, part)
-            for place, row in enumerate(range(part.start, part.stop)):
-                b.v = self.runtime.write_row(b.v, row, v[place])
-                if remembers:
-                    b.last = self.runtime.write_row(b.last, row, hidden[place])
-        return b.v, b.last
+    def _lacked(self, job: Job, lacking: Mapping[int, MemoryError]) -> MemoryError | None:
+        return next((lacking[at] for at in map(self.batches.at, job.drawn_from) if at in lacking), None)
 
     def _watched(self, job: Job, x: list[Tensor], v: list[Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
         if not job.observer.on_step:

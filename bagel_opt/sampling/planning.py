@@ -32,12 +32,15 @@ THINK_IMAGE = (
 
 
 def make_plan(request: Request, config: Config, tokenizer: Tokenizer) -> Plan | Interleaved:
-    """Walks the inputs as the official code does and checks them against the model's tables.
+    """Walks the inputs as the official code does and checks them against the model's tables. What the model recommends for the
+    length of texts and the number of rounds counts, but is no wish of the user's: a profile may have room for less.
 
     Raises ValueError for a picture, a size, an option or a noise that the model cannot take.
     """
     options = request.options_over(config.generation)
-    return PLANS[config.family](request, options, config, tokenizer)
+    plan = PLANS[config.family](request, options, config, tokenizer)
+    unasked = dict.fromkeys({"max_think_tokens", "max_rounds"} - request.given.keys())
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, **unasked))
 
 
 def plan_bagel(request: Request, options: Options, config: BagelConfig, tokenizer: Tokenizer) -> Plan | Interleaved:

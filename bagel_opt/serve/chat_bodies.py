@@ -122,6 +122,9 @@ class ChatBody(Writing, Drawing, Interleaving):
         """Tokens that were allowed; the answer may be shorter where there is no room for so many."""
         return self.max_completion_tokens or self.max_tokens
 
+    def spelled(self) -> dict[str, str]:
+        return super().spelled() if self.output else {**super().spelled(), "output": "modalities"}
+
     @model_validator(mode="after")
     def check(self) -> "ChatBody":
         lengths = [name for name in ("max_tokens", "max_completion_tokens", "max_think_tokens") if getattr(self, name)]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import core_schema
 
 from bagel_opt.option_kinds import Choice, Flag, Interval, Kind, Number, Scales, Text, Texts
@@ -17,7 +17,6 @@ from bagel_opt.options import ADAPTERS, EVERY, INPUTS, INTERLEAVING, PICTURE, RE
 TEXT_LIMIT = 32_000  # characters of one text, as at OpenAI; the profile's slots are the tighter limit
 PARTS = 64  # texts and pictures of one request
 WHOLE_LIMIT = 2**31  # of whole numbers that have no other
-OTHER_NAMES = {"adapters": ("lora",)}  # of fields, as other servers call them
 IGNORED = Field(None, description="Ignored.")
 
 
@@ -69,9 +68,7 @@ def _type(kind: Kind) -> Any:
 
 def _field(option: Option) -> tuple[Any, Any]:
     default = option.unset if option.default is None else json.dumps(option.default)
-    names = AliasChoices(option.name, *OTHER_NAMES.get(option.name, ()))
-    about = f"{option.sentence} Default: {default}."
-    return _type(option.kind) | None, Field(None, description=about, validation_alias=names)
+    return _type(option.kind) | None, Field(None, description=f"{option.sentence} Default: {default}.")
 
 
 def _model(name: str, *groups: str) -> type[Fields]:
@@ -81,6 +78,7 @@ def _model(name: str, *groups: str) -> type[Fields]:
 
 
 class Body(_model("RequestOptions", EVERY, READING, ADAPTERS)):
+    lora: _type(described(ADAPTERS)["adapters"].kind) | None = Field(None, description="Another name of adapters.")
     model: str | None = Field(None, description="A name that /v1/models gives; may be left out.")
     user: str | None = IGNORED
     safety_identifier: str | None = IGNORED
@@ -89,11 +87,22 @@ class Body(_model("RequestOptions", EVERY, READING, ADAPTERS)):
 
     def text_options(self) -> dict:
         """What was given of the options of every request, but for the seed, which a server draws where none is."""
-        return self._given(described(EVERY, ADAPTERS).keys() - {"seed"}) | self.reading_options()
+        given = self._given(described(EVERY, ADAPTERS).keys() - {"seed"}) | self.reading_options()
+        return given if self.lora is None else {**given, "adapters": self.lora}
+
+    def spelled(self) -> dict[str, str]:
+        """The client's fields of options that have another name."""
+        return {} if self.lora is None else {"adapters": "lora"}
 
     def reading_options(self) -> dict:
         """What was given of the options on how pictures go in."""
         return self._given(described(READING))
+
+    @model_validator(mode="after")
+    def check_names(self) -> "Body":
+        if self.lora is not None and self.adapters is not None:
+            raise ValueError("lora: given beside adapters; give one of them")
+        return self
 
     def _given(self, names: Iterable[str]) -> dict:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

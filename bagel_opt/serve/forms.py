@@ -13,7 +13,9 @@ from bagel_opt.serve.errors import ApiError
 from bagel_opt.serve.problems import ADVICE
 
 # Fields whose value is no single one: JSON, or given several times.
-SEVERAL = {name for name, option in described().items() if isinstance(option.kind, Interval | Scales | Texts)}
+SEVERAL = {name for name, option in described().items() if isinstance(option.kind, Interval | Scales | Texts)} | {
+    "lora"
+}
 FIELDS = 96  # of a form, and files
 
 

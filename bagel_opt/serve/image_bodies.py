@@ -39,8 +39,8 @@ class ImageBody(Body, Drawing):
         return self
 
     def spelled(self) -> dict[str, str]:
-        """The client's fields of options that have another name."""
-        return {} if read_size(self.size) is None else dict.fromkeys(("width", "height"), "size")
+        sides = {} if read_size(self.size) is None else dict.fromkeys(("width", "height"), "size")
+        return {**super().spelled(), **sides, "output": "model"}  # what it does not draw, no field asks for
 
 
 class EditBody(ImageBody):

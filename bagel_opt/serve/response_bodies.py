@@ -107,9 +107,9 @@ class ResponsesBody(Writing, Drawing):
         return self.tools[0] if self.tools and self.tool_choice != "none" else None
 
     def spelled(self) -> dict[str, str]:
-        """The client's fields of options that have another name."""
         sized = self.tool and read_size(self.tool.size)
-        return dict.fromkeys(("width", "height"), "tools.0.size") if sized else {}
+        sides = dict.fromkeys(("width", "height"), "tools.0.size") if sized else {}
+        return {**super().spelled(), **sides, "output": "tools"}
 
     @model_validator(mode="after")
     def check(self) -> "ResponsesBody":

@@ -33,9 +33,9 @@ class VideoBody(Body, Drawing, Filming):
         return self
 
     def spelled(self) -> dict[str, str]:
-        """The client's fields of options that have another name."""
         sides = {} if read_size(self.size) is None else dict.fromkeys(("width", "height"), "size")
-        return sides if self.seconds is None else {**sides, "num_frames": "seconds"}
+        length = {} if self.seconds is None else {"num_frames": "seconds"}
+        return super().spelled() | sides | length
 
 
 class Listing(Fields):

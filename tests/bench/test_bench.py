@@ -130,12 +130,39 @@ def test_what_cannot_be_timed_says_why_and_the_rest_goes_on(tmp_path, capsys, mo
         (["--preset", "lance", "--memory", "12GB"], "--memory is for --preset h100, not for --preset lance"),
         (["--preset", "lance", "--gpus", "2"], "--gpus is for --preset h100, not for --preset lance"),
         (["--preset", "lance", "--official", "/nowhere"], "Lance's official code: it has no modeling/lance/lance.py"),
+        (["--preset", "h100", "--steps=4"], "--steps: --preset has its own; leave it out"),
+        (["--preset", "lance", "--export", "demo"], "--export: --preset has its own; leave it out"),
+        (["--formats", "aoti"], "--formats is for --export, which names the profile of the bundles"),
+        (["--gpus", "2", "--export", "demo"], "gpus=2: bundles of format 'onnx' run on one GPU; time those without it"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
     assert main(["bench", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_exported_bundles_run_as_was_asked(monkeypatch, tmp_path):
+    """On as many GPUs, with the same attention; the official code has one."""
+    exported, timed = [], []
+    monkeypatch.setattr(
+        "bagel_opt.export.bundle.export", lambda *_, **how: exported.append(how) or tmp_path / how["format"]
+    )
+    monkeypatch.setattr(bench, "time_contender", lambda contender, work: timed.append(contender) or {"error": "none"})
+    (tmp_path / "inferencer.py").touch()
+    how = {"device": "cuda:0", "dtype": "bfloat16", "attention": "sdpa"}
+    formats = {"profiles": ["demo"], "official": str(tmp_path)}
+    bench.bench([str(CHECKPOINT)], WORK, formats=("export", "compile"), gpus=2, **formats, **how)
+    assert [(one.name.split(", ", 1)[1], one.gpus, one.device) for one in timed] == [
+        ("official code, one GPU", None, "cuda:0"),
+        ("eager", 2, "cuda:0"),
+        ("export bundle", 2, "cuda:0"),
+        ("compile bundle", 2, "cuda:0"),
+    ]
+    assert [(one["device"], one["attention"]) for one in exported] == [("cuda", "sdpa")] * 2
+    bench.bench([str(CHECKPOINT)], WORK, formats=("onnx",), gpus=1, **formats, **how)
+    assert exported[-1] == {"format": "onnx", "dtype": "bfloat16", "device": "cuda"}
+    assert timed[-1].gpus == 1
 
 
 def test_the_default_picture_is_the_models_own(bundle):

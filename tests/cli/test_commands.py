@@ -14,7 +14,8 @@ from PIL import Image
 from support import CHECKPOINT, GOLDEN, ROOT
 
 import bagel_opt
-from bagel_opt.cli.commands import main
+from bagel_opt.cli.arguments import parser
+from bagel_opt.cli.commands import COMMANDS, main
 from bagel_opt.installed import Compiler
 
 PICTURE = GOLDEN / "cases" / "image_editing" / "input0.png"
@@ -387,3 +388,51 @@ def test_a_picture_that_is_not_there_is_named(capsys):
     assert (
         capsys.readouterr().err == "bagel-opt: there is no picture make it green; its file comes first, then the text\n"
     )
+
+
+EMPTY = [
+    *((command, f"--{name}") for command in ("generate", "serve") for name in ("profile", "device", "weights", "lora")),
+    *(("generate", f"--{name}") for name in ("checkpoint", "memory", "quantization", "parallel", "image", "out")),
+    *(
+        ("export", f"--{name}")
+        for name in ("recipe", "dtype", "format", "profile", "out", "checkpoint", "quantization")
+    ),
+    *(("bench", f"--{name}") for name in ("official", "backends", "export", "json")),
+    *(("serve", f"--{name}") for name in ("host", "name")),
+    ("inspect", "--profile"),
+    ("quantize", "--out"),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), EMPTY)
+def test_options_without_a_value(command, option, capsys):
+    """As of a shell's variable that was not set. None is passed over, and none is the folder that one is in."""
+    with pytest.raises(SystemExit, match="2"):
+        parser(COMMANDS).parse_args([command, option, ""])
+    assert f"{option}: it is empty; give a value, or leave the option out" in capsys.readouterr().err.replace("-o/", "")
+
+
+def test_sources_without_a_name(fails):
+    for command in (["inspect", ""], ["quantize", "", "--quantization", "int8", "--out", "new"], ["serve", ""]):
+        assert "'' names nothing; give a checkpoint folder, a bundle or a repo id" in fails(*command)
+    assert "there is no picture ''; its file comes first" in fails("edit", "", "make it green")
+
+
+def test_what_an_edit_lacks(fails, tmp_path):
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.tif")
+    both = "give a picture's file and then the text, or --video FILE and the text"
+    assert both in fails("edit", "thin.tif")
+    assert "image: an image of 1x300 pixels is too thin" in fails("edit", "thin.tif", "a", *SMALL)
+
+
+def test_bundles_and_files_in_the_place_of_others(fails, small_bundle, tmp_path):
+    made_from = (
+        f"{small_bundle} is a bundle, whose weights are for its programs; give the checkpoint that it was made from"
+    )
+    assert made_from in fails("export", "--checkpoint", small_bundle, "--profile", "tiny", "--out", "new")
+    assert made_from in fails("quantize", small_bundle, "--quantization", "int8", "--out", "new")
+    assert made_from in fails("chat", "a", "--checkpoint", CHECKPOINT, "--weights", small_bundle)
+    (tmp_path / "file").touch()
+    for command in (["export", "--profile", "tiny"], ["quantize", "--quantization", "int8"]):
+        told = fails(*command, "--out", "file/new")
+        assert f"{tmp_path}/file/new cannot be a folder: {tmp_path}/file is a file" in told

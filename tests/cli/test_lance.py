@@ -54,7 +54,7 @@ def test_videos(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["edit", "blue", *FEW], "give a picture's file, or --video FILE; not both"),
+        (["edit", "blue", *FEW], "give a picture's file and then the text, or --video FILE"),
         (["edit", "a.png", "blue", "--video", "a.mp4", *FEW], "give a picture's file, or --video FILE; not both"),
         (["edit", "--video", "a.mp4", "blue", *FEW], "video: there is no file a.mp4"),
         (

@@ -11,7 +11,7 @@ from PIL import Image
 from support import CHECKPOINT
 
 import bagel_opt
-from bagel_opt import CheckpointError, Request
+from bagel_opt import CheckpointError, Profile, ProfileError, Request
 from bagel_opt.cli.inspect import describe
 from bagel_opt.files.checkpoint import Checkpoint
 from bagel_opt.sampling.planning import make_plan
@@ -68,6 +68,25 @@ def test_sizes_that_are_recommended(folder):
     assert drawn("a", height=32) == ((2, 3), None)
     assert drawn(image, "a") == ((4, 6), (70, 100))
     assert drawn(image, "a", height=32, size=None) == ((2, 6), None)
+    assert drawn(image, "a", output="interleaved") == ((4, 6), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("max_think_tokens", {"output": "text"}), ("max_rounds", {"output": "interleaved"})]
+)
+def test_lengths_that_are_recommended_are_fitted_to_a_profile(folder, name, options):
+    checkpoint = Checkpoint(folder({"max_think_tokens": 4096, "max_rounds": 8, "height": 64, "width": 64}))
+    profile = Profile("small", rows=3, slots=512, text=64, patches=64, latents=64)
+
+    def plan(**given):
+        return make_plan(Request("a", **options, **given), checkpoint.config, checkpoint.tokenizer)
+
+    assert (plan().max_tokens, getattr(plan(), "rounds", 8)) == (4096, 8)
+    fitted = plan().fitted(profile)
+    assert fitted.max_tokens < 512
+    assert getattr(fitted, "rounds", 1) < 8
+    with pytest.raises(ProfileError, match="needs slots of at least"):
+        plan(**{name: checkpoint.config.generation[name]}).fitted(profile)
 
 
 def test_all_that_can_be_recommended_reaches_the_plan(folder):

@@ -175,7 +175,7 @@ def test_a_bundle_by_repo_id(bundle, tmp_path, hub, capsys):
 def test_a_bundle_by_repo_id_that_is_refused_is_not_downloaded(bundle, tmp_path, hub):
     repo = shutil.copytree(bundle, tmp_path / "repo")
     asked = hub(repo)
-    with pytest.raises(BundleError, match="dtype='float16': a bundle's dtype was fixed"):
+    with pytest.raises(BundleError, match="dtype='float16': of a bundle this was fixed"):
         bagel_opt.load("owner/name", dtype="float16")
     rewrite(repo, format=99)
     shutil.rmtree(tmp_path / "hub")

@@ -124,10 +124,11 @@ def test_other_pickles_are_refused(folder, content, tmp_path):
     else:
         torch.save(content, pickled)
     with pytest.raises(
-        CheckpointError, match=r"Wan2\.2_VAE\.pth (is no plain pickle of tensors|holds something else)"
+        CheckpointError, match=r"Wan2\.2_VAE\.pth (is no (plain )?pickle of tensors|holds something else)"
     ) as caught:
         convert(folder)
     assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's advice, to run what is in it
     assert not (folder / lance.VAE_FILE).exists()
 
 

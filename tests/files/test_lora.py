@@ -195,3 +195,11 @@ def test_files_that_are_missing_or_no_json(adapter, tmp_path):
 def test_what_is_no_list_of_adapters(lora):
     with pytest.raises(ValueError, match="lora has"):
         with_factors(lora)
+
+
+@pytest.mark.parametrize("lora", [3, {"a": "b"}, {"a"}, True])
+def test_what_is_no_list(lora):
+    with pytest.raises(
+        ValueError, match=r"^lora is .*; allowed: a file or a folder, or a list of these and of \(file, factor\)"
+    ):
+        with_factors(lora)

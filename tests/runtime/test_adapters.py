@@ -156,7 +156,7 @@ def test_no_adapters_any_more(model):
     assert not [m for m in model.runtime.model.modules() if isinstance(m, LowRank)]
     plain = bagel_opt.load(CHECKPOINT, device="cpu", profile=PROFILE)
     assert np.array_equal(velocities(model), velocities(plain))
-    with pytest.raises(ValueError, match="adapters has 'a'; this model keeps none apart"):
+    with pytest.raises(ValueError, match="adapters: there is no 'a'; this model keeps none apart"):
         model.chat("hello", adapters={"a": 1})
 
 
@@ -195,13 +195,15 @@ def refused(model, adapters, kind, *words):
 def test_what_is_refused(model, places, tmp_path):
     refused(model, {"a": tmp_path / "nowhere"}, FileNotFoundError, "nowhere")
     refused(model, {"": places["a"]}, ValueError, "adapters is")
-    refused(model, {"a": (places["a"], "much")}, ValueError, "much")
+    refused(model, {"a": (places["a"], "much")}, ValueError, "adapters has for 'a' (", "much")
+    refused(model, {"b": places["a"], "a": 3}, ValueError, "adapters has for 'a' 3; allowed: a file or a folder, or (")
+    refused(model, {"a": (places["a"], 101)}, ValueError, "adapters has for 'a' ", " with the factor 101; allowed")
     refused(model, [places["a"]], ValueError, "adapters is")
     refused(model, {str(number): places["a"] for number in range(65)}, ValueError, "at most 64")
     adapted(targets=["vae2llm", "q_proj_moe_gen"]).save_pretrained(tmp_path / "wide")
     refused(model, {"a": tmp_path / "wide"}, CheckpointError, "vae2llm", "merge it")
     for adapters, word in (
-        ({"x": 1}, "adapters has 'x'; there are 'a', 'b', 'c'"),
+        ({"x": 1}, "adapters: there is no 'x'; there are 'a', 'b', 'c'"),
         ({"a": "1"}, "adapters={"),
         (["a"], "adapters="),
     ):

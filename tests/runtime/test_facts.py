@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import onnxruntime
+import PIL
 import pytest
 import torch
 from broken import packages
@@ -91,6 +92,31 @@ def test_libraries_that_are_too_old(monkeypatch):
     why, do = found["checkpoints, and bundles of aoti, export and compile"]
     assert (why, do) == ("torch 2.10.0+cpu is older than 2.11", "pip install --upgrade 'bagel-opt[torch]'")
     assert found["ONNX bundles"][0] == "onnxruntime 1.27.0 is older than 1.28"
+
+
+def test_versions_that_are_not_asked_for(monkeypatch):
+    """As pip tells of them. Of those that loading refuses or warns of, the libraries themselves are asked."""
+    there = {
+        "numpy": "1.25.2",
+        "tokenizers": "0.20.0",
+        "uvicorn": "0.100",
+        "torch": "1.0",
+        "pillow": "12.3.0",
+        "pytest": "7.4",
+    }
+    there |= {"quack-kernels": "0.7.0", "flash-attn-4": "4.0.0b37", "nvidia-cutlass-dsl": "4.8.0"}
+    monkeypatch.setattr(installed, "version", there.get)
+    told = unused(facts())
+    assert {what: do for what, (why, do) in told.items() if why.endswith(" is installed")} == {
+        bounds: f"pip install '{bounds}'"
+        for bounds in ("numpy>=1.26", "quack-kernels<0.7,>=0.6.5", "nvidia-cutlass-dsl<4.9,>=4.8.1")
+    }
+    assert told["numpy>=1.26"][0] == "numpy 1.25.2 is installed"
+    assert "pillow>=13" not in told
+    monkeypatch.setattr(PIL, "__version__", "12.3.0")
+    why, do = unused(facts())["pillow>=13"]
+    assert why.startswith("pillow 12.3.0 resizes some pictures")
+    assert do == "pip install 'pillow>=13'"
 
 
 def test_a_hopper_gpu_on_which_all_is_missing(gpu, absent, tmp_path, monkeypatch):

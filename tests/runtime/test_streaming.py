@@ -324,7 +324,7 @@ def test_a_request_without_room_is_refused(small, monkeypatch):
 def test_a_full_device_ends_a_request_alone(monkeypatch):
     """What it had computed is free again, and the next request is answered."""
     model, kept = bagel_opt.load(device="cpu"), []
-    generate, cleared = model.runtime.programs["generate"], []
+    programs, cleared = dict(model.runtime.programs), []
     want = np.asarray(model.generate("a red circle", seed=1, **FEW))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(gc.collect() * 0 + (kept[-1]() is None)))
 
@@ -333,15 +333,15 @@ def test_a_full_device_ends_a_request_alone(monkeypatch):
         kept.append(weakref.ref(big))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
-    model.runtime.programs["generate"] = full
+    model.runtime.programs |= dict.fromkeys(("generate", "generate_row"), full)
     drawing, writing = Request(["a red circle"], seed=1, **FEW), Request(["hello"], output="text", max_think_tokens=3)
     failed, said = model.run_many([drawing, writing], return_exceptions=True)
     assert isinstance(failed, MemoryError)
-    assert "the GPU's memory is full (program 'generate'); use a smaller height and width" in str(failed)
+    assert "the GPU's memory is full (program 'generate_row'); use a smaller height and width" in str(failed)
     assert failed.__context__ is None
     assert isinstance(said[0], str)
-    assert cleared == [True, True]  # it was tried once more
-    model.runtime.programs["generate"] = generate
+    assert cleared == [True, True] * 3  # each was tried once more: both branches together, and each by itself
+    model.runtime.programs |= programs
     np.testing.assert_array_equal(model.generate("a red circle", seed=1, **FEW), want)
 
 

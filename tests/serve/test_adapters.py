@@ -64,10 +64,11 @@ def test_a_request_asks_for_them(client, place):
 def test_in_a_form(client):
     edits = [
         client.images.edit(image=png(), prompt="blue", extra_body={"seed": 1, **FEW} | given)
-        for given in ({}, {"adapters": json.dumps({"style": 1})})
+        for given in ({}, {"adapters": json.dumps({"style": 1})}, {"lora": json.dumps({"style": 1})})
     ]
-    first, second = (np.asarray(picture(answer.data[0].b64_json), int) for answer in edits)
+    first, second, third = (np.asarray(picture(answer.data[0].b64_json), int) for answer in edits)
     assert np.abs(first - second).mean() > 2
+    assert np.array_equal(second, third)
 
 
 def test_in_a_chat(client, model):
@@ -90,6 +91,27 @@ def test_what_is_refused(client, given):
     with pytest.raises(openai.BadRequestError) as error:
         drawn(client, adapters=given)
     assert "adapters" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["adapters", "lora"])
+def test_the_name_that_was_given_is_told(client, field):
+    given = {field: {"nothing": 1}}
+    calls = (
+        lambda: drawn(client, **given),
+        lambda: client.chat.completions.create(model="test", messages=ask(png()), extra_body=given),
+        lambda: client.responses.create(model="test", input="a", extra_body=given),
+    )
+    for call in calls:
+        with pytest.raises(
+            openai.BadRequestError, match=f"{field}: there is no 'nothing'; there are 'style'"
+        ) as refused:
+            call()
+        assert refused.value.param == field
+
+
+def test_both_names(client):
+    with pytest.raises(openai.BadRequestError, match="lora: given beside adapters; give one of them"):
+        drawn(client, adapters={"style": 1}, lora={"style": 1})
 
 
 def test_names_on_the_command_line(settings, capsys):

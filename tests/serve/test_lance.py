@@ -1,6 +1,7 @@
 """The server with a Lance checkpoint: pictures, edits and questions."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -79,3 +80,27 @@ def test_what_is_refused(running, call, param, message):
     with pytest.raises(openai.BadRequestError, match=message) as refused:
         call(running.client())
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda c: c.images.generate(prompt="a"), "model"),
+        (lambda c: c.images.edit(image=TWO[:1], prompt="a"), "model"),
+        (lambda c: c.responses.create(model="test", input="a", tools=[{"type": "image_generation"}]), "tools"),
+        (
+            lambda c: c.chat.completions.create(
+                model="test", messages=[{"role": "user", "content": "a"}], extra_body={"modalities": ["image"]}
+            ),
+            "modalities",
+        ),
+    ],
+)
+def test_a_model_of_videos_names_what_asked_for_a_picture(running, monkeypatch, call, field):
+    model = running.service.engine.model
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, draws=("video",)))
+    with pytest.raises(
+        openai.BadRequestError, match=f"{field}: output='image': this model was trained to draw"
+    ) as refused:
+        call(running.client())
+    assert refused.value.param == field

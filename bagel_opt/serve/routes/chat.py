@@ -39,7 +39,7 @@ async def completions(http: HttpRequest, service: Injected, body: Annotated[Chat
     options |= body.interleaving_options()
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
     work = as_work(http, service, _said(body), body.kind, options, body.reading_options())
-    work.longest = body.longest
+    work.longest, work.spelled = body.longest, body.spelled()
     work.progress = body.stream and bool(body.output)
     [ticket] = await service.submit(http, work)
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
