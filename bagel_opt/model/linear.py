@@ -40,6 +40,20 @@ class LowRank(nn.Module):
         return F.linear(self.reduced(x_BTC, share_BK), self.up_NR)
 
 
+def stored(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter as a product with x takes it."""
+    return parameter if parameter.dtype == x.dtype else parameter.to(x.dtype)
+
+
+def product(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None, spans: Sequence[Span] = ()) -> Tensor:
+    """F.linear; of some spans of the channels out alone, side by side, if there are any."""
+    parts = [
+        F.linear(x, *(None if whole is None else stored(whole[a:b], x) for whole in (weight_NC, bias_N)))
+        for a, b in spans
+    ]
+    return torch.cat(parts, dim=-1) if parts else F.linear(x, weight_NC, bias_N)
+
+
 class Linear(nn.Linear):
     """x @ weight.T + bias, in the dtype of x: the weight may be stored in another one.
 
@@ -50,7 +64,7 @@ class Linear(nn.Linear):
 
     quantized: Quantized | None
     low_rank: LowRank | None
-    multiply = staticmethod(F.linear)  # with a weight as it is; a runtime may bring a faster one
+    multiply = staticmethod(product)  # with a weight as it is; a runtime may bring a faster one
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device: str | None = None):
         super().__init__(in_features, out_features, bias, device)
@@ -64,8 +78,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, share_BK: Tensor | None = None) -> Tensor:
         """share_BK: how much of each adapter counts in each row; None is nothing of any."""
-        bias = None if self.bias is None else self.stored(self.bias, x)
-        out = self.multiply(x, self.stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
+        bias = None if self.bias is None else stored(self.bias, x)
+        out = self.multiply(x, stored(self.weight, x), bias) if self.quantized is None else self.quantized(x, bias)
         return out if share_BK is None or self.low_rank is None else out + self.low_rank(x, share_BK)
 
     def widen(self) -> None:
@@ -73,21 +87,6 @@ class Linear(nn.Linear):
         wide = torch.cat((self.weight, self.low_rank.up_NR), dim=1)
         self.weight.data, self.low_rank.up_NR = wide.split((self.in_features, wide.shape[1] - self.in_features), dim=1)
         self.low_rank.wide = wide
-
-    @staticmethod
-    def of_spans(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None, spans: Sequence[Span]) -> list[Tensor]:
-        """F.linear of some channels out: of each span of them by itself."""
-        return [
-            F.linear(x, *(None if whole is None else Linear.stored(whole[a:b], x) for whole in (weight_NC, bias_N)))
-            for a, b in spans
-        ]
-
-    multiply_spans = of_spans  # a runtime may bring a faster one
-
-    @staticmethod
-    def stored(parameter: Tensor, x: Tensor) -> Tensor:
-        """A parameter as a product with x takes it."""
-        return parameter if parameter.dtype == x.dtype else parameter.to(x.dtype)
 
 
 class Embedding(nn.Embedding):

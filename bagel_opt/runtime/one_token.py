@@ -5,22 +5,24 @@ counts. The weight may be quantised in 8 bits. C channels in, N channels out."""
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bagel_opt.model.linear import Linear, Span
+from bagel_opt.model.linear import Span
+from bagel_opt.model.linear import product as plain
 
 # Of twelve tried on an H200 for BAGEL's products the fastest in all: 2.7 to 4.4 TB/s, where cuBLAS reads 2.2 to 4.1.
 BLOCK = {"BLOCK_N": 2, "BLOCK_C": 512, "num_warps": 2}
 
 
-def linear(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None) -> Tensor:
-    """F.linear. x: [..., C]"""
-    if x.numel() != x.shape[-1]:
-        return F.linear(x, weight_NC, bias_N)
-    return product(x.flatten(), weight_NC, bias_N).view(*x.shape[:-1], -1)
+def linear(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None, spans: Sequence[Span] = ()) -> Tensor:
+    """model.linear.product; two spans in one launch. x: [..., C]"""
+    if x.numel() != x.shape[-1] or len(spans) not in (0, 2):
+        return plain(x, weight_NC, bias_N, spans)
+    given = x.flatten(), weight_NC, bias_N
+    found = product_of_two(*given, *spans[0], *spans[1]) if spans else product(*given)
+    return found.view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("bagel_opt::one_token_product", mutates_args=())
@@ -29,14 +31,6 @@ def product(x_C: Tensor, weight_NC: Tensor, bias_N: Tensor | None) -> Tensor:
     out_N = x_C.new_empty(weight_NC.shape[0])
     multiply(x_C.contiguous(), weight_NC, None, bias_N, out_N, **BLOCK)
     return out_N
-
-
-def linear_of_spans(x: Tensor, weight_NC: Tensor, bias_N: Tensor | None, spans: Sequence[Span]) -> list[Tensor]:
-    """Linear.of_spans; two spans in one launch."""
-    if x.numel() != x.shape[-1] or len(spans) != 2:
-        return Linear.of_spans(x, weight_NC, bias_N, spans)
-    found = product_of_two(x.flatten(), weight_NC, bias_N, *spans[0], *spans[1])
-    return [y.view(*x.shape[:-1], -1) for y in found.split([end - start for start, end in spans])]
 
 
 @torch.library.custom_op("bagel_opt::one_token_product_of_two", mutates_args=())

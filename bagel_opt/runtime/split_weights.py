@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model.attention import Visible
-from bagel_opt.model.linear import Linear, Span
+from bagel_opt.model.linear import Linear, Span, stored
 from bagel_opt.model.mixture import Mixture
 from bagel_opt.model.ops import Ops
 from bagel_opt.model.transformer import Expert, Layer, LayerRunner
@@ -43,11 +43,11 @@ def sliced(expert: Expert, c: LLMConfig, group: Group) -> Slices:
 
 def product(of: Linear, x: Tensor, weight: Tensor) -> Tensor:
     """With a part of the weight, as the whole one is multiplied with."""
-    return of.multiply(x, Linear.stored(weight, x), None)
+    return of.multiply(x, stored(weight, x), None)
 
 
-def products(of: Linear, x: Tensor, spans: tuple[Span, Span]) -> list[Tensor]:
-    return of.multiply_spans(x, of.weight, of.bias, spans)
+def products(of: Linear, x: Tensor, spans: tuple[Span, Span]) -> tuple[Tensor, ...]:
+    return of.multiply(x, of.weight, of.bias, spans).split([end - start for start, end in spans], dim=-1)
 
 
 def enter(

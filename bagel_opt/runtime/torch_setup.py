@@ -117,7 +117,7 @@ def _use_kernels(model: Mixture) -> None:
             module.compute = group_norm.norm_silu
     for module in model.llm.modules():
         if isinstance(module, Linear):
-            module.multiply, module.multiply_spans = one_token.linear, one_token.linear_of_spans
+            module.multiply = one_token.linear
 
 
 def register_kernels(device: torch.device) -> None:

@@ -141,6 +141,9 @@ def test_what_it_says_of_others(tmp_path):
     folder = quantize(CHECKPOINT, tmp_path / "quantized", "int4")
     with pytest.raises(ValueError, match=r"in groups of 32 channels, of which its heads of 16 are no multiple"):
         export(folder, tmp_path / "bundle", ONE, device="cuda", dtype="bfloat16")
+    with few_programs("step"), traced_here():  # for the CPU they stay in their order
+        made = export(folder, tmp_path / "bundle", ONE, dtype="float32")
+    assert set(read_manifest(made).quantization.values()) == {"int4"}
 
 
 def test_no_kernel_is_asked_for_that_takes_constant_weights(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bagel_opt.config import LLMConfig
-from bagel_opt.model.linear import Linear
+from bagel_opt.model.linear import Linear, product, stored
 from bagel_opt.model.transformer import QKV, GateUp
 
 CONFIG = LLMConfig(64, 96, 1, 4, 2, 10)
@@ -18,18 +18,18 @@ LAYERS = {
 }
 
 
-def product(layer, x):
+def by_torch(layer, x):
     """One product by torch, of weights that were cast before."""
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
 @pytest.mark.parametrize("given", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_product_is_in_the_dtype_of_x_as_of_cast_weights(kind, given, stored):
+def test_the_product_is_in_the_dtype_of_x_as_of_cast_weights(kind, given, kept):
     torch.manual_seed(0)
-    layer, x = LAYERS[kind]().to(stored), torch.randn(2, 5, 64).to(given)
-    want = product(layer, x)
+    layer, x = LAYERS[kind]().to(kept), torch.randn(2, 5, 64).to(given)
+    want = by_torch(layer, x)
     if kind == "qkv":
         want = want.unflatten(-1, (8, 16)).split([4, 2, 2], dim=2)
     got = layer(x)
@@ -43,13 +43,25 @@ def test_the_product_is_in_the_dtype_of_x_as_of_cast_weights(kind, given, stored
 def test_a_bias_may_be_stored_in_a_dtype_of_its_own():
     layer, x = Linear(8, 4), torch.randn(3, 8)
     layer.weight.data, layer.bias.data = layer.weight.data.bfloat16(), layer.bias.data.double()
-    assert torch.equal(layer(x), product(layer, x))
+    assert torch.equal(layer(x), by_torch(layer, x))
 
 
 def test_weights_of_the_right_dtype_are_taken_as_they_lie():
     """Without a copy."""
     layer, x = Linear(8, 4), torch.randn(3, 8)
-    assert Linear.stored(layer.weight, x) is layer.weight
+    assert stored(layer.weight, x) is layer.weight
+
+
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_spans_of_the_channels_out(kept, biased):
+    """Side by side; the others are poison."""
+    weight, bias, x = torch.randn(24, 8).to(kept), torch.randn(24).to(kept), torch.randn(2, 1, 8)
+    spans, others = ((3, 8), (20, 24)), [*range(3), *range(8, 20)]
+    want = F.linear(x, weight.to(x.dtype), bias.to(x.dtype) if biased else None)
+    weight[others], bias[others] = torch.nan, torch.nan
+    got = product(x, weight, bias if biased else None, spans)
+    assert torch.allclose(got, torch.cat([want[..., a:b] for a, b in spans], dim=-1), atol=1e-6)
 
 
 def test_the_shapes_of_joint_products():
