@@ -57,7 +57,7 @@ def exact_product(x_MC, x_scale_M, codes_NC, scale_N, bias_N, dtype) -> Tensor:
     """In float64, which holds sums of such products to their last bit, in whatever order."""
     out_MN = (x_MC.double() @ codes_NC.double().T) * scale_N.double()
     out_MN = out_MN if x_scale_M is None else out_MN * x_scale_M.double()[:, None]
-    return (out_MN if bias_N is None else out_MN + bias_N.double()).to(dtype)
+    return (out_MN if bias_N is None else out_MN + bias_N.double()).to(getattr(torch, dtype))
 
 
 def exact(quantization=None, runtime=TorchRuntime, folder=CHECKPOINT):

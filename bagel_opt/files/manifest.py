@@ -26,8 +26,10 @@ from bagel_opt.json_files import parse_json, read_json
 from bagel_opt.lance.config import Config, config_from
 from bagel_opt.profile import Profile
 
-FORMAT = 8
-READ = (6, 7, 8)  # formats that can be read; 6 does not say what a bundle was tried with, 7 has no free sizes
+FORMAT = 9
+# Formats that can be read: 6 does not say what a bundle was tried with, 7 has no free sizes, and in torch's formats up to 8 products in 8
+# bits are another operator.
+READ = (6, 7, 8, 9)
 MANIFEST, WEIGHTS, TOKENIZER, CACHE = "manifest.json", "weights.safetensors", "tokenizer.json", "cache"
 UNFINISHED = "manifest.partial.json"  # what the manifest is called until the bundle is whole and in its place
 SCHEMA = Path(__file__).with_name("manifest.schema.json")
@@ -96,6 +98,11 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         )
     if changed:
         raise BundleError(f"{path} was changed after the export; copy or export the bundle again")
+    if version < 9 and data.get("kind") in ("aoti", "export") and data.get("quantization"):
+        raise BundleError(
+            f"{folder} is a bundle of format {version} in 8 or 4 bits, whose programs ask for a product that is none any more; export the "
+            "bundle again"
+        )
     try:
         fastjsonschema.validate(read_json(SCHEMA, ValueError), data)
         profiles, config = [Profile(**profile) for profile in data["profiles"]], config_from(data["config"])

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from bagel_opt.quantization import KINDS
 
 DTYPES = {kind: getattr(torch, stored.codes) for kind, stored in KINDS.items()}
+# An AOTInductor package of torch 2.11 gives an operator another dtype than was asked for (findings/torch-aoti-dtype-of-an-operator.sh).
+FLOATS = {getattr(torch, name): name for name in ("float64", "float32", "float16", "bfloat16")}
 LEAST = 1e-12  # a scale: of a token of zeros
 GROUP = KINDS["int4"].group
 SHRUNK = tuple(1 - k / 24 for k in range(-1, 6))  # of a group's full range: the one that errs least is taken
@@ -96,13 +98,13 @@ def quantized_product(
     codes_NC: Tensor,
     scale_N: Tensor,
     bias_N: Tensor | None,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> Tensor:
-    """(x_MC @ codes_NC.T) * scales + bias, added up in float32 and rounded once: [M, N] in dtype. x: codes where they have
-    a scale."""
+    """(x_MC @ codes_NC.T) * scales + bias, added up in float32 and rounded once: [M, N] in dtype, a name of FLOATS. x: codes where they
+    have a scale."""
     out_MN = (x_MC.float() @ codes_NC.float().T) * scale_N
     out_MN = out_MN if x_scale_M is None else out_MN * x_scale_M[:, None]
-    return (out_MN if bias_N is None else out_MN + bias_N.float()).to(dtype)
+    return (out_MN if bias_N is None else out_MN + bias_N.float()).to(getattr(torch, dtype))
 
 
 @quantized_product.register_fake
@@ -112,9 +114,9 @@ def _(
     codes_NC: Tensor,
     scale_N: Tensor,
     bias_N: Tensor | None,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> Tensor:
-    return x_MC.new_empty((x_MC.shape[0], codes_NC.shape[0]), dtype=dtype)
+    return x_MC.new_empty((x_MC.shape[0], codes_NC.shape[0]), dtype=getattr(torch, dtype))
 
 
 @torch.library.custom_op("bagel_opt::int4_product", mutates_args=())
@@ -164,5 +166,5 @@ class Quantized(nn.Module):
         else:
             if x.ndim > 2 and x.shape[1] > 1:
                 x_MC, scale_M = to_codes(x_MC, self.codes.dtype)
-            out_MN = quantized_product(x_MC, scale_M, self.codes, self.scale, bias_N, x.dtype)
+            out_MN = quantized_product(x_MC, scale_M, self.codes, self.scale, bias_N, FLOATS[x.dtype])
         return out_MN.view(*x.shape[:-1], -1)

@@ -27,9 +27,9 @@ def _(
     codes_NC: Tensor,
     scale_N: Tensor,
     bias_N: Tensor | None,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> Tensor:
-    (m, c), n = x_MC.shape, codes_NC.shape[0]
+    (m, c), n, dtype = x_MC.shape, codes_NC.shape[0], getattr(torch, dtype)
     floats, coded = codes_NC.dtype == torch.float8_e4m3fn, x_scale_M is not None
     if m > FEW and dtype == torch.bfloat16 and floats and coded and c % 16 == n % 16 == 0:
         scales = x_scale_M[:, None], scale_N[None]

@@ -70,6 +70,17 @@ def test_format_6_is_read(copy):
     assert read_manifest(copy).tried == {}
 
 
+@pytest.mark.parametrize("kind", ["aoti", "export"])
+def test_older_bundles_in_8_and_4_bits_of_torchs_formats_are_refused(copy, kind):
+    rewrite(copy, format=8)
+    assert read_manifest(copy)
+    rewrite(copy, format=8, quantization={"und": "int8"})
+    assert read_manifest(copy)  # ONNX has operators of its own
+    rewrite(copy, format=8, kind=kind, quantization={"und": "int8"})
+    with pytest.raises(BundleError, match=r"a bundle of format 8 in 8 or 4 bits.*export the bundle again"):
+        bagel_opt.load(copy)
+
+
 def test_files_outside_the_bundle_are_refused(copy):
     files = json.loads((copy / MANIFEST).read_text())["files"]
     rewrite(copy, files={**files, "../secret": {"size": 1, "sha256": "0" * 64}})

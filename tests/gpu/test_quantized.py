@@ -6,7 +6,16 @@ from torch import nn
 
 from bagel_opt.config import LLMConfig
 from bagel_opt.model.linear import Embedding, Linear
-from bagel_opt.model.quantized import DTYPES, from_groups, int4_product, quantized_product, to_codes, to_groups, to_kind
+from bagel_opt.model.quantized import (
+    DTYPES,
+    FLOATS,
+    from_groups,
+    int4_product,
+    quantized_product,
+    to_codes,
+    to_groups,
+    to_kind,
+)
 from bagel_opt.model.transformer import Expert
 from bagel_opt.runtime import fused_products
 
@@ -33,7 +42,7 @@ def test_product(kind, m, c, n, dtype):
     codes, scale = to_codes(weight, DTYPES[kind])
     for given in (None, bias.to(dtype)):
         want = (x_codes.double() @ codes.double().T) * x_scale[:, None] * scale + (0 if given is None else given)
-        got = quantized_product(x_codes, x_scale, codes, scale, given, dtype)
+        got = quantized_product(x_codes, x_scale, codes, scale, given, FLOATS[dtype])
         assert got.dtype == dtype
         assert error(got, want) < 5e-3  # Hopper adds 8-bit floats up in less than float32
 
@@ -48,7 +57,7 @@ def test_product_with_what_is_not_rounded(kind, m, c, n, dtype):
     (codes, scale), x = to_codes(weight, DTYPES[kind]), x.to(dtype)
     for given in (None, bias.to(dtype)):
         want = (x.double() @ codes.double().T) * scale + (0 if given is None else given)
-        got = quantized_product(x, None, codes, scale, given, dtype)
+        got = quantized_product(x, None, codes, scale, given, FLOATS[dtype])
         assert got.dtype == dtype
         assert error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
 
@@ -82,7 +91,7 @@ def test_neighbours_of_a_token_change_nothing(kernels, kind):
         x[1:] = poison
         given = x.bfloat16(), codes, scale, None
         found.append(
-            int4_product(*given) if kind == "int4" else quantized_product(given[0], None, *given[1:], torch.bfloat16)
+            int4_product(*given) if kind == "int4" else quantized_product(given[0], None, *given[1:], "bfloat16")
         )
     assert found[0][0].isfinite().all()
     assert all(torch.equal(y[0], found[0][0]) for y in found)

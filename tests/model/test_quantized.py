@@ -255,3 +255,12 @@ def test_a_large_weight_on_a_gpu_is_quantised_in_few_pieces():
         lambda rows: (pieces.append(len(rows)) or rows, rows), torch.empty(4096, 3584, device="meta"), 2**17
     )
     assert len(pieces) == 1
+
+
+def test_no_operator_takes_a_dtype():
+    """findings/torch-aoti-dtype-of-an-operator.sh"""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bagel_opt::")]
+    assert "bagel_opt::quantized_product" in names
+    for name in names:
+        arguments = getattr(torch.ops.bagel_opt, name.removeprefix("bagel_opt::")).default._schema.arguments
+        assert not any("ScalarType" in str(argument.real_type) for argument in arguments), name
