@@ -7,13 +7,15 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from compiling import compiled_here
 from support import CHECKPOINT, ODD, ROOT
+from torch._subclasses import FakeTensor
 
 import bagel_opt
 from bagel_opt import Profile
@@ -22,7 +24,7 @@ from bagel_opt.files import manifest as manifests
 from bagel_opt.files.manifest import MANIFEST, read_manifest
 from bagel_opt.loading import shipped_model
 from bagel_opt.profile import load_profile
-from bagel_opt.programs.signatures import signatures
+from bagel_opt.programs.signatures import NEXT, OUTPUTS, ROW, Signature, signatures
 
 CACHE = ROOT / ".cache" / "exports"
 KEPT = 60  # entries of the cache, the last used ones
@@ -36,6 +38,7 @@ PROFILES = {
 }
 SMALL = Profile("small", rows=2, slots=160, text=16, patches=16, latents=16)
 ONE = Profile("one", rows=1, slots=160, text=16, patches=16, latents=16)
+ALIKE = (*OUTPUTS, *(name + NEXT for name in OUTPUTS), "step", "choose", "taylor_update", "tea_apply")  # without layers
 BUNDLES = ("onnx", "aoti", "export")
 BACKENDS = ("eager", "compile", *BUNDLES)
 
@@ -141,14 +144,41 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced_here() -> Iterator[None]:
-    """Exports to ONNX trace in this process meanwhile: those that they start take longer to import torch than to trace."""
+    """Exports to ONNX trace in this process meanwhile: those that they start take longer to import torch than to trace. What is
+    alike for every device and precision of the layers is traced once, and lies in the cache."""
     from bagel_opt.export import onnx
 
     def here(_: str, common: object, tasks: list) -> Iterator:
         return onnx.write_programs(common, tasks)
 
+    trace = onnx.trace
+
+    def known(shapes: object, name: str, call: Callable, signature: Signature, profile: Profile) -> object:
+        if name.removesuffix(ROW) not in ALIKE:
+            return trace(shapes, name, call, signature, profile)
+        told = repr((shapes.config, shapes.dtype, name, signature))
+        folder = CACHE / key(CHECKPOINT, (), format="traces") / hashlib.sha256(told.encode()).hexdigest()[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "traced.onnx"
+        with locked(folder):
+            if not path.is_file():
+                ops, shapes.model.ops = shapes.model.ops, None  # what has a use for them is not alike
+                try:
+                    made = trace(shapes, name, call, signature, profile)
+                finally:
+                    shapes.model.ops = ops
+                for value in made.graph.initializers.values():
+                    if isinstance(value.const_value.raw, FakeTensor):  # a weight
+                        about = {"dtype": value.dtype, "shape": value.shape, "name": value.name}
+                        value.const_value = ir.ExternalTensor("weights", 0, 0, **about)
+                ir.save(made, folder / "partial.onnx")
+                (folder / "partial.onnx").rename(path)
+        os.utime(folder.parent)
+        return ir.load(path)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "in_processes", here)
+        patch.setattr(onnx, "trace", known)
         yield
 
 

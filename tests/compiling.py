@@ -1,5 +1,5 @@
-"""AOTInductor packages for the tests' bundles, compiled for less: in this process, and the part of the C++ that is alike in all of
-them once. `export/test_packages.py` has packages that are compiled as users' are."""
+"""AOTInductor packages for the tests' bundles, compiled for less: in this process, the part of the C++ that is alike in all of
+them once, and without vector instructions. `export/test_packages.py` has packages that are compiled as users' are."""
 
 import contextlib
 import hashlib
@@ -24,6 +24,7 @@ BASE = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_indu
 @contextlib.contextmanager
 def compiled_here(only: Sequence[str] = ()) -> Iterator[None]:
     """Packages are compiled so meanwhile. only: the programs whose archives are; if none is named, all."""
+    from torch._inductor import config as inductor
     from torch._inductor import cpp_builder
 
     compile_as_told = cpp_builder.run_compile_cmd
@@ -41,7 +42,8 @@ def compiled_here(only: Sequence[str] = ()) -> Iterator[None]:
                 return compile_in_two(words, source, head + end, own)
         compile_as_told(line, cwd)
 
-    with pytest.MonkeyPatch.context() as patch:
+    # choosing what to vectorise takes a quarter of the compiler's time
+    with inductor.patch("cpp.simdlen", 1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_packages, "in_processes", here)
         patch.setattr(cpp_builder, "run_compile_cmd", run)
         before = logging.root.manager.disable

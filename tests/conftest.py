@@ -5,12 +5,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The C++ that calls a package's kernels takes longer to compile than the kernels, which are optimised as ever.
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+# Compilers know what the processor has; torch would try each kind of vectors for each folder of compiled code.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Two processes of the tests have the cores; torch would start more, which import it, to compile in.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import gc
 import subprocess
 import types
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -28,21 +31,29 @@ from bagel_opt.runtime import members  # noqa: E402
 
 LONG = (
     "test_golden.py",
-    "test_readmes.py",
-    "test_lance.py",
-    "test_formats.py",
-    "test_shipped_model.py",
-    "test_ranks.py",
-    "test_onnx_gpu.py",
-    "test_quantized_bundles.py",
+    "test_readmes.py",  # before demo/test_shipped_model.py, which takes a bundle that it exports
+    "export/test_lance.py",
+    "demo/test_shipped_model.py",
+    "runtime/test_ranks.py",
+    "export/test_formats.py",
+    "export/test_onnx_quantized.py",
     "test_quantization.py",
-    "test_onnx.py",
-    "test_training.py",
-    "test_peers.py",
-    "test_interleaved.py",
-    "test_attention.py",
-    "test_full_size.py",
-    "test_interrupted.py",
+    "runtime/test_onnx_gpu.py",
+    "export/test_packages.py",
+    "demo/test_training.py",
+    "runtime/test_streaming.py",
+    "export/test_onnx.py",
+    "bench/test_peers.py",
+    "bench/test_full_size.py",
+    "export/test_quantized_bundles.py",
+    "model/test_attention.py",
+    "export/test_onnx_quantized_gpu.py",
+    "runtime/test_adapters.py",
+    "bench/test_bench.py",
+    "export/test_interrupted.py",
+    "export/test_quantize.py",
+    "runtime/test_without_torch.py",
+    "demo/test_checker.py",
 )  # by the time they take
 
 settings.register_profile("second", max_examples=100, deadline=None)
@@ -60,7 +71,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that two processes that share the files end at about the same time."""
     places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+    here = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(here).as_posix(), len(LONG)))
 
 
 def pytest_collection_finish():
@@ -68,6 +80,16 @@ def pytest_collection_finish():
     compiling make mostly stays: to look through it less often takes a tenth off compiling."""
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file leaves, such as code that it compiled, is not looked through either: benchmarks that collect garbage took six
+    times as long at the end of a run."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import bundles
+import onnx
 import pytest
 import torch
-from bundles import ONE, SMALL, cached_export, few_programs, key
+from bundles import ONE, SMALL, cached_export, few_programs, key, traced_here
 from support import CHECKPOINT
 
 import bagel_opt
@@ -81,6 +82,53 @@ def test_archives_that_are_kept_are_those_of_an_export_by_itself(tmp_path):
     for name in archives:
         codes = [torch.export.load(folder / name).graph_module.code for folder in (fresh, kept)]
         assert codes[0] == codes[1]
+
+
+def content(path):
+    """Of an ONNX graph, with numbers in place of the names of what no other file knows."""
+    graph, names = onnx.load(path, load_external_data=False).graph, {}
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    known = {value.name for value in (*graph.input, *graph.output)}
+    known |= {name for name, tensor in values.items() if tensor.data_location == onnx.TensorProto.EXTERNAL}
+
+    def told(name):
+        if name in known:
+            return name
+        if name in values:
+            return onnx.numpy_helper.to_array(values[name]).tolist()
+        return names.setdefault(name, len(names))
+
+    nodes = [
+        (
+            node.op_type,
+            *([told(name) for name in side] for side in (node.input, node.output)),
+            [*map(str, node.attribute)],
+        )
+        for node in graph.node
+    ]
+    return nodes, [*map(str, graph.input)], [*map(str, graph.output)]
+
+
+@pytest.mark.second
+def test_what_is_traced_once_is_as_if_it_were_traced_by_itself(monkeypatch, tmp_path):
+    """For a GPU, where it was traced for the CPU before."""
+    monkeypatch.setattr(bundles, "CACHE", tmp_path / "exports")
+    few, traced = ("vae_decode", "step"), []
+    for folder, device, alike in (("cpu", "cpu", few), ("kept", "cuda", few), ("fresh", "cuda", ())):
+        monkeypatch.setattr(bundles, "ALIKE", alike)
+        with few_programs(*few), traced_here():
+            export(CHECKPOINT, tmp_path / folder, SMALL, device=device)
+        traced.append(len([*bundles.CACHE.rglob("traced.onnx")]))
+    assert traced == [2, 2, 2]
+    for name in few:
+        assert content(tmp_path / "kept" / f"{name}.onnx") == content(tmp_path / "fresh" / f"{name}.onnx")
+
+
+def test_what_has_layers_is_traced_for_each_bundle(monkeypatch, tmp_path):
+    monkeypatch.setattr(bundles, "CACHE", tmp_path / "exports")
+    monkeypatch.setattr(bundles, "ALIKE", ("vit",))
+    with few_programs("vit"), traced_here(), pytest.raises(AttributeError, match="NoneType"):
+        export(CHECKPOINT, tmp_path / "bundle", SMALL)
 
 
 def test_a_bundle_that_is_not_whole_is_made_again(exports):

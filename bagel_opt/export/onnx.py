@@ -198,8 +198,8 @@ def only_used_parameters(
             module._parameters[name] = p
 
 
-def export_program(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
-    """Traces one program with torch.export and translates it. Weights are inputs of the graph, under their names."""
+def trace(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
+    """Traces one program with torch.export and translates it, node by node."""
     unpacked = shapes.unpacked(name)
     for path, module in shapes.model.named_modules():
         if isinstance(module, Product):
@@ -227,11 +227,17 @@ def export_program(shapes: Shapes, name: str, call: Callable, signature: Signatu
             verbose=False,
         ).model
     exported.graph.name = name
+    return exported
+
+
+def export_program(shapes: Shapes, name: str, call: Callable, signature: Signature, profile: Profile) -> ir.Model:
+    """A program's graph as a bundle has it. Weights are inputs, under their names."""
+    exported = trace(shapes, name, call, signature, profile)
     weights_to_inputs(exported.graph, shapes.stored, transposed=shapes.device == "cpu")
     optimize(exported)
     if shapes.device == "cpu":
         rows = next(iter(signature.inputs.values()))[0][0] if name in ONE_ROW else None
-        free_sizes(exported.graph, rows, cache_names(shapes.config) if caches else [])
+        free_sizes(exported.graph, rows, cache_names(shapes.config) if signature.cache_rows else [])
     if shapes.device == "cuda":
         widen(exported)
     if shapes.fused:

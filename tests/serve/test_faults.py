@@ -97,7 +97,7 @@ def test_full_queue(server):
 
 
 def test_deadline(model):
-    with serving(model, timeout=0.1) as server:  # 200 steps may take no longer than 0.2
+    with serving(model, timeout=0.1) as server:
         with pytest.raises(openai.InternalServerError) as late:
             server.client().images.generate(prompt="a", extra_body={"num_timesteps": 200})
         assert late.value.status_code == 504
