@@ -96,7 +96,8 @@ def test_quantized_bundles(kind, quantization, tmp_path):
             events = []
             model.run(case.inputs, on_step=events.append, **{**case.options, "max_think_tokens": 2})
             if events:
-                assert relative(events[0].v_t, want.setdefault(case.name, events[0].v_t)) < 0.05
+                # in 16 bits other sums are rounded to other codes: up to 9% on a CPU, where a broken product gives 30% and more
+                assert relative(events[0].v_t, want.setdefault(case.name, events[0].v_t)) < 0.15
     assert want
 
 
