@@ -155,11 +155,14 @@ def _kernel(
         HALVES: gl.constexpr = _of_weights(W, R, J, 8)
         halves = gl.convert_layout(gl.join(low, high).reshape((W, R, 4 * J, 8)), HALVES, assert_trivial=True)
         if P == 4:
-            one = gl.convert_layout(by, gl.SliceLayout(3, HALVES), assert_trivial=True)[:, :, :, None].to(
-                x.dtype.element_ty
-            )
+            scales = gl.convert_layout(by, gl.SliceLayout(3, HALVES), assert_trivial=True).to(x.dtype.element_ty)
             w0, w1, w2, w3 = gl.inline_asm_elementwise(
-                FLOATS, "=&r,=&r,=&r,=&r,r,r", [halves, one], dtype=(x.dtype.element_ty,) * 4, is_pure=True, pack=2
+                FLOATS,
+                "=&r,=&r,=&r,=&r,r,r",
+                [halves, scales[:, :, :, None]],
+                dtype=(x.dtype.element_ty,) * 4,
+                is_pure=True,
+                pack=2,
             )
             even, odd = gl.split(a.reshape((W, 4 * J, 8, 2, 2, T)).permute((0, 1, 2, 5, 3, 4)))
             a0, a2 = gl.split(even)
