@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bagel_opt.cli.arguments import PRESET_BUNDLES
 from bagel_opt.cli.console import bar, tables
-from bagel_opt.files.replacing import replacing
+from bagel_opt.files.replacing import check_place, replacing
 
 # What a preset does not leave to choose.
 OWN_WORK = ("backends", "export", "height", "width", "steps", "tokens", "device", "dtype", "profile", "attention")
@@ -16,8 +16,8 @@ def bench(a: argparse.Namespace) -> None:
     from bagel_opt.bench import Work, default_side, table
     from bagel_opt.bench import bench as time_all
 
-    if a.json and not a.json.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--json {a.json}: there is no folder {a.json.parent}")
+    if a.json:
+        check_place(a.json, "--json")
     bundles = {kind: folder for kind in PRESET_BUNDLES if (folder := getattr(a, kind))}
     if bundles and not a.preset:
         raise ValueError(f"--{next(iter(bundles))} is for --preset; a bundle goes in by its folder")

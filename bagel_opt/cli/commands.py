@@ -25,7 +25,7 @@ from bagel_opt.cli.model_arguments import load_settings
 from bagel_opt.cli.serving import replica_settings, server_settings
 from bagel_opt.cli.terminal import again, show
 from bagel_opt.export.recipe import load_recipe, recipe_names
-from bagel_opt.files.replacing import replacing, save_picture
+from bagel_opt.files.replacing import check_place, replacing, save_picture
 from bagel_opt.images import check_image, open_picture
 from bagel_opt.loading import load, shipped_model
 from bagel_opt.options import DEFAULT_TOKENS, FPS, Options
@@ -276,8 +276,7 @@ def _check_out(path: Path, output: str = "image") -> None:
             raise ValueError(f"--out {path}: the name of a video must end in .mp4")
     elif Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {path}: the name must end in .png, .jpg or .webp")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
+    check_place(path, "--out")
 
 
 COMMANDS = {

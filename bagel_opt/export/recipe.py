@@ -24,8 +24,9 @@ class Recipe:
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name} is {value!r}; it must be a text")
         kinds_of_parts(self.quantization)
-        if not isinstance(self.profiles, list) or not all(isinstance(name, str) for name in self.profiles):
-            raise ValueError(f"profiles is {self.profiles!r}; it must be a list of names or files")
+        given = self.profiles
+        if not isinstance(given, list) or not given or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"profiles is {given!r}; it must be a list of names or files, at least one")
 
 
 def load_recipe(source: str | Path) -> Recipe:

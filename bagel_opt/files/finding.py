@@ -10,6 +10,7 @@ from typing import Any
 
 from bagel_opt.errors import CheckpointError, reason
 from bagel_opt.files.manifest import MANIFEST, read_manifest
+from bagel_opt.files.manifest import WEIGHTS as BUNDLE_WEIGHTS
 from bagel_opt.json_files import read_json
 from bagel_opt.quantization import kinds_of_parts
 
@@ -61,6 +62,8 @@ def transformer_files(place: Path) -> tuple[list[Path], list[Path]]:
     if found:
         return found[:1], found[1:]
     others = sorted(path for path in place.glob("*.safetensors") if path.name != VAE_FILE)
+    if place / BUNDLE_WEIGHTS in others:
+        raise CheckpointError(f"{place} has a bundle's weights, but no {MANIFEST}; copy or export the bundle again")
     if len(others) == 1 and others[0].name != "adapter_model.safetensors":
         return others, []
     if others:

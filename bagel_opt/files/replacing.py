@@ -1,6 +1,7 @@
 """Writing a file beside its place and renaming it when it is whole."""
 
 import io
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
     with replacing(path) as partial:
         partial.write_bytes(encoded.getbuffer())
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raises OSError where no file can be written there, before work that would be lost."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
+    if (not path.exists() or path.is_file()) and not os.access(folder := path.resolve().parent, os.W_OK):
+        raise PermissionError(f"{option} {path}: nothing may be written to the folder {folder}")
 
 
 @contextmanager

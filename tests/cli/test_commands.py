@@ -436,3 +436,14 @@ def test_bundles_and_files_in_the_place_of_others(fails, small_bundle, tmp_path)
     for command in (["export", "--profile", "tiny"], ["quantize", "--quantization", "int8"]):
         told = fails(*command, "--out", "file/new")
         assert f"{tmp_path}/file/new cannot be a folder: {tmp_path}/file is a file" in told
+
+
+def test_folders_that_may_not_be_written_to(fails, tmp_path, monkeypatch):
+    """Told before anything is drawn or timed. Root, and so these tests in a container, may write anywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path / "locked"))
+    monkeypatch.setattr("bagel_opt.cli.commands.load", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "locked").mkdir()
+    for command, option, file in (("generate", "--out", "a.png"), ("bench", "--json", "a.json")):
+        words = ["a"] if command == "generate" else []
+        line = fails(command, *words, option, f"locked/{file}")
+        assert f"{option} locked/{file}: nothing may be written to the folder {tmp_path / 'locked'}" in line

@@ -67,6 +67,7 @@ def test_a_profile_is_chosen_by_the_models_sizes():
         ("format = 'onnx'", "missing field profiles"),
         ("format = 'onnx'\nprofiles = ['a']\nspeed = 3", "unknown field speed"),
         ("format = 'onnx'\nprofiles = 'a'", "profiles is 'a'; it must be a list"),
+        ("format = 'onnx'\nprofiles = []", r"profiles is \[\]; it must be a list of names or files, at least one"),
         ("format = ['onnx']\nprofiles = ['a']", "format is .'onnx'.; it must be a text"),
         ("format = ", "is not valid TOML"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from bundles import rewrite
 
 import bagel_opt
-from bagel_opt import BundleError
+from bagel_opt import BundleError, CheckpointError
 from bagel_opt.files.manifest import FORMAT, MANIFEST, READ, WEIGHTS, _digest, _dump, read_manifest
 
 
@@ -46,6 +46,14 @@ def test_a_missing_or_truncated_file_is_refused(copy, name):
         bagel_opt.load(copy)
     path.unlink()
     with pytest.raises(BundleError, match=f"{re.escape(str(path))} is missing"):
+        bagel_opt.load(copy)
+
+
+def test_a_bundle_without_its_manifest_is_no_checkpoint(copy):
+    (copy / MANIFEST).unlink()
+    with pytest.raises(
+        CheckpointError, match=f"{re.escape(str(copy))} has a bundle's weights, but no {MANIFEST}; copy or"
+    ):
         bagel_opt.load(copy)
 
 
