@@ -45,14 +45,18 @@ LONG = (
     "export/test_onnx.py",
     "bench/test_peers.py",
     "bench/test_full_size.py",
+    "sampling/test_interleaved.py",
     "export/test_quantized_bundles.py",
     "model/test_attention.py",
     "export/test_onnx_quantized_gpu.py",
     "runtime/test_adapters.py",
     "bench/test_bench.py",
+    "serve/test_ray.py",
     "export/test_interrupted.py",
     "export/test_quantize.py",
     "runtime/test_without_torch.py",
+    "serve/test_faults.py",
+    "sampling/test_static_shapes.py",
     "demo/test_checker.py",
 )  # by the time they take
 
