@@ -24,7 +24,8 @@ BASE = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_indu
 @contextlib.contextmanager
 def compiled_here(only: Sequence[str] = ()) -> Iterator[None]:
     """Packages are compiled so meanwhile. only: the programs whose archives are; if none is named, all."""
-    from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor import config as inductor
+    from torch._inductor import cpp_builder
 
     compile_as_told = cpp_builder.run_compile_cmd
 
@@ -41,9 +42,8 @@ def compiled_here(only: Sequence[str] = ()) -> Iterator[None]:
                 return compile_in_two(words, source, head + end, own)
         compile_as_told(line, cwd)
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Choosing what to vectorise takes a quarter of the time. g++'s flags stay, and with them what it has compiled of headers.
-        patch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: cpu_vec_isa.invalid_vec_isa)
+    # choosing what to vectorise takes a quarter of the compiler's time
+    with inductor.patch("cpp.simdlen", 1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_packages, "in_processes", here)
         patch.setattr(cpp_builder, "run_compile_cmd", run)
         before = logging.root.manager.disable
