@@ -18,6 +18,8 @@ from bagel_opt.errors import reason
 from bagel_opt.installed import fault
 
 PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
+LOOKING = timedelta(seconds=1)  # after which who waits for others looks whether the ranks have ended meanwhile
+LOST: list[dist.Backend] = []  # with a gather that does not end, for which letting go of them would wait
 # Of torch's watchdog, read as a communicator is made: a rank that dies must not end the caller's process.
 WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 # Of NCCL, read when it pleases. Memory that graphs use is not registered, for which all ranks would have to capture at once.
@@ -31,7 +33,7 @@ class Group:
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], me: int, device: torch.device):
         self.rank, self.size, self.count, self.rehearsing = ranks.index(me), len(ranks), 0, False
-        self.device, self.inbox = device, None
+        self.device, self.inbox, self.aborted = device, None, False
         name = "ranks " + " ".join(map(str, ranks))
         store, timeout = dist.PrefixStore(name, store), timedelta(seconds=PATIENCE)
         if device.type == "cuda":
@@ -65,8 +67,24 @@ class Group:
         given = (y.contiguous().view(-1).view(torch.uint8) for y in (out, x))
         work = self.backend._allgather_base(*given, self.options)
         if work is not None:
-            work.wait()
+            self._await(work)
         return out
+
+    def _await(self, work: dist.Work) -> None:
+        """Of Gloo: it is not woken by an abort, and may miss that a rank is gone (seen once in some hundred kills)."""
+        if self.device.type == "cuda":
+            work.wait()  # for the stream
+            return
+        while True:
+            try:
+                work.wait(LOOKING)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                if self.aborted:
+                    LOST.append(self.backend)
+                    raise RuntimeError("a rank is gone") from None
 
     def add(self, x: Tensor, parts: Tensor) -> Tensor:
         """x, which is the same on all, plus every rank's parts, added up in float32 in the order of ranks."""
@@ -93,9 +111,11 @@ class Group:
 
     def abort(self) -> None:
         """Ends what waits for others, and the communicator."""
+        self.aborted = True
         if self.inbox:
             self.inbox.abort()
-        self.backend.abort()
+        if self.device.type == "cuda":  # Gloo ends nothing by it, and then waits at the end of the process
+            self.backend.abort()
 
     def close(self) -> None:
         """At the end of a process: nothing is exchanged any more."""

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from bundles import PROFILES, cached_export
 from PIL import Image
 from support import CHECKPOINT, ODD, ROOT, cases, check_together, relative
@@ -433,6 +434,32 @@ def check_ended(model):
     assert not os.path.exists(model.runtime.members.folder.name)
     with pytest.raises((ChildProcessError, RuntimeError), match="load"):
         model.generate("a red circle")
+
+
+def test_a_gather_that_gloo_does_not_end_is_left():
+    store, found, device = dist.HashStore(), {}, torch.device("cpu")
+
+    def join(rank):
+        found[rank] = groups.Group(store, [0, 1], rank, device)
+
+    def gather():
+        try:
+            found[0].gather(torch.ones(3))  # for which the other never comes
+        except RuntimeError as error:
+            found["error"] = str(error)
+
+    joining = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in joining:
+        thread.start()
+    for thread in joining:
+        thread.join()
+    waiting = threading.Thread(target=gather)
+    waiting.start()
+    time.sleep(1.2)  # longer than it waits before it looks
+    assert waiting.is_alive()
+    found[0].abort()
+    waiting.join(10)
+    assert found["error"] == "a rank is gone"
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.second) for n in range(1, 20))])
