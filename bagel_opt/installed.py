@@ -4,7 +4,6 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import operator
 import os
 import re
 import sys
@@ -13,13 +12,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
+
 from bagel_opt.errors import reason
-from bagel_opt.versions import release
 
 ABSENT = "not installed"
 KERNELS = {"flash_attention": "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "quack": "QUACK_CACHE_DIR"}
 FLASH = "pip install 'bagel-opt[flash]'"
-BOUNDS = {">=": operator.ge, "<": operator.lt}
 
 
 def version(distribution: str) -> str | None:
@@ -44,13 +43,11 @@ def out_of_bounds() -> dict[str, tuple[str, str]]:
     except importlib.metadata.PackageNotFoundError:
         return {}
     found = {}
-    for line in lines:
-        asked, _, extra = line.partition(";")
-        bounds = re.findall(r"(>=|<)([\d.]+)", asked)
-        name = re.match(r"[\w.-]+", line)[0]
-        have = None if "'test'" in extra else version(name)
-        if have and not all(BOUNDS[sign](release(have), release(bound)) for sign, bound in bounds):
-            found[name] = asked[len(name) :].strip(), have
+    for asked in map(Requirement, lines):
+        tests = asked.marker and asked.marker.evaluate({"extra": "test"})
+        have = None if tests else version(asked.name)
+        if have and not asked.specifier.contains(have, prereleases=True):
+            found[asked.name] = str(asked.specifier), have
     return found
 
 

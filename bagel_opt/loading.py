@@ -240,10 +240,8 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     where = torch_device(manifest.device if device is None else device, folder)
     check_kinds(where, manifest.quantization, folder)
     if manifest.attention == "flash":
-        try:
-            choose(
-                "flash", where, torch_dtype(manifest.dtype, torch.float32)
-            )  # warns of what is broken now, not in a run
+        try:  # which warns of what is broken now, not in a run
+            choose("flash", where, torch_dtype(manifest.dtype, torch.float32))
         except ValueError as error:
             raise BundleError(f"{folder}: {str(error).replace('use ', 'export it with ')}") from None
         for note in faster(where, "flash", asked=True):

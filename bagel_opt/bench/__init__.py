@@ -105,7 +105,8 @@ def bench(
     Formats that cannot hold the dtype are left out.
 
     -> one dict per contender: its fields, "work", and its figures or its "error". settings: device, dtype, attention,
-    profile and gpus, as `bagel_opt.load` takes them; the official code has one GPU, and bundles the profiles' shapes. Raises ValueError for an unknown backend, and what `export` raises.
+    profile and gpus, as `bagel_opt.load` takes them; the official code has one GPU, and bundles the profiles' shapes. Raises
+    ValueError for an unknown backend, and what `export` raises.
     """
     for backend in backends:
         if backend not in BACKENDS:

@@ -6,8 +6,8 @@ same ones of the tokens. So each thread reads 16 bytes of a row, a chunk, which 
 words of 16 bits, and channel P * h + j of it is in word h: P = 2 in 8 bits, 4 in 4. Channels with the same j are a plane: two words
 that are in one register give the two floats that a tensor core takes in one.
 
-M tokens, T of them at most, C channels in, N channels out, B bytes of a row, G groups or chunks; W warps share out the chunks of R
-rows, of which a thread has J at a time.
+M tokens, of which a block has room for T, C channels in, N channels out, B bytes of a row; W warps share out the chunks of R rows, of
+which a thread has J at a time.
 """
 # ruff: noqa: ANN001, ANN202  Triton's kernels take pointers and numbers
 
@@ -24,7 +24,8 @@ CHUNK = 16  # bytes
 
 def fits(x_MC: Tensor, codes_NB: Tensor) -> bool:
     """Whether `product` takes them."""
-    return len(x_MC) <= FEW and x_MC.dtype != torch.float32 and codes_NB.shape[1] % CHUNK == 0
+    few, floats = 0 < len(x_MC) <= FEW, x_MC.dtype in (torch.bfloat16, torch.float16)
+    return few and floats and codes_NB.shape[1] % CHUNK == 0
 
 
 def product(x_MC: Tensor, codes_NB: Tensor, scale: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -71,7 +71,8 @@ class Group:
         return out
 
     def _await(self, work: dist.Work) -> None:
-        """Of Gloo: it is not woken by an abort, and may miss that a rank is gone (seen once in some hundred kills)."""
+        """Who waits for Gloo is not woken by an abort (findings/torch-gloo-abort.sh); that ranks are gone it missed once in some
+        hundred kills."""
         if self.device.type == "cuda":
             work.wait()  # for the stream
             return
@@ -80,8 +81,9 @@ class Group:
                 work.wait(LOOKING)
                 return
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # it failed, or came just now
+                    work.wait()
+                    return
                 if self.aborted:
                     LOST.append(self.backend)
                     raise RuntimeError("a rank is gone") from None

@@ -1,5 +1,6 @@
 """A model on several ranks, here processes of the CPU that exchange tensors by Gloo, answers as one process does."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -460,6 +461,28 @@ def test_a_gather_that_gloo_does_not_end_is_left():
     found[0].abort()
     waiting.join(10)
     assert found["error"] == "a rank is gone"
+
+
+@pytest.mark.parametrize("failed", [None, "the connection is closed"])
+def test_a_gather_that_ends_just_as_its_waiter_looks(failed):
+    """It is what it is: no failure that it took a second."""
+
+    class Work:
+        looked = False
+
+        def wait(self, timeout=None):
+            if timeout and not self.looked:
+                self.looked = True
+                raise RuntimeError("Operation timed out!")
+            if failed:
+                raise RuntimeError(failed)
+
+        def is_completed(self):
+            return self.looked
+
+    group = types.SimpleNamespace(device=torch.device("cpu"), aborted=False)
+    with pytest.raises(RuntimeError, match=failed) if failed else contextlib.nullcontext():
+        groups.Group._await(group, Work())
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.second) for n in range(1, 20))])
