@@ -87,18 +87,30 @@ def test_golden_cases_from_torchs_bundles(kind, dtype, tmp_path, record_property
     ("kind", "quantization"), [("aoti", {"und": "int4", "gen": "int8", "head": "int8"}), ("export", "fp8"), ("compile", "int4")]
 )  # fmt: skip
 def test_quantized_bundles(kind, quantization, tmp_path):
-    """As the model itself in the same kinds."""
+    """As near to float32 as the model itself in the same kinds. Other sums are rounded to other codes: what fp8 gives in 16 bits
+    may differ by 19% from itself, as far as it is from float32."""
     profile = Profile("tiny", rows=3, slots=768, text=64, patches=64, latents=64)
     given = {"dtype": "bfloat16", "device": "cuda", "quantization": quantization}
-    folder, want = export(CHECKPOINT, tmp_path / kind, profile, format=kind, **given), {}
-    for model in (bagel_opt.load(CHECKPOINT, **given), bagel_opt.load(folder)):
-        for case in cases():
-            events = []
-            model.run(case.inputs, on_step=events.append, **{**case.options, "max_think_tokens": 2})
-            if events:
-                # in 16 bits other sums are rounded to other codes: up to 9% on a CPU, where a broken product gives 30% and more
-                assert relative(events[0].v_t, want.setdefault(case.name, events[0].v_t)) < 0.15
-    assert want
+    folder = export(CHECKPOINT, tmp_path / kind, profile, format=kind, **given)
+    exact, itself, bundle = map(first_velocities, (
+        bagel_opt.load(CHECKPOINT, device="cpu"), bagel_opt.load(CHECKPOINT, **given), bagel_opt.load(folder)
+    ))  # fmt: skip
+    for case, want in exact.items():
+        errors = relative(bundle[case], want), relative(itself[case], want)
+        print(f"\n{kind} {quantization} {case}: {errors[0]:.3f}, the model's {errors[1]:.3f}", end="")
+        assert errors[0] < 1.5 * errors[1] + 0.02
+    assert exact
+
+
+def first_velocities(model):
+    """Of the golden cases with pictures that follow no thought, by name."""
+    found = {}
+    for case in cases():
+        events = []
+        outputs = model.run(case.inputs, on_step=events.append, **case.options)
+        if events and len(outputs) == 1:
+            found[case.name] = events[0].v_t
+    return found
 
 
 @pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
