@@ -14,6 +14,7 @@ from support import CHECKPOINT
 import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.files.manifest import read_manifest
+from bagel_opt.runtime import onnx
 from bagel_opt.runtime.onnx import OnnxRuntime
 
 
@@ -30,6 +31,27 @@ def test_caches_are_updated_in_place(bundle):
         assert (cache[1, :10] == 7).all()
         assert (cache[1, 74:] == 7).all()
         assert (cache[1, 10:74] != 7).any()
+
+
+@pytest.mark.parametrize("free", [0, None])
+def test_where_memory_is_short_programs_make_room(bundle, monkeypatch, free):
+    """For the next one that copies weights, and come again when they are needed. None: a system that does not say."""
+    want, got = bagel_opt.load(bundle), bagel_opt.load(bundle)
+    asked = {"num_timesteps": 3, "height": 64, "width": 64, "seed": 0}
+    loaded, load_session = [], onnx.load_session
+    monkeypatch.setattr(onnx, "free_memory", lambda: free)
+    monkeypatch.setattr(onnx, "load_session", lambda path, *more: loaded.append(path.stem) or load_session(path, *more))
+    answers, most = [], 0
+    for _ in range(2):
+        answers.append(got.chat("a", max_think_tokens=3))
+        answers.append(np.asarray(got.generate("a", **asked)))
+        most = max(most, len(got.runtime.held))
+    again = {name for name in loaded if loaded.count(name) > 1}
+    assert (most, again) == ((1, {"text", "decode", "generate", "vae_decode"}) if free == 0 else (4, set()))
+    monkeypatch.undo()
+    for number in (0, 2):
+        assert answers[number] == want.chat("a", max_think_tokens=3)
+        np.testing.assert_array_equal(answers[number + 1], np.asarray(want.generate("a", **asked)))
 
 
 def test_a_file_of_another_program_is_named(bundle, tmp_path):
