@@ -48,9 +48,21 @@ def threads() -> int:
         return os.cpu_count() or 1
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime's exception says so, which has no kind of its own."""
+    return any(text in str(error) for text in ("bad_alloc", "bad allocation", "Failed to allocate memory"))
+
+
+def failed(program: str, error: Exception) -> Exception:
+    """What a runtime raises where a program fails."""
+    if lacks_memory(error):
+        return MemoryError(f"program {program!r} has no room for its values")
+    return RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}")
+
+
 def load_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
-    """A program that runs on the first of the providers, and on no other. Raises BundleError, and ImportError where the
-    provider's own libraries cannot be loaded."""
+    """A program that runs on the first of the providers, and on no other. Raises BundleError, MemoryError, and ImportError
+    where the provider's own libraries cannot be loaded."""
     options.log_severity_level = 3
     # A pool of threads for each program, since one for all of a process is the process's: no session with its own could
     # be made any more. Those of the last program would still spin while the next one runs, and take its cores: flow steps
@@ -64,6 +76,8 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
             path, options, providers=providers, disabled_optimizers=["GatherSliceToSplitFusion"]
         )
     except Exception as error:  # ORT's exceptions have no common base
+        if lacks_memory(error):
+            raise MemoryError(f"program {path.stem!r} cannot be loaded") from None
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason(error)}") from None
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
@@ -210,7 +224,7 @@ class OnnxRuntime:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ORT's exceptions have no common base
-            raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
+            raise failed(program, error) from None
         return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
 
     def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:
