@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import mmap
 import os
 import threading
@@ -20,7 +21,13 @@ from bagel_opt.profile import Profile
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_names, cache_shape
 from bagel_opt.runtime.active import active
+from bagel_opt.runtime.free_memory import free_memory
+from bagel_opt.runtime.memory_plan import needs
 
+# Of weights in 4 bits the copy that ONNX Runtime makes is larger than what lies in the file: scales are in float32, and
+# each has a sum beside it. Others are as large.
+COPY_OF_CODES = 1.6
+log = logging.getLogger("bagel_opt")
 # One arena for the values of all programs, of which one runs at a time. It grows in powers of two: sizes vary, and one
 # that grows by what is asked for keeps a piece of its own for each.
 ort.create_and_register_allocator(
@@ -41,9 +48,21 @@ def threads() -> int:
         return os.cpu_count() or 1
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime's exception says so, which has no kind of its own."""
+    return any(text in str(error) for text in ("bad_alloc", "bad allocation", "Failed to allocate memory"))
+
+
+def failed(program: str, error: Exception) -> Exception:
+    """What a runtime raises where a program fails."""
+    if lacks_memory(error):
+        return MemoryError(f"program {program!r} has no room for its values")
+    return RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}")
+
+
 def load_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
-    """A program that runs on the first of the providers, and on no other. Raises BundleError, and ImportError where the
-    provider's own libraries cannot be loaded."""
+    """A program that runs on the first of the providers, and on no other. Raises BundleError, MemoryError, and ImportError
+    where the provider's own libraries cannot be loaded."""
     options.log_severity_level = 3
     # A pool of threads for each program, since one for all of a process is the process's: no session with its own could
     # be made any more. Those of the last program would still spin while the next one runs, and take its cores: flow steps
@@ -57,6 +76,8 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
             path, options, providers=providers, disabled_optimizers=["GatherSliceToSplitFusion"]
         )
     except Exception as error:  # ORT's exceptions have no common base
+        if lacks_memory(error):
+            raise MemoryError(f"program {path.stem!r} cannot be loaded") from None
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason(error)}") from None
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
@@ -69,7 +90,8 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
 
 class OnnxRuntime:
     """Runs a bundle's programs. A program is loaded when it is first needed; all share the mapped file of the weights.
-    ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx.py, PACKED)."""
+    ONNX Runtime copies those of linear layers for the programs in which they are constant (export/onnx_graph.py, PACKED).
+    Where memory is too short for the copies of all, those of others leave before a program is loaded."""
 
     adapters = None
     free_rows, free_texts, free_sizes = True, False, False
@@ -78,7 +100,12 @@ class OnnxRuntime:
         self._prepare(folder, manifest)
         with (folder / WEIGHTS).open("rb") as file:
             self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.weights = {name: self._value(at) for name, at in locate_weights(folder / WEIGHTS).items()}
+        places = locate_weights(folder / WEIGHTS)
+        self.weights = {name: self._value(at) for name, at in places.items()}
+        self.copies = {
+            name: int(at.length * (COPY_OF_CODES if at.dtype.name == "uint8" else 1)) for name, at in places.items()
+        }
+        self.held: dict[str, int] = {}  # by file: bytes of a program's copies
 
     def _value(self, at: Location) -> ort.OrtValue:
         """A tensor of the mapped file. NumPy has no bfloat16 by itself."""
@@ -101,13 +128,14 @@ class OnnxRuntime:
     def _prepare(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest, self.dtype = folder, manifest, manifest.dtype
         self.cache_names = cache_names(manifest.config)
-        self.programs = manifest.programs[manifest.profiles[0].name]
+        self.profile = manifest.profiles[0]
+        self.programs = manifest.programs[self.profile.name]
         self.sessions: dict[str, ort.InferenceSession] = {}  # by file
         self.lock = threading.Lock()
 
     def for_profile(self, profile: Profile) -> "OnnxRuntime":
         other = copy.copy(self)
-        other.programs = self.manifest.programs[profile.name]
+        other.profile, other.programs = profile, self.manifest.programs[profile.name]
         return other
 
     def session(self, program: str) -> ort.InferenceSession:
@@ -127,7 +155,20 @@ class OnnxRuntime:
         if takes != {*entry["inputs"], *caches} or gives != {*entry["outputs"], *(f"{name}.out" for name in caches)}:
             raise BundleError(f"{path} is not the program that the manifest tells of; copy or export the bundle again")
 
+    def _make_room(self, path: Path, entry: dict) -> None:
+        """Drops programs with copies of weights, those with most first, until there is memory for another's. To load one again
+        takes seconds, as much as some tokens; where memory ends, the system ends the process."""
+        m = self.manifest
+        copied = sum(self.copies[name] for name in entry["weights"])  # or less: it is known once the program is loaded
+        wanted = sum(needs(m.config, self.profile, m.dtype, copied, m.quantization).values())
+        while copied and self.held and (free := free_memory()) is not None and free < wanted:
+            most = max(self.held, key=self.held.get)
+            log.info("memory is short: %s is dropped for %s, and loaded again when it is needed", most, path.name)
+            self.sessions.pop(most, None)
+            del self.held[most]
+
     def _load(self, path: Path, entry: dict) -> ort.InferenceSession:
+        self._make_room(path, entry)
         options = ort.SessionOptions()
         options.add_session_config_entry("session.use_env_allocators", "1")
         for name in entry["weights"]:
@@ -135,6 +176,9 @@ class OnnxRuntime:
         session = load_session(path, options, ["CPUExecutionProvider"])
         if hasattr(mmap, "MADV_DONTNEED"):  # what was copied from the file, which takes its place, is not needed again
             self.mapped.madvise(mmap.MADV_DONTNEED)
+        constant = set(entry["weights"]) - {value.name for value in session.get_overridable_initializers()}
+        if constant:
+            self.held[path.name] = sum(self.copies[name] for name in constant)
         return session
 
     def close(self) -> None:
@@ -180,7 +224,7 @@ class OnnxRuntime:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ORT's exceptions have no common base
-            raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
+            raise failed(program, error) from None
         return tuple(value.numpy() for value in binding.get_outputs()[: len(entry["outputs"])])
 
     def chosen(self, ids_B: Any) -> tuple[Callable[[], np.ndarray], None]:

@@ -12,14 +12,13 @@ import numpy as np
 import onnxruntime as ort
 
 from bagel_opt.dtypes import BY_ONNX, DTYPES
-from bagel_opt.errors import reason
 from bagel_opt.files.manifest import WEIGHTS, Manifest
 from bagel_opt.files.weights import mapped_weights
 from bagel_opt.installed import missing
 from bagel_opt.programs.interface import as_slice
 from bagel_opt.programs.signatures import cache_shape
 from bagel_opt.runtime.gpu_memory import DeviceTensor, GpuMemory
-from bagel_opt.runtime.onnx import OnnxRuntime, load_session
+from bagel_opt.runtime.onnx import OnnxRuntime, failed, load_session
 
 PROVIDER = "CUDAExecutionProvider"
 # Replayed as CUDA graphs: launching their kernels one by one takes longer than many of them do.
@@ -134,7 +133,7 @@ class OnnxGpuRuntime(OnnxRuntime):
             try:
                 self.session(program).run_with_iobinding(bound.binding, bound.options)
             except Exception as error:  # ORT's exceptions have no common base
-                raise RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}") from None
+                raise failed(program, error) from None
             if graphed:
                 return tuple(bound.outputs.values())
             return tuple(map(_wrapped, bound.binding.get_outputs()[: len(entry["outputs"])]))

@@ -8,12 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+from onnxruntime import InferenceSession
 from PIL import Image
 from support import CHECKPOINT
 
 import bagel_opt
 from bagel_opt import BundleError
 from bagel_opt.files.manifest import read_manifest
+from bagel_opt.runtime import onnx
 from bagel_opt.runtime.onnx import OnnxRuntime
 
 
@@ -30,6 +33,56 @@ def test_caches_are_updated_in_place(bundle):
         assert (cache[1, :10] == 7).all()
         assert (cache[1, 74:] == 7).all()
         assert (cache[1, 10:74] != 7).any()
+
+
+@pytest.mark.parametrize("free", [0, None])
+def test_where_memory_is_short_programs_make_room(bundle, monkeypatch, free):
+    """For the next one that copies weights, and come again when they are needed. None: a system that does not say."""
+    want, got = bagel_opt.load(bundle), bagel_opt.load(bundle)
+    asked = {"num_timesteps": 3, "height": 64, "width": 64, "seed": 0}
+    loaded, load_session = [], onnx.load_session
+    monkeypatch.setattr(onnx, "free_memory", lambda: free)
+    monkeypatch.setattr(onnx, "load_session", lambda path, *more: loaded.append(path.stem) or load_session(path, *more))
+    answers, most = [], 0
+    for _ in range(2):
+        answers.append(got.chat("a", max_think_tokens=3))
+        answers.append(np.asarray(got.generate("a", **asked)))
+        most = max(most, len(got.runtime.held))
+    again = {name for name in loaded if loaded.count(name) > 1}
+    assert (most, again) == ((1, {"text", "decode", "generate", "vae_decode"}) if free == 0 else (4, set()))
+    monkeypatch.undo()
+    for number in (0, 2):
+        assert answers[number] == want.chat("a", max_think_tokens=3)
+        np.testing.assert_array_equal(answers[number + 1], np.asarray(want.generate("a", **asked)))
+
+
+def test_a_program_that_memory_has_no_room_to_load(bundle, monkeypatch):
+    """As ONNX Runtime 1.32 said it under a limit of `ulimit -v`, which is too fine a measure for a test."""
+
+    def full(*given, **options):
+        raise RuntimeError(
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
+        )
+
+    model = bagel_opt.load(bundle)
+    monkeypatch.setattr(onnx.ort, "InferenceSession", full)
+    with pytest.raises(MemoryError, match="program 'text' cannot be loaded"):
+        model.chat("a")
+
+
+def test_a_program_that_memory_has_no_room_to_run(bundle):
+    """ONNX Runtime's exception has no kind of its own. The engine lets one request end by it, and the command says one line."""
+    runtime = OnnxRuntime(bundle, read_manifest(bundle))
+    entry = runtime.programs["choose"]
+    huge = helper.make_tensor("huge", TensorProto.INT64, [2], [2**44, 1])
+    nodes = [helper.make_node("Expand", ["temperature", "huge"], ["e"]), helper.make_node("ReduceMax", ["e"], ["ids"])]
+    given = [helper.make_tensor_value_info(name, 1, shape) for name, (shape, _) in entry["inputs"].items()]
+    graph = helper.make_graph(nodes, "choose", given, [helper.make_tensor_value_info("ids", 1, None)], [huge])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    runtime.sessions[entry["file"]] = InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = [np.ones(shape, np.float32) for shape, _ in entry["inputs"].values()]
+    with pytest.raises(MemoryError, match="'choose' has no room for its values"):
+        runtime.run("choose", inputs)
 
 
 def test_a_file_of_another_program_is_named(bundle, tmp_path):
