@@ -5,6 +5,8 @@ import re
 # Control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+HOST_FULL = "DefaultCPUAllocator", "std::bad_alloc"  # as torch says, in a RuntimeError, that the host's memory is full
+
 
 def shown(text: str) -> str:
     """Text of a file, a model or a library, with what would steer a terminal written out, such as \\x1b."""

@@ -113,6 +113,7 @@ def load(
     from bagel_opt.model import attention as backends
     from bagel_opt.model.ops import TorchOps
     from bagel_opt.runtime.facts import faster
+    from bagel_opt.runtime.memory_full import room_for_weights
     from bagel_opt.runtime.torch import NO_ADAPTERS, TorchRuntime
     from bagel_opt.runtime.torch_setup import prepare
 
@@ -137,15 +138,14 @@ def load(
         shapes = fixed[0] if fixed else default_profile(checkpoint.config)
         plan = _planned(checkpoint.config, memory, shapes, where, kind, kinds or checkpoint.kinds)
     warming = compiled and chosen == "flash"
-    try:
+    with room_for_weights(
+        host="load with quantization='int8' or dtype='bfloat16'",
+        gpu="load with memory='12GB', or as much as is free on it, or with quantization",
+    ):
         with _warming_up(checkpoint.config, where, kind, kinds or checkpoint.kinds) if warming else nullcontext():
             model = checkpoint.load(where, kind, progress, kinds, plan.on_host if plan else lambda name: False)
         model.ops = TorchOps(chosen)
         runtime = TorchRuntime(prepare(model, compiled, plan))
-    except torch.OutOfMemoryError:
-        raise MemoryError(
-            "the GPU has no memory left for the weights; load with memory='12GB', or as much as is free on it, or with quantization"
-        ) from None
     runtime.set_adapters(adapters)
     coarse = compiled or chosen == "flex"
     examples = read_examples(checkpoint.folder)
@@ -235,6 +235,7 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
     check_version("torch", torch.__version__)
     from bagel_opt.model.attention import choose
     from bagel_opt.runtime.facts import faster
+    from bagel_opt.runtime.memory_full import room_for_weights
     from bagel_opt.runtime.torch_bundle import PackagedRuntime, compiled_runtime, lacking
 
     where = torch_device(manifest.device if device is None else device, folder)
@@ -246,8 +247,11 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
             raise BundleError(f"{folder}: {str(error).replace('use ', 'export it with ')}") from None
         for note in faster(where, "flash", asked=True):
             log.info(note)
+    quantize = "export the bundle with quantization"
+    room = room_for_weights(host=quantize, gpu=quantize)
     if manifest.kind == "compile":
-        return compiled_runtime(folder, manifest, where, compiles(where))
+        with room:
+            return compiled_runtime(folder, manifest, where, compiles(where))
     if manifest.kind == "aoti":
         made, ours = (version.partition("+")[0] for version in (manifest.versions["torch"], torch.__version__))
         wrong = ""
@@ -257,7 +261,8 @@ def _torch_runtime(folder: Path, manifest: Manifest, device: Any) -> Runtime:
             wrong = f"processors with {', '.join(lacks)}, which this one has not"
         if wrong:
             raise BundleError(f"{folder} was compiled for {wrong}; export it here, or use format 'export'")
-    return PackagedRuntime(folder, manifest, where)
+    with room:
+        return PackagedRuntime(folder, manifest, where)
 
 
 def _planned(

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from bagel_opt.errors import shown
+from bagel_opt.errors import HOST_FULL, shown
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU and of a CPU
+OUT_OF_MEMORY = "out of memory", *HOST_FULL  # as torch says it of a GPU and of the host
 # As torch's compiler and Triton say it.
 NO_COMPILER = ("No working C++ compiler", "C++ compile error", "Failed to find C compiler")
 
@@ -46,6 +46,8 @@ def guarded(run: Callable[[], object]) -> int:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         said = " ".join(str(error).split("\n")[0].split())
+        if isinstance(error, MemoryError) and "; " in said:  # one of ours that says what to do, after a semicolon
+            return _fail(f"out of memory: {said}")
         return _fail(
             f"out of memory{said and f' ({said})'}; use a smaller picture, a shorter text or a smaller profile, and for a "
             "checkpoint another --dtype or --device cpu"

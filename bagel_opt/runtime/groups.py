@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 
 from bagel_opt.errors import reason
 from bagel_opt.installed import fault
+from bagel_opt.runtime.memory_full import memory_full
 
 PATIENCE = 600  # seconds; a rank that lets others wait for longer hangs
 LOOKING = timedelta(seconds=1)  # after which who waits for others looks whether the ranks have ended meanwhile
@@ -106,10 +107,14 @@ class Group:
         than theirs. Nobody waits for a rehearsal, nor while a CUDA graph is captured. Raises MemoryError."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            if self.rehearsing or torch.cuda.is_current_stream_capturing():
+        except RuntimeError as error:
+            place = memory_full(error)
+            capturing = (
+                place == "GPU" and torch.cuda.is_current_stream_capturing()
+            )  # which torch without CUDA refuses to say
+            if not place or self.rehearsing or capturing:
                 raise
-            raise MemoryError(f"the GPU's memory is full (program {program!r}): {reason(error)}") from None
+            raise MemoryError(f"the {place}'s memory is full (program {program!r}): {reason(error)}") from None
 
     def abort(self) -> None:
         """Ends what waits for others, and the communicator."""

@@ -59,7 +59,7 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> Ra
     try:
         runtime = _load(place)
     except Exception as error:
-        connection.send(Answer(LOADED, error=_told(error)))
+        connection.send(Answer(LOADED, error=told(error)))
         while connection.recv() is not None:
             """Until the first rank has read it."""
         return None
@@ -69,7 +69,7 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> Ra
     try:
         rank = join(place, runtime)
     except Exception as error:
-        connection.send(Answer(JOINED, error=_told(error)))
+        connection.send(Answer(JOINED, error=told(error)))
         return None
     connection.send(Answer(JOINED))
     while (call := connection.recv()) is not None:
@@ -77,7 +77,7 @@ def serve(connection: Connection, place: Place, parent: int | None = None) -> Ra
         try:
             rank.perform(call)
         except Exception as caught:
-            error = _told(caught)
+            error = told(caught)
         if error or call.answered:
             connection.send(Answer(call.number, call.answered, rank.gathers, error))
     return rank
@@ -101,8 +101,10 @@ def _load(place: Place) -> Any:
     return getattr(importlib.import_module(module), name)(**place.given).runtime
 
 
-def _told(error: Exception) -> tuple[str, str]:
-    return type(error).__name__, reason(error)
+def told(error: Exception) -> tuple[str, str]:
+    """A failure by kind and text, for an Answer."""
+    kind = MemoryError if isinstance(error, MemoryError) else type(error)  # NumPy has one of its own
+    return kind.__name__, reason(error)
 
 
 def _watch(number: int, parent: int | None) -> None:

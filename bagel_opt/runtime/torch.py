@@ -19,6 +19,7 @@ from bagel_opt.programs.signatures import ONE_ROW, ROW
 from bagel_opt.runtime.active import torch_active
 from bagel_opt.runtime.adapters import attach, read_adapters
 from bagel_opt.runtime.cuda_graphs import CacheMemory, Graphs
+from bagel_opt.runtime.memory_full import memory_full
 from bagel_opt.runtime.memory_plan import MemoryPlan
 from bagel_opt.runtime.torch_setup import Prepared
 
@@ -125,19 +126,23 @@ class TorchRuntime:
         return self._within_memory(f"program {program!r}", lambda: self._run(program, inputs, caches, rows))
 
     def _within_memory(self, doing: str, call: Callable[[], Any]) -> Any:
-        """The result. Where the device is full, all that is kept for later calls is given back and it is tried once more.
+        """The result. Where memory is full, all that is kept for later calls is given back and it is tried once more.
         Raises MemoryError."""
         for _ in range(2):
             try:
                 return call()
-            except RuntimeError as error:
-                # which holds what had been computed, until here; of a capture that failed, its context says why
-                if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+            except RuntimeError as error:  # which holds what had been computed, until here
+                place = memory_full(error)
+                if not place:
                     raise
             self.free_memory()
+        other = {
+            "host": "quantization=, --quantization, and the weights take less",
+            "GPU": f"{'less' if self.plan else 'some'} memory=, --memory, and more of the weights stay on the host",
+        }
         raise MemoryError(
-            f"the GPU's memory is full ({doing}); use a smaller height and width or fewer requests at a time, or load with "
-            f"{'less' if self.plan else 'some'} memory=, --memory, and more of the weights stay on the host"
+            f"the {place}'s memory is full ({doing}); use a smaller height and width or fewer requests at a time, or load with "
+            f"{other[place]}"
         )
 
     def free_memory(self) -> None:

@@ -333,12 +333,13 @@ def test_ways_that_are_none(way, capsys):
     assert "is no way of WAY=RANKS, as guidance=2,sequence=2" in capsys.readouterr().err
 
 
-def test_out_of_memory_says_how_much(fails, monkeypatch):
+def test_out_of_memory_says_how_much_and_what_to_do(fails, monkeypatch):
     def full(*arguments, **options):
-        raise MemoryError("no 1.2 GB left on the GPU")
+        raise MemoryError("the GPU has no 1.2 GB left; use a smaller profile")
 
     monkeypatch.setattr("bagel_opt.cli.commands.load", full)
-    assert "out of memory (no 1.2 GB left on the GPU); use a smaller picture" in fails("chat", "a")
+    said = fails("chat", "a").splitlines()[-1]
+    assert said == "bagel-opt: out of memory: the GPU has no 1.2 GB left; use a smaller profile"
 
 
 def test_interrupted(run, monkeypatch):
