@@ -56,7 +56,9 @@ def lacks_memory(error: Exception) -> bool:
 def failed(program: str, error: Exception) -> Exception:
     """What a runtime raises where a program fails."""
     if lacks_memory(error):
-        return MemoryError(f"program {program!r} has no room for its values")
+        return MemoryError(
+            f"memory is full (program {program!r}); use a smaller height and width or fewer requests at a time"
+        )
     return RuntimeError(f"ONNX Runtime failed in program {program!r}: {reason(error)}")
 
 
@@ -77,7 +79,9 @@ def load_session(path: Path, options: ort.SessionOptions, providers: list) -> or
         )
     except Exception as error:  # ORT's exceptions have no common base
         if lacks_memory(error):
-            raise MemoryError(f"program {path.stem!r} cannot be loaded") from None
+            raise MemoryError(
+                f"memory is full (program {path.stem!r} cannot be loaded); end other programs, or export the bundle with quantization"
+            ) from None
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason(error)}") from None
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
