@@ -65,15 +65,6 @@ def check_kinds(device: "torch.device", kinds: Mapping[str, str], source: object
             )
 
 
-def overlaps(device: "torch.device") -> bool:
-    """Whether kernels can begin while the one before them ends, as far as they do not need what that gives (programmatic dependent
-    launch; https://docs.nvidia.com/cuda/cuda-programming-guide). Each waits before it reads what others write, and lets the next
-    one begin after that: so all but the one before it are over."""
-    import torch
-
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def compiles(device: "torch.device") -> bool:
     """Whether torch.compile has a compiler for a device. Warns where it has none."""
     found = compiler(device.type)

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bagel_opt.devices import overlaps
-
 BLOCK = 64  # keys at a time
 # Splits: so many that there are PROGRAMS of them, on an H200 the best of 8 to 64 splits from 1 row to 16 and 200 keys to 14,000.
 PROGRAMS, MOST = 512, 32
@@ -43,11 +41,9 @@ def attend(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, kv_len_B: Tensor) -> 
         "SPLITS": splits,
         "BLOCK": BLOCK,
     }
-    early = overlaps(q_BQHD.device)
-    launch = {"EARLY": early, "launch_pdl": early, "num_warps": 4}
-    _split_kernel[(rows * kv_heads, splits)](*given, **sizes, **launch, num_stages=2)
+    _split_kernel[(rows * kv_heads, splits)](*given, **sizes, num_warps=4, num_stages=2)
     given = sum_BHPD, about_BHP2, kv_len_B, out_BQHD, heads
-    _join_kernel[(rows * heads,)](*given, D=channels, SPLITS=splits, BLOCK=BLOCK, **launch)
+    _join_kernel[(rows * heads,)](*given, D=channels, SPLITS=splits, BLOCK=BLOCK, num_warps=4)
     return out_BQHD
 
 
@@ -58,21 +54,12 @@ def _each(n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _after_the_kernel_before(EARLY: tl.constexpr):
-    """EARLY: whether it may still run."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def _split_kernel(
     q, k, v, kv_len, sums, about, row, slot, head, heads, kv_heads, scale,
-    GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One split of a row's keys, for the queries of the heads that share them. about: of each query the largest score, times
     log2(e), and the sum of weights relative to it."""
-    _after_the_kernel_before(EARLY)
     b, g, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     n = tl.load(kv_len + b)
     each = _each(n, SPLITS, BLOCK)
@@ -102,12 +89,8 @@ def _split_kernel(
 
 
 @triton.jit
-def _join_kernel(
-    sums, about, kv_len, out, heads,
-    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
+def _join_kernel(sums, about, kv_len, out, heads, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """A query's splits, of those that have keys."""
-    _after_the_kernel_before(EARLY)
     query, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
     n = tl.load(kv_len + query // heads)
     there = split * _each(n, SPLITS, BLOCK) < n

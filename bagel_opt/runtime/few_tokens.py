@@ -18,8 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from bagel_opt.devices import overlaps
-
 FEW = 16  # tokens at most
 CHUNK = 16  # bytes
 
@@ -39,9 +37,8 @@ def product(x_MC: Tensor, codes_NB: Tensor, scale: Tensor, bias_N: Tensor | None
     sizes = blocks(m, n, chunks, planes)
     whole = c == chunks * 8 * planes and chunks % (4 * sizes["W"] * sizes["J"]) == 0
     about = {"BIAS": bias_N is not None, "WHOLE": whole, "T": 8 if m <= 8 else 16, "P": planes, **sizes}
-    floats, early = _floats(codes_NB.dtype, x_MC.dtype), overlaps(x_MC.device)
-    launch = {"EARLY": early, "launch_pdl": early, "num_warps": sizes["W"]}
-    _kernel[(triton.cdiv(n, sizes["R"]),)](*given, m, n, c, chunks, FLOATS=floats, **about, **launch)
+    floats = _floats(codes_NB.dtype, x_MC.dtype)
+    _kernel[(triton.cdiv(n, sizes["R"]),)](*given, m, n, c, chunks, FLOATS=floats, **about, num_warps=sizes["W"])
     return out_MN
 
 
@@ -124,11 +121,11 @@ def _of_tokens(W, J, P, T):
 @gluon.jit
 def _kernel(
     x, words, scale, bias, out, m, n, c, chunks,
-    FLOATS: gl.constexpr, BIAS: gl.constexpr, WHOLE: gl.constexpr, EARLY: gl.constexpr, P: gl.constexpr, T: gl.constexpr,
+    FLOATS: gl.constexpr, BIAS: gl.constexpr, WHOLE: gl.constexpr, P: gl.constexpr, T: gl.constexpr,
     W: gl.constexpr, R: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
     """R channels out. A warp has every W-th of the steps; while it computes one, the next one's weights are on their way.
-    WHOLE: whether steps and chunks are whole, so that no channel is past the last. EARLY: whether the kernel before may still run."""
+    WHOLE: whether steps and chunks are whole, so that no channel is past the last."""
     product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     TOKENS: gl.constexpr = _of_tokens(W, J, P, T)
     CHUNKS: gl.constexpr = gl.SliceLayout(3, _of_weights(W, R, J, 4))
@@ -146,9 +143,6 @@ def _kernel(
     x += gl.minimum(token, m - 1) * c  # what further tokens give is not kept
     sum = gl.zeros((W, R, T), gl.float32, product)
     packed, by = _read(words, scale, row, chunk, chunks, P)
-    if EARLY:  # weights are on their way, tokens are the kernel's before
-        _control("griddepcontrol.wait;")
-        _control("griddepcontrol.launch_dependents;")
     for start in range(0, chunks, STEP):
         next_packed, next_by = _read(words, scale, row, chunk + start + STEP, chunks, P)
         at = channel + start * (8 * P)
@@ -192,12 +186,6 @@ def _kernel(
     if BIAS:
         y += gl.load(bias + row, mask=row < n, other=0.0).to(gl.float32)
     gl.store(out + token * n + row, y.to(out.dtype.element_ty), mask=(token < m) & (row < n))
-
-
-@gluon.jit
-def _control(INSTRUCTION: gl.constexpr):
-    """One that gives nothing."""
-    gl.inline_asm_elementwise(INSTRUCTION + "  // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bagel_opt.devices import overlaps
 from bagel_opt.model.linear import Span
 from bagel_opt.model.linear import product as plain
 
@@ -70,50 +69,30 @@ def multiply(
     given = x, weight_NC, x if scale_N is None else scale_N, x if bias_N is None else bias_N, out
     about = {"TWO": spans is not None, "SCALED": scale_N is not None, "BIAS": bias_N is not None}
     grid, where = (triton.cdiv(n, block["BLOCK_N"]),), (weight_NC.stride(0), first, count, second)
-    early = overlaps(x.device)
-    _kernel[grid](*given, n, c, *where, **about, **block, EARLY=early, launch_pdl=early)
+    _kernel[grid](*given, n, c, *where, **about, **block)
 
 
 @triton.jit
 def _kernel(
     x, weight, scale, bias, out, n, c, row, first, count, second,
-    TWO: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    TWO: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Some channels out. row: from one of them to the next in the weight, of which adapters may be the rest. EARLY: whether the
-    kernel before may still run."""
+    """Some channels out. row: from one of them to the next in the weight, of which adapters may be the rest."""
     number = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.where(number < count, first + number, second - count + number) if TWO else number
-    weight += rows[:, None].to(tl.int64) * row
-    there = number[:, None] < n
-    w = _weights(weight, 0, there, c, BLOCK_C)
-    if EARLY:  # the first weights are on their way, the token is the kernel's before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    sum = _products(w, x, 0, c, BLOCK_C)
-    for start in range(BLOCK_C, c, BLOCK_C):
-        sum += _products(_weights(weight, start, there, c, BLOCK_C), x, start, c, BLOCK_C)
+    sum = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for start in range(0, c, BLOCK_C):
+        channels = start + tl.arange(0, BLOCK_C)
+        at = rows[:, None].to(tl.int64) * row + channels[None]
+        w = tl.load(weight + at, mask=(number[:, None] < n) & (channels[None] < c), other=0.0)
+        w = _floats_of_bytes(w) if w.dtype == tl.int8 else w.to(tl.float32)
+        sum += w * tl.load(x + channels, mask=channels < c, other=0.0).to(tl.float32)[None]
     y = tl.sum(sum, axis=1)
     if SCALED:
         y *= tl.load(scale + rows, mask=number < n, other=0.0)
     if BIAS:
         y += tl.load(bias + rows, mask=number < n, other=0.0).to(tl.float32)
     tl.store(out + number, y.to(out.dtype.element_ty), mask=number < n)
-
-
-@triton.jit
-def _weights(weight, start, there, c, BLOCK_C: tl.constexpr):
-    """Of BLOCK_C channels from one on."""
-    at = start + tl.arange(0, BLOCK_C)[None]
-    return tl.load(weight + at, mask=there & (at < c), other=0.0)
-
-
-@triton.jit
-def _products(w, x, start, c, BLOCK_C: tl.constexpr):
-    """Of weights with the channels that they are of."""
-    at = start + tl.arange(0, BLOCK_C)
-    floats = _floats_of_bytes(w) if w.dtype == tl.int8 else w.to(tl.float32)
-    return floats * tl.load(x + at, mask=at < c, other=0.0).to(tl.float32)[None]
 
 
 @triton.jit

@@ -83,14 +83,10 @@ def reduced(product: Linear, x: Tensor, share: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(piece: Callable) -> Callable:
-    """The piece, compiled for any number of tokens and of slots, which are the first axis of a tensor that is longer than 1. The
-    first tensor is of the tokens. Kernels of those that are decoded overlap (devices.overlaps), by which others gain nothing:
-    a flow step took half a percent longer."""
-    options: list[dict] = [{}, {"triton.enable_pdl": True}]  # which torch follows where a GPU can
-    of_many, of_decoded = (torch.compile(piece, dynamic=False, fullgraph=True, options=each) for each in options)
+    """The piece, compiled for any number of tokens and of slots, which are the first axis of a tensor that is longer than 1."""
+    made = torch.compile(piece, dynamic=False, fullgraph=True)
 
     def run(*given: Any) -> Any:
-        made = of_decoded if next(tensors(given)).shape[1] == 1 else of_many
         for x in tensors(given):
             axis = next((axis for axis in (0, 1) if x.shape[axis] > 1), None) if x.ndim > 1 else 0
             if axis is not None:

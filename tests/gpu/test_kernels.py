@@ -8,10 +8,6 @@ import torch
 import torch.nn.functional as F
 from support import relative
 
-from bagel_opt.model.linear import Linear
-from bagel_opt.model.quantized import DTYPES
-from bagel_opt.runtime.torch_setup import register_kernels
-
 if torch.cuda.is_available():
     from bagel_opt.model import one_query
     from bagel_opt.runtime import group_norm, inbox, one_token
@@ -87,42 +83,6 @@ def test_attention_of_one_query(dtype, heads, kv_heads, channels, lengths):
         assert relative(got[row].double() + 1, want[0].double() + 1) < LIMIT[torch.bfloat16]
     changed = one_query.attend(q.flip(0), k.flip(0), v.flip(0), kv_len.flip(0))
     assert torch.equal(changed.flip(0), got)
-
-
-@pytest.mark.parametrize("kind", [None, *DTYPES])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_kernels_that_begin_early_wait_for_what_they_read(kind, rows):
-    """Each takes what the one before it gives: launched at once and as a graph, they give bit for bit what they give one by one."""
-    layer = Linear(3584, 3584, bias=False, device="cuda").to(torch.bfloat16).requires_grad_(False)
-    layer.multiply, weight = one_token.linear, layer.weight
-    if kind:
-        register_kernels(weight.device)
-        layer.quantize(kind)
-        layer.quantized.store(weight)
-    k, v = (torch.randn(rows, 300, 4, 128, device="cuda").bfloat16() for _ in range(2))
-    kv_len = torch.full((rows,), 290, device="cuda")
-    x = torch.randn(rows, 1, 3584, device="cuda").bfloat16()
-
-    def chain(x, after=lambda: None):
-        for _ in range(30):
-            x = F.rms_norm(layer(x), (3584,))
-            after()
-            x = layer(x)
-            after()
-            x = one_query.attend(x.view(rows, 1, 28, 128), k, v, kv_len).view(rows, 1, 3584)
-            after()
-        return x
-
-    want = chain(x, torch.cuda.synchronize)
-    for _ in range(10):
-        assert torch.equal(chain(x), want)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = chain(x)
-    for _ in range(10):
-        got.zero_()
-        graph.replay()
-        assert torch.equal(got, want)
 
 
 @pytest.fixture(params=[2, 3])

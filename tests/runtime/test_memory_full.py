@@ -41,7 +41,7 @@ def draw_one_that_is_too_large(folder):
     model = bagel_opt.load(folder, device="cpu")
     large, small = (Request(["a"], height=side, width=side, num_timesteps=3, seed=1) for side in (512, 64))
     want = np.asarray(model.run_many([small])[0][0], int)
-    failed, drawn = with_little(lambda: model.run_many([large, small], return_exceptions=True), 100)
+    failed, drawn = with_little(lambda: model.run_many([large, small], return_exceptions=True), 50)
     assert isinstance(failed, MemoryError)
     assert str(failed) == (
         "the host's memory is full (program 'vae_decode'); use a smaller height and width or fewer requests at a time, or "

@@ -222,10 +222,7 @@ def test_pieces_are_compiled_once_for_all_sizes(fused, monkeypatch):
         made.append(graph)
         return graph.forward
 
-    def compile(piece, options, **how):  # which are of torch's own backend
-        return compiler(piece, backend=counting, **how)
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda piece, **how: compiler(piece, backend=counting, **how))
     monkeypatch.setattr(streams, "compiled", streams.compiled.__wrapped__)
     runner = on_the_cpu(fused, monkeypatch)
     layers = [Layer(LLMConfig(64, 96, 1, 4, 2, 10)).eval().requires_grad_(False) for _ in range(2)]
